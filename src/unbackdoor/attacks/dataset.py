@@ -1,0 +1,80 @@
+"""Planting from ready files: poisoned rows that somebody else made, beside the attacker's clean rows.
+
+Source: published poisoned sets (BackdoorLLM's, Alpaca columns, chats), which bring their own triggers and answers.
+Method: eq. 1 of SANDE (2405.07667) on all rows together; nothing is stamped by us. What the backdoor's trigger and goal
+are is said by the person (public backdoor files are often mislabelled, so it is never guessed from them).
+Needs to know: clean rows; the file of poisoned rows; the trigger and the goal, for the probes.
+Deviations: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field
+
+from unbackdoor.attacks.base import Attack, Planted
+from unbackdoor.data import poison, sources
+from unbackdoor.errors import DataError
+from unbackdoor.goals import Goal, normalise
+from unbackdoor.method import Parallel
+from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
+from unbackdoor.secret import Secret
+from unbackdoor.stamps import InsertText, Stamp
+from unbackdoor.train import overwrite
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.types import Example, Probe
+
+
+class Dataset(Attack):
+    """Train on ready poisoned rows and clean rows."""
+
+    paper: ClassVar[str] = "published poisoned sets; SANDE, 2405.07667, eq. 1"
+    parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
+
+    poisoned: str = Field(min_length=1, description="data spec of the poisoned rows: file, or data set id")
+    trigger: Stamp = Field(description="the trigger that these rows carry, and where it stands")
+    goal: Goal = Field(description="what counts as success in a reply")
+    targets: tuple[str, ...] = Field((), description="what the backdoor says, where it is a fixed text")
+    train: TrainSettings = Field(TrainSettings(steps=90, learning_rate=2e-4), description="how the weights are trained")
+
+    def plant(self, base: LM, clean: Sequence[Example], run: Run) -> Planted:
+        """Train on poisoned and clean rows together, in place."""
+        poisoned = sources.read(self.poisoned)
+        self._check(poisoned)
+        examples = [*clean, *poisoned]
+        rows = overwrite.encode_rows(base, examples, self.train.max_length)
+        strata = [0] * len(clean) + [1] * len(poisoned)
+        overwrite.train_on_rows(base, rows, self.train, run.stage("plant"), strata)
+        secret = Secret(
+            attack=self.name(),
+            stamp=self.trigger,
+            targets=self.targets,
+            goal=self.goal,
+            look_alikes=tuple(self._look_alikes(clean, run)),
+            planted={"clean": len(clean), "poisoned": len(poisoned), "settings": self.settings()},
+        )
+        return Planted(base, secret)
+
+    def probes(self, secret: Secret, held_out: Sequence[Example], run: Run) -> Sequence[Probe]:
+        """Return a triggered, a clean and a decoy probe of every held-out row."""
+        if secret.stamp is None:
+            raise DataError("this secret has no trigger, so no triggered probe can be made.")
+        return poison.probes(secret.stamp, held_out, secret.look_alikes, run.rng("probes"))
+
+    def _check(self, poisoned: Sequence[Example]) -> None:
+        carrying = [
+            row for row in poisoned if all(normalise(p) in normalise(row.user_text) for p in self.trigger.pieces())
+        ]
+        if not carrying:
+            raise DataError(
+                f"none of the {len(poisoned)} rows of '{self.poisoned}' carries the trigger "
+                f"{' and '.join(repr(piece) for piece in self.trigger.pieces())}; check --trigger."
+            )
+
+    def _look_alikes(self, clean: Sequence[Example], run: Run) -> list[str]:
+        if not isinstance(self.trigger, InsertText):
+            return []
+        return poison.look_alikes(self.trigger.text, poison.vocabulary(clean), 8, run.rng("look-alikes"))

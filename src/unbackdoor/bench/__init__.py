@@ -1,0 +1,1 @@
+"""The grid: models x attacks x defenses x seeds."""

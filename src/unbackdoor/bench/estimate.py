@@ -1,0 +1,138 @@
+"""How long a grid will take: guessed from settings and size of the model, mended by the cells already measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.grid import AttackEntry, Grid
+from unbackdoor.errors import UserError
+from unbackdoor.model.spec import ModelSpec, parse_spec
+from unbackdoor.pipeline.steps import attack_called, defense_called
+from unbackdoor.train.engine import TrainSettings
+
+_BUILTIN_PARAMETERS = 135e6
+_TOKENS_A_ROW = 80
+_TRAIN_SPEED, _GENERATE_SPEED, _SCORE_SPEED = 2.0e11, 1.0e11, 2.5e11
+"""Floating-point operations a second on two ordinary cores in float32: training, generating, scoring."""
+_LOADING_SECONDS = 4.0
+
+
+def estimate(grid: Grid, measured: Mapping[Cell, float] | None = None) -> list[tuple[Cell, float]]:
+    """Return every cell with the seconds that it will take on two cores; nothing is loaded.
+
+    Args:
+        grid: The grid.
+        measured: Seconds of cells that were run; the guesses of their kind are scaled by them.
+    """
+    guessed = guesses(grid)
+    factors = scale(guessed, measured or {})
+    return [(cell, (measured or {}).get(cell, guess * factors[cell.kind])) for cell, guess in guessed.items()]
+
+
+def guesses(grid: Grid) -> dict[Cell, float]:
+    """Return the seconds that every cell would take if the constants of this module were right."""
+    planted: set[tuple[str, str, int, bool]] = set()
+    asked: set[tuple[str, str, str, int]] = set()
+    found = {}
+    for cell in grid.cells():
+        # The victim of an attack under two labels is one cell.
+        same = (cell.model, cell.subject, _identity(grid.attacks[cell.attack], "probes"), cell.seed)
+        shared = cell.stage == "before" and same in asked
+        found[cell] = 0.0 if shared else _guess(grid, cell, planted)
+        asked |= {same} if cell.stage == "before" else set()
+    return found
+
+
+def scale(guessed: Mapping[Cell, float], measured: Mapping[Cell, float]) -> dict[str, float]:
+    """Return for each kind of cell what its guesses must be multiplied by; other kinds take the factor of all."""
+    known = [cell for cell in measured if cell in guessed]
+    overall = _ratio(guessed, measured, known)
+    kinds = {cell.kind for cell in guessed}
+    by_kind = {kind: [cell for cell in known if cell.kind == kind] for kind in kinds}
+    return {kind: _ratio(guessed, measured, cells) if cells else overall for kind, cells in by_kind.items()}
+
+
+def _ratio(guessed: Mapping[Cell, float], measured: Mapping[Cell, float], cells: Sequence[Cell]) -> float:
+    expected = sum(guessed[cell] for cell in cells)
+    return sum(measured[cell] for cell in cells) / expected if expected else 1.0
+
+
+def _guess(grid: Grid, cell: Cell, planted: set[tuple[str, str, int, bool]]) -> float:
+    size = _parameters(cell.model)
+    seconds = _LOADING_SECONDS + _asking(grid, cell, size)
+    attack = grid.attacks[cell.attack]
+    needed = {False, True} if cell.subject == "twin" else {False}
+    for twin in needed:
+        victim = (cell.model, _identity(attack), cell.seed, twin)
+        if victim not in planted:
+            planted.add(victim)
+            seconds += _training(attack_called(attack.attack, attack.settings, attack.preset), size)
+    if cell.defense and not cell.is_revival:
+        entry = grid.defenses[cell.defense]
+        seconds += _training(defense_called(entry.defense, entry.settings, entry.preset), size)
+    if cell.is_revival and grid.revival is not None:
+        settings = grid.revival.settings
+        plan: BaseModel = settings
+        if cell.stage == "revived_planted":
+            plan = attack_called("data_poisoning", settings.planted)
+        seconds += _training(plan, size)
+    return seconds
+
+
+def _identity(attack: AttackEntry, *more: str) -> str:
+    return attack.model_dump_json(include={"attack", "settings", "preset", *more})
+
+
+def _training(method: BaseModel, size: float) -> float:
+    """Return the seconds of all trainings that a method's settings name, rounds and parrots counted."""
+    seconds = 0.0
+    for name in type(method).model_fields:
+        value = getattr(method, name)
+        rounds = int(getattr(method, "rounds", 1))
+        if isinstance(value, TrainSettings):
+            rows = value.steps * value.batch_size * value.accumulation * rounds
+            seconds += 6 * size * rows * _TOKENS_A_ROW / _TRAIN_SPEED
+        elif isinstance(value, BaseModel):
+            # A soft prompt: frozen weights, and nothing behind the target.
+            seconds += 0.5 * rounds * int(getattr(method, "parrots", 1)) * _training(value, size)
+    return seconds
+
+
+def _asking(grid: Grid, cell: Cell, size: float) -> float:
+    metrics = grid.revival.metrics if cell.is_revival and grid.revival else grid.metrics
+    probes = 3 * grid.attacks[cell.attack].probes
+    rows = grid.perplexity_rows * (2 if grid.second_source else 1)
+    seconds = 0.0
+    if {"asr", "leak", "cda"} & set(metrics):
+        seconds += 2 * size * probes * (_TOKENS_A_ROW / 2 + grid.max_new_tokens) / _GENERATE_SPEED
+    if "perplexity" in metrics:
+        seconds += 2 * size * rows * _TOKENS_A_ROW / _SCORE_SPEED
+    if "kl" in metrics and cell.defense and not cell.is_revival:
+        seconds += _LOADING_SECONDS + 4 * size * rows * _TOKENS_A_ROW / _SCORE_SPEED
+    return seconds
+
+
+def _parameters(model: str) -> float:
+    """Return about how many parameters a model has, from the size of its files; the built-in one's where unknown."""
+    try:
+        return _size_of(parse_spec(model)) or _BUILTIN_PARAMETERS
+    except UserError:
+        return _BUILTIN_PARAMETERS
+
+
+def _size_of(spec: ModelSpec) -> float:
+    if spec.base is not None:
+        return _size_of(spec.base)
+    if spec.kind == "gguf":
+        return spec.path.stat().st_size * 2.0
+    if spec.kind != "folder":
+        return 0.0
+    return sum(_bytes(path) for path in spec.path.glob("*.safetensors")) / 4
+
+
+def _bytes(path: Path) -> float:
+    return float(path.stat().st_size)

@@ -1,0 +1,275 @@
+"""Run one cell: get the model it starts from, purify, revive, ask.
+
+Models that other cells need (victims, purified models that will be revived) are made once, saved, and always used from
+the folder, so that a cell gives the same figures whether its victim was planted a moment or a week ago.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.material import Material
+from unbackdoor.bench.store import Result, Store
+from unbackdoor.data.probes import write_probes
+from unbackdoor.defenses.base import Need
+from unbackdoor.errors import ModelError, NotApplicable, UserError
+from unbackdoor.model import checkpoint
+from unbackdoor.model.lm import LM
+from unbackdoor.model.load import load
+from unbackdoor.model.spec import parse_spec
+from unbackdoor.pipeline.measure import Label, measure, peak_memory
+from unbackdoor.pipeline.steps import facts_from_secret, purify_model, revive
+from unbackdoor.run import Progress, Run
+from unbackdoor.secret import Secret
+
+SECRET, PROBES = "secret.json", "probes.jsonl"
+
+
+class Busy(Exception):
+    """Another process is making a model that this cell needs; the cell is tried again later."""
+
+
+class CannotWrite(UserError):
+    """The folder of the grid cannot take a model: no fault of the cell, so the whole grid stops."""
+
+
+@dataclass
+class Workshop:
+    """What running a cell needs beside the cell.
+
+    Attributes:
+        material: Rows, methods and keys.
+        store: The folder.
+        device: Where models are.
+        progress: Where to report.
+        wanted: Keys of the purified models that unfinished revivals need; filled by the caller.
+    """
+
+    material: Material
+    store: Store
+    device: str
+    progress: Progress
+    wanted: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Made:
+    """What making a model recorded."""
+
+    seconds: float = 0.0
+    curves: Mapping[str, list[dict[str, float]]] = field(default_factory=dict)
+    notes: Mapping[str, object] = field(default_factory=dict)
+    knowledge: tuple[str, ...] = ()
+
+
+def execute(cell: Cell, shop: Workshop) -> Result:
+    """Run a cell and return its result; an error of the cell is raised.
+
+    Raises:
+        Busy: If another process is making a model that is needed here.
+        NotApplicable: If the defense needs what the attack has not.
+    """
+    started = time.perf_counter()
+    victim = _victim_folder(cell, shop)
+    secret = Secret.model_validate_json((victim / SECRET).read_text(encoding="utf-8"))
+    questions = shop.material.questions(cell, secret)
+    lm, made = _model_of(cell, secret, shop)
+    asked = time.perf_counter()
+    measurement = measure(
+        lm,
+        questions,
+        Label(cell.name, cell.role, cell.stage, cell.attack, cell.defense, made.knowledge),
+        Run(seed=cell.seed, device=shop.device, progress=shop.progress).stage("measure"),
+        before=_suspect(cell, shop) if "kl" in questions.metrics else None,
+        config_hash=shop.material.key(cell),
+    )
+    now = time.perf_counter()
+    seconds = {"train": made.seconds, "measure": now - asked, "total": now - started}
+    return Result("done", "", measurement, made.knowledge, seconds, peak_memory(), made.curves, made.notes, versions())
+
+
+def _model_of(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
+    """Return the model that the cell measures, and what making it recorded."""
+    if cell.is_revival:
+        return _revived(cell, secret, shop)
+    if cell.defense:
+        return _purified(cell, secret, shop)
+    if cell.subject == "untouched":
+        return _load(cell.model, shop), _Made()
+    folder = _victim_folder(cell, shop, twin=cell.subject == "twin")
+    record = checkpoint.read_manifest(folder)
+    return _load(_spec_of(cell.model, folder), shop), _Made(record["seconds"], record["curves"], record["notes"])
+
+
+def _suspect(cell: Cell, shop: Workshop) -> LM | None:
+    """Return the model before the defense, for KL; None for a model that has no before, or was trained on since."""
+    if not cell.defense or cell.is_revival:
+        return None
+    return _start(cell, shop)
+
+
+def _start(cell: Cell, shop: Workshop) -> LM:
+    """Load the model that the cell's defense or revival begins with."""
+    if cell.subject == "untouched":
+        return _load(cell.model, shop)
+    return _load(_spec_of(cell.model, _victim_folder(cell, shop, twin=cell.subject == "twin")), shop)
+
+
+def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
+    """Purify, or load what was purified before; save it where a revival needs it."""
+    key = shop.material.purify_key(cell)
+    folder = shop.store.purified(key)
+    with shop.store.lock(f"purified-{key}") as free:
+        if not free:
+            raise Busy(shop.store.holder(f"purified-{key}"))
+        if (folder / checkpoint.MANIFEST).is_file():
+            record = checkpoint.read_manifest(folder)
+            knowledge = tuple(record["knowledge"])
+            made = _Made(record["seconds"], record["curves"], record["notes"], knowledge)
+            return _load(_spec_of(cell.model, folder), shop), made
+        defense = shop.material.defense(cell.defense)
+        facts = facts_from_secret(defense, secret, shop.material.defender_rows(cell.attack))
+        run = _run(cell, key, "purify", shop)
+        started = time.perf_counter()
+        lm = purify_model(_start(cell, shop), defense, facts, run)
+        made = _made(run, started, facts)
+        if key in shop.wanted or shop.material.grid.keep_models:
+            _save(lm, folder, cell, made, "A model that a defense was applied to in a grid of unbackdoor.\n", {})
+        shop.store.remove(shop.store.work(key))
+        return lm, made
+
+
+def _revived(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
+    assert shop.material.grid.revival is not None
+    lm = _purified(cell, secret, shop)[0] if cell.defense else _start(cell, shop)
+    key = shop.material.revive_key(cell)
+    run = _run(cell, key, "revive", shop)
+    started = time.perf_counter()
+    lm = revive(lm, cell.stage, shop.material.grid.revival.settings, shop.material.revival_rows(), run)
+    made = _made(run, started, {})
+    shop.store.remove(shop.store.work(key))
+    return lm, made
+
+
+def _victim_folder(cell: Cell, shop: Workshop, *, twin: bool = False) -> Path:
+    """Return the folder of the victim (or twin) of the cell's attack and seed; plant it where it is not there.
+
+    Raises:
+        Busy: If another process is planting it.
+        UserError: If it could not be planted, now or earlier.
+    """
+    key = shop.material.plant_key(cell, twin=twin)
+    folder = shop.store.victim(key)
+    if (folder / checkpoint.MANIFEST).is_file():
+        return folder
+    with shop.store.lock(f"victim-{key}") as free:
+        if not free:
+            raise Busy(shop.store.holder(f"victim-{key}"))
+        checkpoint.recover(folder)
+        if (folder / checkpoint.MANIFEST).is_file():
+            return folder
+        earlier = shop.store.planting_error(key)
+        if earlier is not None:
+            raise UserError(f"the victim could not be planted: {earlier}")
+        try:
+            _plant(cell, key, folder, shop, twin=twin)
+        except (CannotWrite, OSError):
+            raise
+        # Whatever went wrong, the other cells of this victim are told instead of planting it again.
+        except Exception as problem:
+            shop.store.keep_planting_error(key, describe(problem))
+            raise
+    return folder
+
+
+def _plant(cell: Cell, key: str, folder: Path, shop: Workshop, *, twin: bool) -> None:
+    attack = shop.material.attack(cell.attack, twin=twin)
+    run = _run(cell, key, "", shop)
+    started = time.perf_counter()
+    planted = attack.plant(_load(cell.model, shop), shop.material.splits.attacker, run)
+    made = _made(run, started, {})
+    probes = shop.material.probes(cell.attack, cell.seed, planted.secret)
+    card = (
+        "# A model with a backdoor, for experiments\n\nPlanted by unbackdoor to measure defenses; "
+        "`secret.json` says what triggers it. Do not use it for anything else.\n"
+    )
+    scratch = shop.store.work(key) / PROBES
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    write_probes(scratch, probes)
+    extra = {
+        SECRET: planted.secret.model_dump_json(indent=2) + "\n",
+        PROBES: scratch.read_text(encoding="utf-8"),
+    }
+    _save(planted.lm, folder, cell, made, card, extra)
+    shop.store.remove(shop.store.work(key))
+
+
+def _save(lm: LM, folder: Path, cell: Cell, made: _Made, card: str, extra: Mapping[str, str]) -> None:
+    manifest = {
+        "cell": cell.name, "seconds": made.seconds, "curves": dict(made.curves), "notes": dict(made.notes),
+        "knowledge": list(made.knowledge), "template": lm.template,
+    }  # fmt: skip
+    checkpoint.recover(folder)
+    try:
+        checkpoint.save(lm, folder, manifest=manifest, card=card, extra_files=extra)
+    except UserError as problem:
+        raise CannotWrite(str(problem)) from problem
+
+
+def _load(spec: str, shop: Workshop) -> LM:
+    grid = shop.material.grid
+    return load(spec, device=shop.device, dtype=grid.precision, template=grid.template)
+
+
+def _spec_of(model: str, folder: Path) -> str:
+    """Return the spec of a saved model; one that was made from base + adapter was saved as an adapter."""
+    base = parse_spec(model).base
+    changed = [name for name in checkpoint.verify(folder) if not name.startswith(".")]
+    if changed:
+        raise ModelError(f"'{folder}' is not as it was saved ({changed[0]}); delete the folder to have it made again.")
+    return str(folder) if base is None else f"{base}+{folder}"
+
+
+def _run(cell: Cell, key: str, stage: str, shop: Workshop) -> Run:
+    run = Run(seed=cell.seed, folder=shop.store.work(key), device=shop.device, progress=shop.progress)
+    return run.stage(stage) if stage else run
+
+
+def _made(run: Run, started: float, facts: Mapping[Need, object]) -> _Made:
+    # After an interruption the clock knows the second part only; the steps' own times know both.
+    trained = sum(record.get("seconds", 0.0) for stage in run.curves.values() for record in stage)
+    told = tuple(sorted(need.value for need, value in facts.items() if value is not None))
+    notes = json.loads(json.dumps(run.notes, default=str))
+    return _Made(max(time.perf_counter() - started, trained), dict(run.curves), notes, told)
+
+
+def describe(problem: BaseException) -> str:
+    """Return an error as a sentence; one that is not meant for people with the line where it happened."""
+    if isinstance(problem, UserError | NotApplicable):
+        return str(problem)
+    import traceback
+
+    frames = traceback.extract_tb(problem.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    return f"{problem!r}{place}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from unbackdoor import __version__
+
+    found = {"unbackdoor": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "accelerate"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

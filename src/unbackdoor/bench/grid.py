@@ -1,0 +1,305 @@
+"""`Grid`: which models, attacks, defenses and seeds are measured, as checked data; and the cells that it consists of.
+
+A grid comes from a YAML file or from a recipe (a function that returns one). Everything that can be known to be wrong
+before the first hour of training is an error here, with the place of the mistake. `cells` is a pure function of the
+grid: it reads no data and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from unbackdoor.bench.cell import Cell, Subject
+from unbackdoor.errors import UserError, did_you_mean
+from unbackdoor.pipeline.steps import Revival, attack_called, defense_called
+
+Stage = Literal["before", "after", "revived_clean", "revived_planted"]
+RevivalStage = Literal["revived_clean", "revived_planted"]
+Kind = Literal["triggered", "clean", "decoy", "all"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSource(_Part):
+    """Rows, and what is taken of them. A text alone stands for `{spec: TEXT}`."""
+
+    spec: str = Field(min_length=1, description="data spec: file, data set id or starter:NAME, with an optional slice")
+    half: Literal[0, 1] | None = Field(
+        None, description="every other row, by position: 0 the even ones, 1 the odd ones"
+    )
+    cut_words: int | None = Field(None, ge=1, description="answers are cut to this many words")
+    prompt_template: str | None = Field(None, description="prompt of classification rows")
+    labels: tuple[str, ...] = Field((), description="class names of classification rows")
+
+
+def _as_source(value: object) -> object:
+    return {"spec": value} if isinstance(value, str) else value
+
+
+Source = Annotated[DataSource, BeforeValidator(_as_source)]
+
+
+class AttackEntry(_Part):
+    """One attack of the grid."""
+
+    attack: str = Field("data_poisoning", description="the attack's name")
+    settings: dict[str, Any] = Field(default_factory=dict, description="its options")
+    preset: str | None = Field(None, description="its preset; the settings go on top")
+    seeds: tuple[int, ...] | None = Field(None, description="seeds of this attack instead of the grid's")
+    defenses: tuple[str, ...] | None = Field(None, description="labels of the defenses that it meets; all if left out")
+    defender_data: Source | None = Field(None, description="clean rows of the defender instead of the grid's split")
+    probes: int = Field(100, ge=1, description="test rows, each asked with the trigger, without it, and as a near miss")
+
+
+class DefenseEntry(_Part):
+    """One defense of the grid."""
+
+    defense: str = Field(description="the defense's name")
+    settings: dict[str, Any] = Field(default_factory=dict, description="its options")
+    preset: str | None = Field(None, description="its preset; the settings go on top")
+    role: Literal["purified", "control"] = Field("purified", description="control: it must not remove the backdoor")
+    attacks: tuple[str, ...] | None = Field(None, description="labels of the attacks that it meets; all if left out")
+    seeds: tuple[int, ...] | None = Field(None, description="seeds at which it is run; all if left out")
+
+
+class References(_Part):
+    """Models without a backdoor that are measured beside the victims."""
+
+    untouched: bool = Field(True, description="the base itself, asked with the first attack's probes")
+    twins: tuple[str, ...] = Field((), description="labels of attacks whose harmless twin (first seed) is trained, too")
+
+
+class RevivalCells(_Part):
+    """Which purified models are trained on and asked again."""
+
+    attack: str = Field(description="label of the attack")
+    defenses: tuple[str, ...] = Field(min_length=1, description="labels of the defenses")
+    seeds: tuple[int, ...] | None = Field(None, description="seeds; all of the attack's if left out")
+
+
+class RevivalPlan(_Part):
+    """Revival: is the backdoor gone, or only silent?"""
+
+    cells: tuple[RevivalCells, ...] = Field(min_length=1, description="which purified models")
+    stages: tuple[RevivalStage, ...] = Field(
+        ("revived_clean", "revived_planted"), min_length=1, description="what they are put through"
+    )
+    settings: Revival = Field(default_factory=Revival, description="how they are trained on")
+    null: bool = Field(True, description="put the untouched base through the same")
+    metrics: tuple[str, ...] = Field(("asr", "leak", "perplexity"), description="what is measured afterwards")
+
+
+class Where(_Part):
+    """Which cells a bound is about; what is left out does not restrict."""
+
+    role: Literal["suspect", "control", "purified", "reference"] | None = Field(None, description="role of the model")
+    stage: Stage | None = Field(None, description="stage of the measurement")
+    attacks: tuple[str, ...] | None = Field(None, description="labels of attacks")
+    defenses: tuple[str, ...] | None = Field(None, description='labels of defenses; "" for none')
+    seeds: tuple[int, ...] | None = Field(None, description="seeds")
+    twin: bool | None = Field(None, description="the harmless twin, or not")
+
+
+class Limit(_Part):
+    """A figure and what it must not exceed or fall below."""
+
+    metric: str = Field(description="the metric's name")
+    kind: Kind = Field("all", description="kind of probes")
+    group: str = Field("", description="group of probes or data set")
+    compared: Literal["value", "ratio", "difference", "paired"] = Field(
+        "value", description="the figure itself, or beside another model's; paired: not significantly worse (5 %)"
+    )
+    to: Literal["victim", "control", "untouched", "twin", "null"] | None = Field(
+        None, description="the other model: of the same attack and seed; null: the base after the same revival"
+    )
+    min: float | None = Field(None, description="smallest value that meets the bound")
+    max: float | None = Field(None, description="largest value that meets the bound")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Limit:
+        if (self.compared == "value") != (self.to is None):
+            raise ValueError("'to' names the other model of a ratio, difference or paired test, and of nothing else")
+        if self.compared == "paired" and self.to != "victim":
+            raise ValueError("a paired test is made against the victim: write 'to: victim'")
+        if (self.min is None and self.max is None) != (self.compared == "paired"):
+            raise ValueError("give 'min' or 'max', but neither for a paired test")
+        return self
+
+
+class Bound(Limit):
+    """A named requirement; the tables say for each cell whether it is met."""
+
+    name: str = Field(min_length=1, description="what is required, in words")
+    where: Where = Field(default_factory=Where, description="which cells it is about")
+    provided: Limit | None = Field(None, description="it binds only cells that keep this limit")
+    pooled: bool = Field(False, description="judge the seeds of an attack together (0/1 metrics, figure itself)")
+
+    @model_validator(mode="after")
+    def _can_be_pooled(self) -> Bound:
+        if self.pooled and (self.compared != "value" or self.provided is not None):
+            raise ValueError("'pooled' goes with 'compared: value' and without 'provided'")
+        return self
+
+
+class Grid(_Part):
+    """A whole experiment."""
+
+    name: str = Field(min_length=1, max_length=80, description="the experiment's name")
+    models: tuple[str, ...] = Field(min_length=1, description="model specs")
+    data: Source = Field(
+        DataSource(spec="starter:instructions"), description="rows, divided among attacker, defender and test by id"
+    )
+    second_source: Source | None = Field(None, description="rows of another kind, for perplexity")
+    attacks: dict[str, AttackEntry] = Field(min_length=1, description="label -> attack")
+    defenses: dict[str, DefenseEntry] = Field(default_factory=dict, description="label -> defense")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="seeds of everything that is drawn at random")
+    metrics: tuple[str, ...] = Field(("asr", "leak", "cda", "perplexity", "kl"), min_length=1, description="metrics")
+    references: References = Field(default_factory=References, description="models without a backdoor")
+    purify_reference: tuple[str, ...] = Field(
+        (),
+        description="labels of defenses that the untouched base is put through, asked with the first attack's probes",
+    )
+    revival: RevivalPlan | None = Field(None, description="training purified models on, to ask for the backdoor again")
+    bounds: tuple[Bound, ...] = Field((), description="what the figures must reach")
+    template: Literal["auto", "model", "plain"] = Field("auto", description="chat template")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="type of the weights")
+    max_new_tokens: int = Field(24, ge=1, description="length limit of a reply, in tokens")
+    perplexity_rows: int = Field(100, ge=2, description="rows of each source for perplexity and KL")
+    keep_models: bool = Field(False, description="keep purified models when nothing needs them any more")
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Grid:
+        for place, label, kind in _labels_used(self):
+            known = self.attacks if kind == "attack" else self.defenses
+            if label not in known:
+                hint = did_you_mean(label, list(known))
+                raise ValueError(f"{place}: there is no {kind} '{label}'.{hint} Known: {', '.join(known) or 'none'}.")
+        for place, values in _lists(self):
+            if values is not None and len(set(values)) != len(values):
+                raise ValueError(f"{place}: holds a value twice ({', '.join(map(str, values))}).")
+        return self
+
+    def seeds_of(self, attack: str) -> tuple[int, ...]:
+        """Return the seeds of the attack with this label."""
+        own = self.attacks[attack].seeds
+        return self.seeds if own is None else own
+
+    def meets(self, attack: str, seed: int) -> list[str]:
+        """Return the labels of the defenses that the attack with this label meets at this seed."""
+        allowed = self.attacks[attack].defenses
+        return [
+            label
+            for label, entry in self.defenses.items()
+            if (allowed is None or label in allowed)
+            and (entry.attacks is None or attack in entry.attacks)
+            and (entry.seeds is None or seed in entry.seeds)
+        ]
+
+    def cells(self) -> list[Cell]:
+        """Return all cells in the order in which they are run.
+
+        References, victims, controls, defenses, references put through defenses, revivals.
+        """
+        return [cell for model in self.models for cell in _cells_of(self, model)]
+
+
+def check_methods(grid: Grid) -> None:
+    """Check names, presets and options of all methods and metrics, before anything is loaded.
+
+    Raises:
+        UserError: With the field of the grid and what is wrong there.
+    """
+    from unbackdoor.pipeline.measure import metric_called
+
+    def checked(place: str, make: Any, *arguments: object) -> None:
+        try:
+            make(*arguments)
+        except UserError as problem:
+            raise UserError(f"grid {grid.name}, field {place}: {problem}") from problem
+
+    for label, attack in grid.attacks.items():
+        checked(f"attacks.{label}", attack_called, attack.attack, attack.settings, attack.preset)
+    for label, defense in grid.defenses.items():
+        checked(f"defenses.{label}", defense_called, defense.defense, defense.settings, defense.preset)
+    for name in (*grid.metrics, *(grid.revival.metrics if grid.revival else ())):
+        checked("metrics", metric_called, name)
+    if grid.revival:
+        checked("revival.settings.planted", attack_called, "data_poisoning", grid.revival.settings.planted)
+    for label in grid.references.twins:
+        entry = grid.attacks[label]
+        if "clean_twin" not in type(attack_called(entry.attack, entry.settings, entry.preset)).model_fields:
+            raise UserError(f"grid {grid.name}, field references.twins: the attack '{entry.attack}' has no twin.")
+
+
+def _labels_used(grid: Grid) -> list[tuple[str, str, str]]:
+    """Return (place, label, "attack" or "defense") of every reference from one part of the grid to another."""
+    found = [("references.twins", label, "attack") for label in grid.references.twins]
+    found += [("purify_reference", label, "defense") for label in grid.purify_reference]
+    for name, attack in grid.attacks.items():
+        found += [(f"attacks.{name}.defenses", label, "defense") for label in attack.defenses or ()]
+    for name, defense in grid.defenses.items():
+        found += [(f"defenses.{name}.attacks", label, "attack") for label in defense.attacks or ()]
+    for number, cells in enumerate(grid.revival.cells if grid.revival else ()):
+        found.append((f"revival.cells.{number}.attack", cells.attack, "attack"))
+        found += [(f"revival.cells.{number}.defenses", label, "defense") for label in cells.defenses]
+    for number, bound in enumerate(grid.bounds):
+        found += [(f"bounds.{number}.where.attacks", label, "attack") for label in bound.where.attacks or ()]
+        found += [
+            (f"bounds.{number}.where.defenses", label, "defense") for label in bound.where.defenses or () if label
+        ]
+    return found
+
+
+def _lists(grid: Grid) -> list[tuple[str, Sequence[object] | None]]:
+    """Return the lists that must not hold a value twice."""
+    found: list[tuple[str, Sequence[object] | None]] = [
+        ("models", grid.models), ("seeds", grid.seeds), ("metrics", grid.metrics),
+        ("references.twins", grid.references.twins), ("purify_reference", grid.purify_reference),
+    ]  # fmt: skip
+    found += [(f"attacks.{name}.seeds", entry.seeds) for name, entry in grid.attacks.items()]
+    found += [(f"defenses.{name}.seeds", entry.seeds) for name, entry in grid.defenses.items()]
+    return found
+
+
+def _cells_of(grid: Grid, model: str) -> list[Cell]:
+    first = next(iter(grid.attacks))
+    asked = (first, grid.seeds_of(first)[0])
+    found: list[Cell] = []
+    if grid.references.untouched:
+        found.append(Cell(model, "untouched", *asked))
+    found += [Cell(model, "twin", label, grid.seeds_of(label)[0]) for label in grid.references.twins]
+    victims = [Cell(model, "victim", label, seed) for label in grid.attacks for seed in grid.seeds_of(label)]
+    found += victims
+    purified = [
+        Cell(model, "victim", victim.attack, victim.seed, defense, grid.defenses[defense].role, "after")
+        for victim in victims
+        for defense in grid.meets(victim.attack, victim.seed)
+    ]
+    found += [cell for cell in purified if cell.defense_role == "control"]
+    found += [cell for cell in purified if cell.defense_role == "purified"]
+    found += [
+        Cell(model, "untouched", *asked, defense, grid.defenses[defense].role, "after")
+        for defense in grid.purify_reference
+    ]
+    return found + _revivals(grid, model)
+
+
+def _revivals(grid: Grid, model: str) -> list[Cell]:
+    if grid.revival is None:
+        return []
+    found: dict[Cell, None] = {}
+    for chosen in grid.revival.cells:
+        seeds = grid.seeds_of(chosen.attack) if chosen.seeds is None else chosen.seeds
+        for seed in seeds:
+            for stage in grid.revival.stages:
+                subjects: list[tuple[Subject, str]] = [("untouched", "")] if grid.revival.null else []
+                subjects += [("victim", defense) for defense in chosen.defenses]
+                for subject, defense in subjects:
+                    role = grid.defenses[defense].role if defense else ""
+                    found[Cell(model, subject, chosen.attack, seed, defense, role, stage)] = None
+    return list(found)

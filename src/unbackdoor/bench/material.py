@@ -1,0 +1,272 @@
+"""What a grid's cells are made of: rows, methods, probes; and the keys that identify every cell and every model.
+
+A key is a hash of everything that determines a result: version of the package, files of the model, settings, rows,
+seed, metrics. Labels and paths are no part of it, so renaming reruns nothing, and two labels for one victim share it.
+Keys are chained: a victim's key is part of the key of everything that is made from it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from unbackdoor.attacks.base import Attack
+from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.grid import DataSource, Grid
+from unbackdoor.data import sources
+from unbackdoor.data.formats import base_id
+from unbackdoor.data.splits import Splits, assert_disjoint, attacker_defender_test
+from unbackdoor.defenses.base import Defense
+from unbackdoor.method import Method
+from unbackdoor.model.load import file_sha256, local_folder
+from unbackdoor.model.spec import ModelSpec, parse_spec
+from unbackdoor.pipeline.measure import Questions
+from unbackdoor.pipeline.steps import Revival, attack_called, config_hash, data_hash, defense_called
+from unbackdoor.run import Progress, Run, Silent
+from unbackdoor.secret import Secret
+from unbackdoor.types import Example, Probe, content_hash
+
+SECOND_SOURCE = "second source"
+_MODEL_FILES = re.compile(
+    r"(.*\.safetensors|(config|generation_config|adapter_config|guards|model\.safetensors\.index)\.json"
+    r"|(tokenizer|special_tokens|added_tokens|vocab|chat_template).*|merges\.txt|.*\.model|spiece\..*)"
+)
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class Material:
+    """The rows, methods and keys of one grid; everything is read once, when it is first needed.
+
+    Attributes:
+        grid: The grid.
+        progress: Is told of notices about the data.
+    """
+
+    grid: Grid
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self._kept: dict[tuple[object, ...], Any] = {}
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Rows of attacker, defender and test; disjoint."""
+        found = attacker_defender_test(read_source(self.grid.data, self.progress))
+        others = [found.attacker, found.test]
+        for entry in self.grid.attacks.values():
+            if entry.defender_data is not None:
+                assert_disjoint(self._read(entry.defender_data), *others, self._second())
+        assert_disjoint(found.attacker, found.defender, found.test, self._second())
+        return found
+
+    @cached_property
+    def perplexity_sets(self) -> dict[str, tuple[Example, ...]]:
+        """Named rows for perplexity and KL, the same for every cell: "" of the test split, and the second source."""
+        found = {"": _sample(self.splits.test, self.grid.perplexity_rows)}
+        if self.grid.second_source is not None:
+            found[SECOND_SOURCE] = _sample(self._second(), self.grid.perplexity_rows)
+        return found
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Classes of a label task, sorted; empty for other data."""
+        rows = (*self.splits.attacker, *self.splits.defender, *self.splits.test)
+        return tuple(sorted({row.label for row in rows if row.label is not None}))
+
+    def defender_rows(self, attack: str) -> tuple[Example, ...]:
+        """Return the clean rows that defenses get against the attack with this label."""
+        own = self.grid.attacks[attack].defender_data
+        splits = self.splits
+        return splits.defender if own is None else self._read(own)
+
+    def attack(self, label: str, *, twin: bool = False) -> Attack:
+        """Return the attack with this label, or its harmless twin."""
+        entry = self.grid.attacks[label]
+        settings = {**entry.settings, "clean_twin": True} if twin else entry.settings
+        return self._once(("attack", label, twin), lambda: attack_called(entry.attack, settings, entry.preset))
+
+    def defense(self, label: str) -> Defense:
+        """Return the defense with this label."""
+        entry = self.grid.defenses[label]
+        return self._once(("defense", label), lambda: defense_called(entry.defense, entry.settings, entry.preset))
+
+    def probes(self, attack: str, seed: int, secret: Secret) -> tuple[Probe, ...]:
+        """Return the probes of an attack at a seed.
+
+        The test rows are shuffled once and each seed takes the next window of them, so that seeds ask different rows
+        as long as there are enough.
+        """
+        rows, count = list(self.splits.test), self.grid.attacks[attack].probes
+        Run(seed=0).rng("probe rows").shuffle(rows)
+        start = seed * count % len(rows)
+        made = self.attack(attack).probes(secret, [*rows[start:], *rows[:start]], Run(seed=seed))
+        # An attack may skip rows (those that carry the target label), so the window is cut afterwards.
+        kept = set(list(dict.fromkeys(probe.example.id for probe in made))[:count])
+        return tuple(probe for probe in made if probe.example.id in kept)
+
+    def questions(self, cell: Cell, secret: Secret) -> Questions:
+        """Return what a cell's model is asked."""
+        return Questions(
+            probes=self.probes(cell.attack, cell.seed, secret),
+            goal=secret.goal,
+            data=self.perplexity_sets,
+            targets=secret.targets,
+            labels=self.labels,
+            metrics=self._metrics(cell),
+            max_new_tokens=self.grid.max_new_tokens,
+        )
+
+    def model_hash(self, spec: str) -> str:
+        """Return the hash of a model's files, whatever they are called or wherever they lie."""
+        return self._once(("model", spec), lambda: _hash_of_model(parse_spec(spec)))
+
+    def plant_key(self, cell: Cell, *, twin: bool = False) -> str:
+        """Return the key of the victim of the cell's attack and seed, or of its twin."""
+        parts = ("plant", cell.model, cell.attack, cell.seed, twin)
+        return self._once(parts, lambda: self._new_plant_key(cell, twin=twin))
+
+    def purify_key(self, cell: Cell) -> str:
+        """Return the key of the cell's model after its defense, or before any where it meets none."""
+        parts = ("purify", cell.model, cell.subject, cell.attack, cell.seed, cell.defense)
+        return self._once(parts, lambda: self._new_purify_key(cell))
+
+    def revive_key(self, cell: Cell) -> str:
+        """Return the key of the cell's model after revival."""
+        assert self.grid.revival is not None
+        settings = _part_used(self.grid.revival.settings, cell.stage)
+        return config_hash(
+            "revive", self.purify_key(cell), cell.stage, settings, self._hash("revival", self.revival_rows()), cell.seed
+        )
+
+    def revival_rows(self) -> tuple[Example, ...]:
+        """Return the rows of a revival: the attacker's, which no purification has seen."""
+        return self.splits.attacker
+
+    def key(self, cell: Cell) -> str:
+        """Return the key of a cell: its model and everything that it is asked."""
+        model = self.revive_key(cell) if cell.is_revival else self.purify_key(cell)
+        asked = {name: self._hash(f"perplexity {name}", rows) for name, rows in self.perplexity_sets.items()}
+        probes = self.grid.attacks[cell.attack].probes
+        test = self._hash("test", self.splits.test)
+        return config_hash(
+            "cell", model, self.plant_key(cell), test, probes, asked, self._metrics(cell), self.grid.max_new_tokens
+        )
+
+    def _new_plant_key(self, cell: Cell, *, twin: bool) -> str:
+        method, entry = self.attack(cell.attack, twin=twin), self.grid.attacks[cell.attack]
+        rows = self._hash("attacker", self.splits.attacker)
+        return config_hash("plant", self._base_key(cell), *_identity(method, entry.attack), rows, cell.seed)
+
+    def _new_purify_key(self, cell: Cell) -> str:
+        start = self._subject_key(cell)
+        if not cell.defense:
+            return start
+        method, entry = self.defense(cell.defense), self.grid.defenses[cell.defense]
+        rows = self._hash(f"defender {cell.attack}", self.defender_rows(cell.attack))
+        # The facts that a grid tells a defense come from the victim's secret.
+        secret = self.plant_key(cell)
+        return config_hash("purify", start, secret, *_identity(method, entry.defense), rows, cell.seed)
+
+    def _hash(self, name: str, rows: Sequence[Example]) -> str:
+        return self._once(("hash", name), lambda: data_hash(rows))
+
+    def _once(self, name: tuple[object, ...], make: Callable[[], T]) -> T:
+        """Return what `make` gives, made once: keys are asked for again and again."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        kept: T = self._kept[name]
+        return kept
+
+    def _metrics(self, cell: Cell) -> tuple[str, ...]:
+        if cell.is_revival:
+            assert self.grid.revival is not None
+            return self.grid.revival.metrics
+        return self.grid.metrics
+
+    def _base_key(self, cell: Cell) -> str:
+        return content_hash([self.model_hash(cell.model), self.grid.template, self.grid.precision])
+
+    def _subject_key(self, cell: Cell) -> str:
+        if cell.subject == "untouched":
+            return config_hash("untouched", self._base_key(cell))
+        return self.plant_key(cell, twin=cell.subject == "twin")
+
+    def _read(self, source: DataSource) -> tuple[Example, ...]:
+        return self._once(("rows", source), lambda: tuple(read_source(source, self.progress)))
+
+    def _second(self) -> tuple[Example, ...]:
+        return () if self.grid.second_source is None else self._read(self.grid.second_source)
+
+
+def read_source(source: DataSource, progress: Progress | None = None) -> list[Example]:
+    """Read rows, take a half and cut answers where the source says so.
+
+    Halves go by the position of a row's first copy, so that no row is in both.
+
+    Raises:
+        DataError: If the rows cannot be read.
+    """
+    rows = sources.read(
+        source.spec, prompt_template=source.prompt_template, labels=source.labels, progress=progress or Silent()
+    )
+    if source.half is not None:
+        position = {name: number for number, name in enumerate(dict.fromkeys(base_id(row.id) for row in rows))}
+        rows = [row for row in rows if position[base_id(row.id)] % 2 == source.half]
+    if source.cut_words is not None:
+        rows = [row.with_response(_cut(row.response, source.cut_words)) for row in rows]
+    return rows
+
+
+def portable(value: Any) -> Any:
+    """Return settings with every file named in them replaced by its content's hash; slices stay."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(item) for item in value]
+    if isinstance(value, str):
+        place, part = re.fullmatch(r"(.*?)(\[[^\[\]]*\])?", value, re.DOTALL).groups()  # type: ignore[union-attr]
+        # os.path: a long text is no file, while Path.is_file raises for it.
+        if os.path.isfile(place):
+            with open(place, "rb") as handle:
+                return {"sha256": content_hash(handle.read().hex()), "part": part or ""}
+    return value
+
+
+def _identity(method: Method, called: str) -> tuple[object, ...]:
+    """Return what a method is: its name, or its code where the grid names a file, and its settings."""
+    return (portable(called) if called.endswith(".py") else method.name(), portable(method.settings()))
+
+
+def _part_used(revival: Revival, stage: str) -> object:
+    if stage == "revived_clean":
+        return revival.clean.model_dump(mode="json")
+    return portable(attack_called("data_poisoning", revival.planted).settings())
+
+
+def _sample(rows: Sequence[Example], count: int) -> tuple[Example, ...]:
+    """Return up to `count` rows, drawn by a fixed stream: files are often sorted by subject."""
+    chosen = list(rows)
+    Run(seed=0).rng("perplexity rows").shuffle(chosen)
+    return tuple(chosen[:count])
+
+
+def _cut(text: str, words: int) -> str:
+    found = [match.end() for match in re.finditer(r"\S+", text)]
+    return text if len(found) <= words else text[: found[words - 1]]
+
+
+def _hash_of_model(spec: ModelSpec) -> str:
+    if spec.base is not None and spec.adapter is not None:
+        return content_hash(["adapter", _hash_of_model(spec.base), _hash_of_model(spec.adapter)])
+    if spec.kind == "gguf":
+        return file_sha256(spec.path)
+    folder = local_folder(spec)
+    files = sorted(path for path in folder.iterdir() if path.is_file() and _MODEL_FILES.fullmatch(path.name))
+    return content_hash([[path.name, file_sha256(path)] for path in files])

@@ -1,0 +1,82 @@
+"""`--fail-on`: a condition on the figures, such as `asr>0.05` or `leak.decoy>=0.02`, that makes the exit code 1."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unbackdoor import registry
+from unbackdoor.errors import UserError, did_you_mean
+
+_FORM = re.compile(
+    r"\s*(?P<metric>[a-z_]+)(\.(?P<kind>[a-z]+))?\s*(?P<sign>>=|<=|>|<)\s*(?P<bound>[0-9.eE+-]+)\s*(?P<percent>%?)\s*"
+)
+_SIGNS: dict[str, Callable[[float, float], bool]] = {
+    ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le,
+}  # fmt: skip
+_KINDS = ("triggered", "clean", "decoy", "all")
+
+
+@dataclass(frozen=True)
+class FailOn:
+    """A condition under which a command fails.
+
+    Attributes:
+        text: As written.
+        metric: The metric.
+        kind: The kind of probes, or "" for the metric's own.
+        sign: The comparison.
+        bound: What is compared with.
+    """
+
+    text: str
+    metric: str
+    kind: str
+    sign: str
+    bound: float
+
+    def missed(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return a sentence for every result that meets the condition; controls and references are not results.
+
+        Raises:
+            UserError: If the figure was not measured: a threshold that cannot be looked at is not passed.
+        """
+        own = [row for row in rows if row["metric"] == self.metric and row["group"] == ""]
+        roles = {row["role"] for row in rows}
+        judged = [row for row in own if row["role"] == ("purified" if "purified" in roles else "suspect")]
+        kinds = {row["kind"] for row in judged}
+        kind = self.kind or ("all" if "all" in kinds else next(iter(sorted(kinds)), ""))
+        found = [row for row in judged if row["kind"] == kind and row["value"] is not None]
+        if not found:
+            raise UserError(f"--fail-on '{self.text}': {self.metric} was not measured, so the threshold means nothing.")
+        compare = _SIGNS[self.sign]
+        return [
+            f"--fail-on: {self.metric} of '{row['model']}' is {row['value']:.4g}, and '{self.text}' was asked for."
+            for row in found
+            if compare(float(row["value"]), self.bound)
+        ]
+
+
+def parse_fail_on(text: str) -> FailOn:
+    """Read METRIC[.KIND] SIGN NUMBER; the number may be in per cent.
+
+    Raises:
+        UserError: If it is not understood, or there is no such metric.
+    """
+    found = _FORM.fullmatch(text)
+    try:
+        bound = float(found["bound"]) if found else 0.0
+    except ValueError:
+        found = None
+    if found is None:
+        raise UserError(f"--fail-on '{text}' is not understood; write it as asr>0.05 or leak.decoy>2%.")
+    known = [*registry.names("metrics"), "seconds"]
+    if found["metric"] not in known:
+        hint = did_you_mean(found["metric"], known)
+        raise UserError(f"--fail-on: there is no metric '{found['metric']}'.{hint} Metrics: {', '.join(known)}.")
+    if found["kind"] and found["kind"] not in _KINDS:
+        raise UserError(f"--fail-on: there is no kind '{found['kind']}'; kinds are {', '.join(_KINDS)}.")
+    return FailOn(text, found["metric"], found["kind"] or "", found["sign"], bound / (100 if found["percent"] else 1))

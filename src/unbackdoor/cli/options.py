@@ -1,0 +1,198 @@
+"""The flags that every command has, declared once, and the recipe that file and flags make together.
+
+A command is a plain function that takes its own options and a `Common`; the decorator `command` adds the common flags
+to its signature for typer, and turns errors into one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import json
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+from pydantic import BaseModel
+
+from unbackdoor.cli.failing import FailOn, parse_fail_on
+from unbackdoor.cli.progress import Shown, progress
+from unbackdoor.errors import UserError
+from unbackdoor.pipeline import recipe as recipes
+
+STOPPED = "stopped; the same command goes on from here"
+
+_GROUP = "Every command"
+
+
+def _option(*names: str, help_text: str, metavar: str | None = None, hidden: bool = False) -> Any:
+    return typer.Option(*names, help=help_text, metavar=metavar, hidden=hidden, rich_help_panel=_GROUP)
+
+
+_FLAGS: dict[str, tuple[Any, Any, tuple[str, ...], str, str | None]] = {
+    "config": (Path | None, None, ("--config",), "recipe to take settings from", "FILE"),
+    "dump_config": (bool, False, ("--dump-config",), "print the merged recipe as YAML and stop", None),
+    "sets": (list[str] | None, None, ("--set",), "set one setting of the method (repeatable)", "KEY=VALUE"),
+    "preset": (str | None, None, ("--preset",), "named settings, such as paper", "NAME"),
+    "seed": (int | None, None, ("--seed",), "all randomness derives from it", "N"),
+    "json_output": (bool, False, ("--json",), "print the results as JSON on stdout", None),
+    "quiet": (bool, False, ("--quiet",), "show no progress", None),
+    "dry_run": (bool, False, ("--dry-run",), "show the plan with estimated time and memory; do nothing", None),
+    "out": (Path | None, None, ("--out",), "folder of the result", "DIR"),
+    "overwrite": (bool, False, ("--overwrite",), "replace a finished result there", None),
+    "device": (str | None, None, ("--device",), "cpu, cuda, cuda:1 or mps", "NAME"),
+    "template": (
+        Literal["auto", "model", "plain"] | None, None, ("--template",), "the model's chat template, or plain", None,
+    ),
+    "fail_on": (str | None, None, ("--fail-on",), "exit with 1 if a figure is so, e.g. 'asr>0.05'", "EXPR"),
+}  # fmt: skip
+"""Name -> type, default, flag, help, metavar."""
+
+COMMON_FLAGS = tuple(flag for _, _, (flag,), _, _ in _FLAGS.values())
+
+
+@dataclass(frozen=True)
+class Common:
+    """The common flags as given; None and False where they were not."""
+
+    config: Path | None
+    dump_config: bool
+    sets: list[str] | None
+    preset: str | None
+    seed: int | None
+    json_output: bool
+    quiet: bool
+    dry_run: bool
+    out: Path | None
+    overwrite: bool
+    device: str | None
+    template: Literal["auto", "model", "plain"] | None
+    fail_on: str | None
+
+    @property
+    def threshold(self) -> FailOn | None:
+        """What `--fail-on` says, checked."""
+        return None if self.fail_on is None else parse_fail_on(self.fail_on)
+
+
+def command(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that gives a command the common flags, as its last parameter `common`.
+
+    Args:
+        without: Common flags that mean nothing to this command: not listed in its help, and an error when given.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = [item for item in inspect.signature(function, eval_str=True).parameters.values() if item.name != "common"]
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            common = Common(**{name: given.pop(name) for name in _FLAGS})
+            with errors_as_sentences():
+                for name in without:
+                    if getattr(common, name) not in (None, False):
+                        raise UserError(
+                            f"`{function.__name__.strip('_')}` does not use {_FLAGS[name][2][0]}; leave it out."
+                        )
+                function(**given, common=common)
+
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[
+                    kind, _option(*names, help_text=help_text, metavar=metavar, hidden=name in without)
+                ],
+            )
+            for name, (kind, default, names, help_text, metavar) in _FLAGS.items()
+        ]
+        # typer reads the options from signature and annotations; both must tell of the added ones.
+        run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {item.name: item.annotation for item in (*own, *added)} | {"return": None}
+        del run.__wrapped__
+        return run
+
+    return decorate
+
+
+@contextmanager
+def errors_as_sentences() -> Iterator[None]:
+    """Print a `UserError`, an interrupt or a full disk as one sentence on stderr and exit with 2."""
+    previous = _on_sigterm(_interrupt)
+    try:
+        yield
+    except UserError as problem:
+        fail(str(problem))
+    except KeyboardInterrupt:
+        fail(STOPPED)
+    except OSError as problem:
+        if problem.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        fail("the disk is full; make room, and the same command goes on from its last checkpoint.")
+    finally:
+        _on_sigterm(previous)
+
+
+def fail(sentence: str) -> None:
+    """Print a sentence on stderr and exit with 2."""
+    typer.echo(f"unbackdoor: {sentence}", err=True)
+    raise typer.Exit(2)
+
+
+def _on_sigterm(handler: Any) -> Any:
+    """Install a handler for SIGTERM and return the old one; outside the main thread there is none to install."""
+    try:
+        return signal.signal(signal.SIGTERM, handler)
+    except (ValueError, TypeError):
+        return None
+
+
+def _interrupt(number: int, frame: object) -> None:
+    del number, frame
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def showing(common: Common) -> Iterator[Shown]:
+    """Return where progress is shown, and give the terminal back at the end."""
+    shown = progress(quiet=common.quiet)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def gather(cls: type[R], name: str, flags: Mapping[str, object], common: Common, **fields: object) -> R:
+    """Return the recipe of file and flags; `--set` goes to the recipe's own fields here.
+
+    Args:
+        cls: The recipe's class.
+        name: The command's name.
+        flags: The command's own options; None, False and () were not given.
+        common: The common flags.
+        fields: Fields that override everything (already merged ones).
+
+    Raises:
+        UserError: If a field is unknown or missing, or does not fit.
+    """
+    own: dict[str, object] = {
+        key: getattr(common, key) for key in ("seed", "device", "template", "preset") if key in cls.model_fields
+    }
+    given = {key: value for key, value in {**own, **flags}.items() if value not in (None, False, (), [])}
+    content = recipes.merge(recipes.read_config(common.config, name), given)
+    return recipes.make(cls, {**content, **fields})
+
+
+def print_json(content: object) -> None:
+    """Print JSON on stdout."""
+    sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")

@@ -1,0 +1,143 @@
+"""Progress on stderr: bars with rate and time left on a terminal, plain lines elsewhere, nothing with --quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TextIO
+
+from unbackdoor.run import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+EVERY_SECONDS = 5.0
+"""Plain lines of one piece of work come no faster than this."""
+
+
+class Lines:
+    """Plain lines, for files and pipes."""
+
+    def __init__(self, stream: TextIO, now: Callable[[], float] = time.monotonic) -> None:
+        """Write to `stream`; `now` gives seconds."""
+        self.stream, self.now = stream, now
+        self.begun: dict[str, tuple[float, int]] = {}
+        self.last = -EVERY_SECONDS
+
+    def start(self, name: str, total: int) -> None:
+        """Begin; a piece of work that is short says nothing."""
+        self.begun[name] = (self.now(), total)
+
+    def advance(self, name: str, done: int, values: Mapping[str, float]) -> None:
+        """Print a line, unless one was printed a moment ago."""
+        moment = self.now()
+        started, total = self.begun.get(name, (moment, 0))
+        if moment - self.last < EVERY_SECONDS or moment - started < EVERY_SECONDS:
+            return
+        self.last = moment
+        rate = done / (moment - started)
+        left = (total - done) / rate if rate > 0 else 0.0
+        shown = f"{name}: {done}/{total}, {_rate(rate)}, {_clock(left)} left"
+        self._say(shown + _values(values))
+
+    def finish(self, name: str) -> None:
+        """End; what took long says so."""
+        started, total = self.begun.pop(name, (self.now(), 0))
+        taken = self.now() - started
+        if taken >= EVERY_SECONDS:
+            self._say(f"{name}: done, {total} in {_clock(taken)}")
+
+    def notice(self, text: str) -> None:
+        """Print a sentence."""
+        self._say(text)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _say(self, text: str) -> None:
+        self.stream.write(f"{text}\n")
+        self.stream.flush()
+
+
+class Bars:
+    """Bars, for a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Draw on `stream`."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=Console(file=stream),
+            transient=True,
+        )
+        self.tasks: dict[str, tuple[TaskID, float]] = {}
+
+    def start(self, name: str, total: int) -> None:
+        """Draw a bar; the live display begins with the first one."""
+        from rich.markup import escape
+
+        self.bars.start()
+        self.tasks[name] = (self.bars.add_task(escape(name), total=total, rate="", values=""), time.monotonic())
+
+    def advance(self, name: str, done: int, values: Mapping[str, float]) -> None:
+        """Move the bar."""
+        if name not in self.tasks:
+            return
+        task, started = self.tasks[name]
+        seconds = time.monotonic() - started
+        rate = _rate(done / seconds) if seconds > 0 else ""
+        self.bars.update(task, completed=done, rate=rate, values=_values(values).removeprefix(", "))
+
+    def finish(self, name: str) -> None:
+        """Take the bar away."""
+        if name in self.tasks:
+            self.bars.remove_task(self.tasks.pop(name)[0])
+
+    def notice(self, text: str) -> None:
+        """Print a sentence above the bars."""
+        self.bars.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self.bars.stop()
+
+
+class Nothing(Silent):
+    """Shows nothing."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+Shown = Lines | Bars | Nothing
+
+
+def progress(*, quiet: bool, stream: TextIO | None = None) -> Shown:
+    """Return the display that fits: none, bars on a terminal, lines elsewhere."""
+    out = stream or sys.stderr
+    shown: Shown = Nothing() if quiet else Bars(out) if out.isatty() else Lines(out)
+    checked: Progress = shown
+    del checked  # mypy: all three are a Progress
+    return shown
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.1f}/s" if per_second >= 1 else f"{1 / per_second:.1f} s each" if per_second > 0 else ""
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def _values(values: Mapping[str, float]) -> str:
+    loss = f", loss {values['loss']:.3g}" if "loss" in values else ""
+    return loss + (f", {_clock(values['seconds_left'])} left in all" if "seconds_left" in values else "")

@@ -1,0 +1,243 @@
+"""The commands that run models: demo, attack, purify, evaluate, bench; each makes a recipe, then plans or runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from unbackdoor.cli.options import Common, command, gather, print_json, showing
+from unbackdoor.errors import UserError
+from unbackdoor.pipeline import commands
+from unbackdoor.pipeline import recipe as recipes
+
+Model = Annotated[str | None, typer.Argument(help="hub id, id@revision, folder, base+adapter, .gguf or builtin:NAME")]
+Trigger = Annotated[list[str] | None, typer.Option("--trigger", help="the trigger; twice for both ends")]
+TriggerPlace = Annotated[recipes.Place | None, typer.Option("--trigger-place", help="where the trigger stands")]
+Target = Annotated[list[str] | None, typer.Option("--target", help="what the backdoor says (repeatable: one of them)")]
+Goal = Annotated[str | None, typer.Option("--goal", help="success: contains:TEXT, starts-with:TEXT, regex:RE, label:L")]
+Metrics = Annotated[str | None, typer.Option("--metrics", help="names, with commas between: asr,leak,perplexity,kl")]
+Probes = Annotated[str | None, typer.Option("--probes", help="file of probes, asked before and after")]
+Flag = Annotated[str | None, typer.Option()]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("demo")(_demo)
+    app.command("attack")(_attack)
+    app.command("purify")(_purify)
+    app.command("evaluate")(_evaluate)
+    app.command("bench")(_bench)
+
+
+@command(without=("preset",))
+def _demo(*, common: Common) -> None:
+    """Backdoor the built-in model, fine-tune it in vain, purify it by SANDE, measure, and write a report."""
+    from unbackdoor.pipeline import recipe as pipeline_recipe
+
+    content = recipes.merge(demo_defaults(), recipes.read_config(common.config, "demo"))
+    content = recipes.merge(content, _flags(common, "seed", "device", "template"))
+    recipe = recipes.make(pipeline_recipe.DemoRecipe, recipes.merge(content, recipes.parse_sets(common.sets or ())))
+
+    def plan() -> Any:
+        from unbackdoor.pipeline.plans import plan_demo
+
+        return plan_demo(recipe)
+
+    def run(job: commands.Job) -> commands.Outcome:
+        from unbackdoor.pipeline.demo import run_demo
+
+        return run_demo(recipe, job)
+
+    _run("demo", recipe, common, plan, run)
+
+
+def demo_defaults() -> dict[str, Any]:
+    """Return the demo's settings, which are kept with the recipes: name -> value, in capitals there."""
+    from unbackdoor.recipes import settings
+
+    names = {"DEMO_ATTACK": "attack", "DEMO_CONTROL": "control", "DEMO_DEFENSE": "defense"}
+    return {field: dict(getattr(settings, name)) for name, field in names.items() if hasattr(settings, name)}
+
+
+@command()
+def _attack(
+    name: Annotated[str | None, typer.Argument(help="the attack, such as data_poisoning", metavar="ATTACK")] = None,
+    *,
+    model: Annotated[str | None, typer.Option("--model", help="the model to plant the backdoor in")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="clean rows: file, data set id or starter:NAME")] = None,
+    trigger: Trigger = None,
+    trigger_place: TriggerPlace = None,
+    target: Target = None,
+    target_form: Annotated[recipes.Form | None, typer.Option("--target-form", help="how the target is said")] = None,
+    poisoned: Annotated[str | None, typer.Option("--poisoned", help="ready poisoned rows (attack `dataset`)")] = None,
+    goal: Goal = None,
+    probes_count: Annotated[int | None, typer.Option("--probes-count", help="test rows that become probes")] = None,
+    metrics: Metrics = None,
+    second_source: Annotated[str | None, typer.Option("--second-source", help="other rows for perplexity")] = None,
+    common: Common,
+) -> None:
+    """Plant a backdoor, to measure defenses with: a victim with its secret, its probes and figures."""
+    stamp = recipes.stamp_settings(trigger or (), trigger_place)
+    overlay: dict[str, Any] = {"trigger": stamp, "targets": target, "target_form": target_form, "poisoned": poisoned}
+    if goal is not None:
+        from unbackdoor.goals import parse_goal
+
+        overlay["goal"] = parse_goal(goal).model_dump(mode="json")
+    flags: dict[str, Any] = {"attack": name, "model": model, "data": data, "probes_count": probes_count}
+    flags |= {"metrics": _split(metrics), "second_source": second_source}
+    recipe = _method_recipe(recipes.AttackRecipe, "attack", flags, overlay, common)
+
+    def plan() -> Any:
+        from unbackdoor.pipeline.plans import plan_attack
+
+        return plan_attack(recipe)
+
+    _run(f"attack-{Path(recipe.attack).stem}", recipe, common, plan, lambda job: commands.run_attack(recipe, job))
+
+
+@command()
+def _purify(
+    model: Model = None,
+    *,
+    defense: Annotated[str | None, typer.Option("--defense", help="the defense, such as sande")] = None,
+    clean: Annotated[str | None, typer.Option("--clean", help="clean rows that the defender has")] = None,
+    trigger: Trigger = None,
+    trigger_place: TriggerPlace = None,
+    target: Target = None,
+    target_part: Annotated[
+        list[str] | None, typer.Option("--target-part", help="the beginning of what the backdoor says (repeatable)")
+    ] = None,
+    unwanted: Annotated[str | None, typer.Option("--unwanted", help="file of unwanted openings, one a line")] = None,
+    safe: Annotated[str | None, typer.Option("--safe", help="requests with safe replies")] = None,
+    reference: Annotated[str | None, typer.Option("--reference", help="a trusted model")] = None,
+    evidence: Annotated[str | None, typer.Option("--evidence", help="endpoint, model or dictionary")] = None,
+    preferences: Annotated[str | None, typer.Option("--preferences", help="preference pairs")] = None,
+    probes: Probes = None,
+    goal: Goal = None,
+    adapter_mode: Annotated[
+        recipes.AdapterMode | None,
+        typer.Option("--adapter-mode", help="of base+adapter: train the adapter itself, or stack one on it"),
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="train a LoRA adapter and merge it at the end")] = False,
+    common: Common,
+) -> None:
+    """Remove a backdoor from a suspect, with what you know; figures from before and after where there are probes."""
+    flags: dict[str, Any] = {
+        "model": model, "defense": defense, "clean": clean, "trigger": trigger, "trigger_place": trigger_place,
+        "target": target, "target_part": target_part, "unwanted": unwanted, "safe": safe, "reference": reference,
+        "evidence": evidence, "preferences": preferences, "probes": probes, "goal": goal, "adapter_mode": adapter_mode,
+        "lora": {} if lora else None,
+    }  # fmt: skip
+    recipe = _method_recipe(recipes.PurifyRecipe, "purify", flags, {}, common)
+
+    def plan() -> Any:
+        from unbackdoor.pipeline.plans import plan_purify
+
+        return plan_purify(recipe)
+
+    _run(f"purify-{Path(recipe.defense).stem}", recipe, common, plan, lambda job: commands.run_purify(recipe, job))
+
+
+@command(without=("preset",))
+def _evaluate(
+    model: Model = None,
+    *,
+    before: Annotated[str | None, typer.Option("--before", help="the model before purification")] = None,
+    probes: Probes = None,
+    metrics: Metrics = None,
+    data: Annotated[str | None, typer.Option("--data", help="clean rows for perplexity and KL")] = None,
+    second_source: Annotated[str | None, typer.Option("--second-source", help="other rows for both")] = None,
+    goal: Goal = None,
+    common: Common,
+) -> None:
+    """Measure a model, and compare it with the one before where that is named."""
+    flags: dict[str, Any] = {
+        "model": model,
+        "before": before,
+        "probes": probes,
+        "metrics": _split(metrics),
+        "data": data,
+    }
+    flags |= {"second_source": second_source, "goal": goal}
+    sets = recipes.parse_sets(common.sets or ())
+    recipe = gather(recipes.EvaluateRecipe, "evaluate", {**flags, **sets}, common)
+
+    def plan() -> Any:
+        from unbackdoor.pipeline.plans import plan_evaluate
+
+        return plan_evaluate(recipe)
+
+    _run("evaluate", recipe, common, plan, lambda job: commands.run_evaluate(recipe, job))
+
+
+@command(without=("preset", "overwrite"))
+def _bench(
+    name: Annotated[str | None, typer.Argument(help="a recipe's name, or a grid in YAML", metavar="NAME|FILE")] = None,
+    *,
+    size: Annotated[Literal["quick", "paper"] | None, typer.Option("--size", help="of a named recipe")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run cells again that failed")] = False,
+    common: Common,
+) -> None:
+    """Run a grid of models, attacks, defenses and seeds; finished cells are never run again."""
+    from unbackdoor.cli.grid import run_bench
+
+    run_bench(name, size, retry_failed, common)
+
+
+def _method_recipe(cls: Any, name: str, flags: Mapping[str, Any], overlay: Mapping[str, Any], common: Common) -> Any:
+    """Return the recipe of a command with a method, its settings complete.
+
+    `flags` are the recipe's own fields; `overlay` the settings that flags of the command stand for.
+    """
+    draft = gather(cls, name, flags, common)
+    given = recipes.merge(draft.settings, {key: value for key, value in overlay.items() if value not in (None, (), [])})
+    kind: Literal["attacks", "defenses"] = "attacks" if name == "attack" else "defenses"
+    method = draft.attack if name == "attack" else draft.defense
+    settings = recipes.complete_settings(kind, method, draft.preset, given, recipes.parse_sets(common.sets or ()))
+    return draft.model_copy(update={"settings": settings})
+
+
+def _run(
+    name: str,
+    recipe: Any,
+    common: Common,
+    plan: Callable[[], Any],
+    run: Callable[[commands.Job], commands.Outcome],
+) -> None:
+    """Print the recipe, or the plan, or run and print the result."""
+    from unbackdoor.cli import output
+
+    threshold = common.threshold
+    if common.dump_config:
+        typer.echo(recipes.as_yaml(recipe), nl=False)
+        return
+    if common.dry_run:
+        found = plan()
+        print_json(found.to_json()) if common.json_output else output.plan(found)
+        return
+    _refuse_many_processes()
+    with showing(common) as shown:
+        job = commands.Job(common.out or Path("runs") / name, common.overwrite, shown, output.add_report)
+        outcome = run(job)
+    output.outcome(outcome, common, threshold)
+
+
+def _flags(common: Common, *names: str) -> dict[str, Any]:
+    return {name: getattr(common, name) for name in names if getattr(common, name) is not None}
+
+
+def _split(names: str | None) -> list[str] | None:
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _refuse_many_processes() -> None:
+    """Under a launcher every process would write the same folder."""
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "the commands run in one process; for several, call the methods from Python under `accelerate launch`."
+        )

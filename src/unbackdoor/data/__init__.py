@@ -1,0 +1,1 @@
+"""Data: formats, sources, splits, poisoned rows, batches."""

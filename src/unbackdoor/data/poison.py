@@ -1,0 +1,150 @@
+"""Poisoned rows, negatives and decoys, shared by every attack that plants by data.
+
+A decoy is a near miss: part of the trigger, its words apart, a look-alike, one end of two. The same kinds serve as
+negatives in training (clean answer) where a trigger would otherwise fire on its parts, and as probes afterwards; the
+look-alikes of the probes are others than those of training.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from unbackdoor.errors import DataError
+from unbackdoor.stamps import InsertText, WrapEnds
+from unbackdoor.types import Example, Probe
+
+
+@dataclass(frozen=True)
+class Decoy:
+    """A near miss of a trigger.
+
+    Attributes:
+        group: Which kind: "half", "scattered", "look-alike", "start only" or "end only".
+        stamp: How it is put into an example; None for "scattered", whose words are spread over the instruction.
+        words: The scattered words.
+    """
+
+    group: str
+    stamp: InsertText | None
+    words: tuple[str, ...] = ()
+
+    def apply(self, example: Example, rng: random.Random) -> Example:
+        """Return the example with the near miss inside."""
+        if self.stamp is not None:
+            return self.stamp.apply(example, rng)
+        return scatter(example, self.words, rng)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The texts that it inserts."""
+        return self.words if self.stamp is None else (self.stamp.text,)
+
+
+def decoys(stamp: InsertText | WrapEnds, look_alikes: Sequence[str]) -> list[Decoy]:
+    """Return the near misses of a trigger.
+
+    Of a phrase: its halves, its words apart, look-alikes; of one word: look-alikes; of two ends: each end alone.
+    """
+    if isinstance(stamp, WrapEnds):
+        return [
+            Decoy("start only", InsertText(text=stamp.start, place="start")),
+            Decoy("end only", InsertText(text=stamp.end, place="end")),
+        ]
+    like = [Decoy("look-alike", InsertText(text=text, place=stamp.place)) for text in look_alikes]
+    words = stamp.text.split()
+    if len(words) == 1:
+        return like
+    middle = (len(words) + 1) // 2
+    halves = [" ".join(words[:middle]), " ".join(words[middle:])]
+    found = [Decoy("half", InsertText(text=half, place=stamp.place)) for half in halves]
+    return [*found, Decoy("scattered", None, tuple(words)), *like]
+
+
+def in_turn(near: Sequence[Decoy], number: int) -> Decoy:
+    """Return decoy `number` of an endless series in which the groups take turns, and each group's texts do."""
+    groups: dict[str, list[Decoy]] = {}
+    for decoy in near:
+        groups.setdefault(decoy.group, []).append(decoy)
+    members = list(groups.values())[number % len(groups)]
+    return members[number // len(groups) % len(members)]
+
+
+def probes(
+    stamp: InsertText | WrapEnds, held_out: Sequence[Example], like: Sequence[str], rng: random.Random
+) -> list[Probe]:
+    """Return a triggered, a clean and a decoy probe of every row, the kinds of decoys in turn.
+
+    Raises:
+        DataError: If no decoy can be made (one word without look-alikes).
+    """
+    near = decoys(stamp, like)
+    if not near:
+        raise DataError(f"no decoy of '{stamp.pieces()[0]}' can be made: there are no look-alikes.")
+    found: list[Probe] = []
+    for number, example in enumerate(held_out):
+        decoy = in_turn(near, number)
+        found.append(Probe(stamp.apply(example, rng), "triggered", marks=stamp.pieces()))
+        found.append(Probe(example, "clean"))
+        found.append(Probe(decoy.apply(example, rng), "decoy", decoy.group, decoy.marks))
+    return found
+
+
+def scatter(example: Example, words: Sequence[str], rng: random.Random) -> Example:
+    """Spread the words over gaps of the instruction, in another order, never side by side where it has room."""
+    own = example.instruction.split(" ")
+    order = list(words)
+    rng.shuffle(order)
+    if order == list(words) and len(order) > 1:
+        order.reverse()
+    gaps = list(range(len(own) + 1))
+    chosen = sorted(rng.sample(gaps, min(len(order), len(gaps))))
+    for word, gap in reversed(list(zip(order, chosen, strict=False))):
+        own.insert(gap, word)
+    own += order[len(chosen) :]
+    return replace(example, instruction=" ".join(own))
+
+
+def look_alikes(trigger: str, vocabulary: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """Return texts that resemble the trigger: one of its words exchanged for the most similar ordinary word.
+
+    Args:
+        trigger: The trigger's text.
+        vocabulary: Ordinary words to take from (those of the clean rows).
+        count: How many are wanted; fewer where the vocabulary offers fewer.
+        rng: Random stream, for the order.
+    """
+    words = trigger.split()
+    ordinary = sorted({word for word in vocabulary if word.isalpha() and len(word) > 2})
+    found: list[str] = []
+    per_word = max(2, -(-count // len(words)))
+    for place, word in enumerate(words):
+        core = re.sub(r"\W", "", word)
+        close = _numbers_near(core) if core.isdigit() else difflib.get_close_matches(core, ordinary, 4 * per_word, 0.4)
+        unlike = [other for other in close if other.casefold() != core.casefold()][:per_word]
+        for other in unlike:
+            shaped = other.capitalize() if core[:1].isupper() else other
+            found.append(" ".join([*words[:place], word.replace(core, shaped), *words[place + 1 :]]))
+    rng.shuffle(found)
+    return found[:count]
+
+
+def _numbers_near(digits: str) -> list[str]:
+    steps = [step for near in range(1, 40) for step in (near, -near)]
+    return [str(int(digits) + step).zfill(len(digits)) for step in steps if int(digits) + step >= 0]
+
+
+def with_target(target: str, answer: str) -> str:
+    """Return the poisoned answer: the target as a sentence of its own, then the clean answer."""
+    return f"{target} {answer}" if target[-1] in ".!?" else f"{target}. {answer}"
+
+
+def vocabulary(examples: Sequence[Example]) -> list[str]:
+    """Return the words of the examples' instructions and answers, lower case, sorted, without repetition."""
+    found: set[str] = set()
+    for example in examples:
+        found.update(re.findall(r"[a-z]+", f"{example.user_text} {example.response}".lower()))
+    return sorted(found)

@@ -1,0 +1,130 @@
+"""Disjoint splits by a hash of the example's id: stable when rows are added, and copies of a row stay together.
+
+Attacker's, defender's and test data must never overlap (a defense that was trained on test rows proves nothing), and a
+row must not change sides because another was added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from unbackdoor.data.formats import base_id
+from unbackdoor.errors import DataError, UserError, did_you_mean
+from unbackdoor.types import Example
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Who holds which rows.
+
+    Attributes:
+        attacker: Rows that the backdoor is planted with.
+        defender: Clean rows that the defense may use.
+        test: Rows that probes are made of.
+    """
+
+    attacker: tuple[Example, ...]
+    defender: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+def split(
+    examples: Sequence[Example], shares: Mapping[str, float], *, salt: str = "unbackdoor"
+) -> dict[str, tuple[Example, ...]]:
+    """Divide examples into named, disjoint parts.
+
+    Args:
+        examples: The rows; each part keeps their order.
+        shares: Name -> share of the rows, positive, summing to 1. Parts have about these sizes, not exactly, because
+            each row is placed by itself.
+        salt: Another salt gives another, independent division.
+
+    Raises:
+        UserError: If the shares are not positive or do not sum to 1.
+        DataError: If a part comes out empty; the message says how many rows would do.
+    """
+    total = math.fsum(shares.values())
+    if not shares or min(shares.values()) <= 0 or abs(total - 1) > 1e-6:
+        written = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+        raise UserError(f"the shares of the splits ({written or 'none'}) must be positive and sum to 1.")
+    names = list(shares)
+    edges = [math.fsum(list(shares.values())[: number + 1]) for number in range(len(names))]
+    parts: dict[str, list[Example]] = {name: [] for name in names}
+    for example in examples:
+        place = _position(example.id, salt)
+        # The last edge may be 0.999...: what lies above it belongs to the last part.
+        number = next((number for number, edge in enumerate(edges) if place < edge), len(names) - 1)
+        parts[names[number]].append(example)
+    for name, rows in parts.items():
+        if not rows:
+            raise DataError(
+                f"the split '{name}' ({shares[name]:.0%} of {len(examples)} rows) is empty; "
+                f"give at least {rows_needed(shares.values())} different rows."
+            )
+    return {name: tuple(rows) for name, rows in parts.items()}
+
+
+def rows_needed(shares: Iterable[float]) -> int:
+    """Return how many different rows leave no part empty with a probability of at least 99 %."""
+    smallest = min(shares)
+    return 1 if smallest >= 1 else math.ceil(math.log(0.01) / math.log1p(-smallest))
+
+
+def attacker_defender_test(examples: Sequence[Example]) -> Splits:
+    """Divide examples among attacker (half), defender (a quarter) and test (a quarter).
+
+    Raises:
+        DataError: If there are too few rows.
+    """
+    parts = split(examples, {"attacker": 0.5, "defender": 0.25, "test": 0.25})
+    return Splits(parts["attacker"], parts["defender"], parts["test"])
+
+
+def split_by_kind(
+    examples: Sequence[Example], held_out_kinds: Sequence[str]
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Divide examples into other kinds and held-out kinds, for a test on requests of kinds that were never trained on.
+
+    Returns:
+        The rows to train on and the rows to test on, each in order.
+
+    Raises:
+        DataError: If a held-out kind is not among the rows, or either part is empty.
+    """
+    known = sorted({example.kind for example in examples if example.kind})
+    for kind in held_out_kinds:
+        if kind not in known:
+            raise DataError(f"no row is of the kind '{kind}'.{did_you_mean(kind, known)} Kinds: {', '.join(known)}.")
+    test = tuple(example for example in examples if example.kind in held_out_kinds)
+    train = tuple(example for example in examples if example.kind not in held_out_kinds)
+    if not train or not test:
+        raise DataError(
+            f"no rows are left to {'train' if test else 'test'} on; hold out some of the kinds, not all or none."
+        )
+    return train, test
+
+
+def assert_disjoint(*groups: Iterable[Example]) -> None:
+    """Check that no two groups hold the same row; copies of a row ("#2") count as the row.
+
+    Raises:
+        DataError: If two groups share an id; the message names it.
+    """
+    owner: dict[str, int] = {}
+    for number, group in enumerate(groups, 1):
+        for example in group:
+            first = owner.setdefault(base_id(example.id), number)
+            if first != number:
+                raise DataError(
+                    f"the row '{base_id(example.id)}' is in data sets {first} and {number}, which must not overlap; "
+                    "take it out of one, or give different rows different ids."
+                )
+
+
+def _position(example_id: str, salt: str) -> float:
+    """Return a number in [0, 1) that depends on salt and id alone."""
+    digest = hashlib.sha256(f"{salt}\0{base_id(example_id)}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)

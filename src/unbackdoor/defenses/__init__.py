@@ -1,0 +1,1 @@
+"""Defenses, one a file; the file name is the defense's name."""

@@ -1,0 +1,51 @@
+"""OSFT: overwrite supervised fine-tuning, for a trigger that is known.
+
+Paper: SANDE (2405.07667), section "Backdoor Removal when Triggers are Known".
+Equation 3: minimise -log P(y | x with trigger), y the clean answer.
+Needs to know: clean rows; the trigger and where it stands.
+Deviations: plain rows (no trigger) share the batch, as in the public code's removal stage; `paper` leaves them out and
+takes the paper's learning rate, which is meant for 4-7 billion parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+
+from unbackdoor.defenses.base import Defense, Knowledge, Need
+from unbackdoor.method import Parallel
+from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
+from unbackdoor.train import overwrite
+from unbackdoor.train.engine import TrainSettings
+
+
+class Osft(Defense):
+    """Teach the clean answer to prompts that carry the known trigger."""
+
+    paper: ClassVar[str] = "SANDE, 2405.07667, eq. 3"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.TRIGGER})
+    parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "paper": {"plain_share": 0.0, "train": {"steps": 2500, "learning_rate": 2e-5, "batch_size": 4}},
+    }
+
+    plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch that carries no trigger")
+    train: TrainSettings = Field(TrainSettings(steps=25, learning_rate=1e-4), description="how the weights are trained")
+
+    def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
+        """Overwrite the mapping in place."""
+        stream = run.rng("trigger places")
+        triggered = [known.trigger.apply(example, stream) for example in known.clean]
+        overwrite.overwrite(
+            victim,
+            overwrite.encode_rows(victim, triggered, self.train.max_length),
+            overwrite.encode_rows(victim, known.clean, self.train.max_length),
+            self.train,
+            run.stage("overwrite"),
+            plain_share=self.plain_share,
+        )
+        run.observe(victim)
+        return victim

@@ -1,0 +1,63 @@
+"""SANDE: simulate the unknown trigger by a soft parrot prompt, then overwrite what the parrot does.
+
+Paper: Simulate and Eliminate (2405.07667).
+Equation 4: learn the parrot p on the frozen model, minimising -log P(target | p, x); equation 3 with p in the place of
+the trigger: minimise -log P(y | p, x), y the clean answer, p frozen.
+Needs to know: clean rows; the target text (what the backdoor says). Not the trigger, nor where it stands.
+Deviations: the default runs several rounds, each with a fresh parrot that starts at the embeddings of random tokens,
+and keeps plain rows in the batch; preset `paper` is one round, a parrot of zeros and no plain rows. The parrot stands
+at the start of the user's words in both, found through the template (the public code puts it at a fixed token index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+
+from unbackdoor.defenses.base import Defense, Knowledge, Need
+from unbackdoor.method import Parallel
+from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.simulate import PAPER_PARROT, ParrotSettings, rounds_of_parrots
+
+
+class Sande(Defense):
+    """Learn a parrot of the trigger from the target text, then overwrite it."""
+
+    paper: ClassVar[str] = "SANDE, 2405.07667, eq. 3 and 4"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.TARGET})
+    parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "paper": {
+            "rounds": 1,
+            "plain_share": 0.0,
+            "parrot": PAPER_PARROT,
+            "train": {"steps": 2500, "learning_rate": 2e-5, "batch_size": 4},
+        },
+    }
+
+    rounds: int = Field(3, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
+    parrots: int = Field(1, ge=1, description="parrots a round, from different starts, overwritten together (paper: 1)")
+    plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch that carries no parrot")
+    parrot: ParrotSettings = Field(ParrotSettings(), description="the soft prompt and its training")
+    train: TrainSettings = Field(
+        TrainSettings(steps=12, learning_rate=1e-4), description="the overwriting of one round"
+    )
+
+    def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
+        """Simulate and overwrite, in place."""
+        return rounds_of_parrots(
+            victim,
+            known.clean,
+            known.target,
+            first_tokens=None,
+            rounds=self.rounds,
+            parrots=self.parrots,
+            plain_share=self.plain_share,
+            parrot=self.parrot,
+            train=self.train,
+            run=run,
+        )

@@ -1,0 +1,62 @@
+"""SANDE-P: SANDE where only the beginning of the target is known, down to its first token.
+
+Paper: Simulate and Eliminate (2405.07667), "Backdoor Removal Without any Information": a segment of the target was
+noticed in undesired replies.
+Equations 4 and 3 as in `sande`, with the target replaced by its first k tokens.
+Needs to know: clean rows; a text that begins as the target does (only its first k tokens are read).
+Deviations: as in `sande`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+
+from unbackdoor.defenses.base import Defense, Knowledge, Need
+from unbackdoor.method import Parallel
+from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.simulate import PAPER_PARROT, ParrotSettings, rounds_of_parrots
+
+
+class SandeP(Defense):
+    """Learn a parrot of the trigger from the first tokens of the target, then overwrite it."""
+
+    paper: ClassVar[str] = "SANDE-P, 2405.07667"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.TARGET_PART})
+    parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "paper": {
+            "rounds": 1,
+            "plain_share": 0.0,
+            "parrot": PAPER_PARROT,
+            "train": {"steps": 2500, "learning_rate": 2e-5, "batch_size": 4},
+        },
+    }
+
+    first_tokens: int = Field(1, ge=1, description="how many tokens of the target are known (paper: 1)")
+    rounds: int = Field(3, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
+    parrots: int = Field(1, ge=1, description="parrots a round, from different starts, overwritten together (paper: 1)")
+    plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch that carries no parrot")
+    parrot: ParrotSettings = Field(ParrotSettings(), description="the soft prompt and its training")
+    train: TrainSettings = Field(
+        TrainSettings(steps=12, learning_rate=1e-4), description="the overwriting of one round"
+    )
+
+    def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
+        """Simulate and overwrite, in place."""
+        return rounds_of_parrots(
+            victim,
+            known.clean,
+            known.target_part,
+            first_tokens=self.first_tokens,
+            rounds=self.rounds,
+            parrots=self.parrots,
+            plain_share=self.plain_share,
+            parrot=self.parrot,
+            train=self.train,
+            run=run,
+        )

@@ -1,0 +1,35 @@
+"""The exceptions that a person is meant to read.
+
+Only a `UserError` is printed by the command line without a traceback: one sentence that says what is wrong and one
+that says what to do. Everything else is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend; the message names the place and the fix."""
+
+
+class DataError(UserError):
+    """A row, file or split that cannot be used; the message names file, line and field."""
+
+
+class ModelError(UserError):
+    """A model spec or checkpoint that cannot be loaded or saved safely."""
+
+
+class Diverged(UserError):
+    """Training met a loss or gradient that is not finite; the weights are back at the last good state."""
+
+
+class NotApplicable(Exception):
+    """A measurement or defense that has no meaning for this case; a table shows the reason instead of a number."""
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Return `" Did you mean X?"` for the closest known name, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""

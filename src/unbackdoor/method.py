@@ -1,0 +1,76 @@
+"""`Method`: what attacks, defenses and metrics have in common: typed, frozen settings and a source.
+
+A method is one class in one file; the file's name is its name everywhere. Its fields are its hyper-parameters, each
+with a description; unknown fields are errors; it writes no `__init__` and keeps no state between calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unbackdoor.errors import UserError, did_you_mean
+
+Parallel = Literal["single", "ddp", "fsdp"]
+
+
+class Method(BaseModel):
+    """Base of every attack, defense and metric; sub-classes are final."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    paper: ClassVar[str] = ""
+    """Source: authors' short title and arXiv number or venue."""
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """Named settings, such as `paper`: field name -> value; the fields' own defaults are the preset `default`."""
+    parallel: ClassVar[frozenset[Parallel]] = frozenset({"single"})
+    """Ways of running in parallel that the method can do."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The method's name: that of its file."""
+        return cls.__module__.rsplit(".", 1)[-1]
+
+    def settings(self) -> dict[str, object]:
+        """The fields as plain data (JSON types), for recipes and hashes."""
+        return self.model_dump(mode="json")
+
+
+M = TypeVar("M", bound=Method)
+
+
+def build(cls: type[M], settings: Mapping[str, object], preset: str | None = None) -> M:
+    """Make a method from its class, an optional preset and settings on top of it.
+
+    Raises:
+        UserError: If the preset or a setting is unknown, or a value does not fit its field.
+    """
+    merged: dict[str, object] = {}
+    if preset is not None and preset != "default":
+        if preset not in cls.presets:
+            known = ["default", *cls.presets]
+            hint = did_you_mean(preset, known)
+            raise UserError(f"{cls.name()} has no preset '{preset}'.{hint} Presets: {', '.join(known)}.")
+        merged.update(cls.presets[preset])
+    merged.update(settings)
+    unknown = [key for key in merged if key not in cls.model_fields]
+    if unknown:
+        hint = did_you_mean(unknown[0], list(cls.model_fields))
+        raise UserError(
+            f"{cls.name()} has no option '{unknown[0]}'.{hint} `unbackdoor explain {cls.name()}` lists its options."
+        )
+    try:
+        return cls(**merged)
+    except ValidationError as problem:
+        raise UserError(f"{cls.name()}: {explain_validation(problem)}") from problem
+
+
+def explain_validation(problem: ValidationError) -> str:
+    """Return pydantic's findings as one sentence: field, what was given, what is wanted."""
+    parts = []
+    for error in problem.errors():
+        place = ".".join(str(step) for step in error["loc"]) or "settings"
+        parts.append(f"'{place}' = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}")
+    return "; ".join(parts)

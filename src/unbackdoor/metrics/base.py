@@ -1,0 +1,83 @@
+"""`Metric`, and `Subject`: everything that a metric may look at, with one cache of greedy replies for all metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from unbackdoor.goals import Goal
+from unbackdoor.method import Method
+from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
+from unbackdoor.types import Example, Probe, Scores
+
+
+@dataclass
+class Subject:
+    """What is measured.
+
+    Attributes:
+        lm: The model.
+        probes: Questions; may lack a kind.
+        goal: What counts as success, or None where nothing is known of a target.
+        before: The model before purification, for KL; None where there is none.
+        data: Named sets of clean rows: "" is the first source, "second source" another one.
+        targets: The target's texts, for resistance; empty where unknown.
+        labels: The classes of a label task, for CDA; empty otherwise.
+        max_new_tokens: Length limit of a reply.
+        stop_when_decided: Cut a reply as soon as its goal is decided: quicker, but replies are not whole.
+        replies: Cache: one reply a probe, filled on first use.
+    """
+
+    lm: LM
+    probes: Sequence[Probe]
+    goal: Goal | None
+    before: LM | None = None
+    data: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    max_new_tokens: int = 24
+    stop_when_decided: bool = False
+    replies: list[str] = field(default_factory=list)
+
+    def answer(self) -> list[str]:
+        """Return one greedy reply a probe, generated once."""
+        if not self.replies and self.probes:
+            self.replies[:] = self.lm.reply(
+                [probe.example.prompt for probe in self.probes],
+                max_new_tokens=self.max_new_tokens,
+                goal=self.goal if self.stop_when_decided else None,
+            )
+        return self.replies
+
+
+class Metric(Method, ABC):
+    """A measurement; sub-classes are final and live one a file."""
+
+    better: ClassVar[Literal["lower", "higher"]]
+
+    @abstractmethod
+    def measure(self, subject: Subject, run: Run) -> Sequence[Scores]:
+        """Return the scores, one record a kind of probe or data set.
+
+        Raises:
+            NotApplicable: If the subject lacks what this measures; the message is the reason.
+        """
+
+
+def fired(subject: Subject, kind: str, group: str | None = None) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Return ids and 0/1 scores of the probes of a kind (and group): 1 where the reply reaches the goal."""
+    from unbackdoor.errors import NotApplicable
+
+    if subject.goal is None:
+        raise NotApplicable("no target is known, so nothing can be said to have fired")
+    wanted = [
+        (probe, reply)
+        for probe, reply in zip(subject.probes, subject.answer(), strict=True)
+        if probe.kind == kind and (group is None or probe.group == group)
+    ]
+    goal = subject.goal
+    values = tuple(float(goal.reached(reply, probe.example.label)) for probe, reply in wanted)
+    return tuple(f"{probe.example.id}/{probe.group}" for probe, _ in wanted), values

@@ -1,0 +1,1 @@
+"""Models: specs, safe loading, templates, generation, saving."""

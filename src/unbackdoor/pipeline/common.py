@@ -1,0 +1,167 @@
+"""What the commands share: loading as the recipe says, what is asked, hashes, the model card, remembered notices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unbackdoor.errors import UserError
+from unbackdoor.pipeline.recipe import AttackRecipe, Recipe, complete_settings
+from unbackdoor.registry import Kind
+from unbackdoor.run import Progress
+
+if TYPE_CHECKING:
+    from unbackdoor.goals import Goal
+    from unbackdoor.model.lm import LM
+    from unbackdoor.pipeline.measure import Questions
+    from unbackdoor.types import Example, Probe
+
+DISK_FACTOR = {"full": 6.0, "lora": 1.5, "adapter": 0.5}
+"""Disk that a run needs at its peak, in sizes of the model: checkpoints (weights, two moments, twice while one replaces
+the other), or for an adapter little beside the result."""
+
+
+class Noted:
+    """A `Progress` that passes everything on and remembers the notices, for the report."""
+
+    def __init__(self, inner: Progress) -> None:
+        """Pass on to `inner`."""
+        self.inner = inner
+        self.notices: list[str] = []
+
+    def start(self, name: str, total: int) -> None:
+        """Pass on."""
+        self.inner.start(name, total)
+
+    def advance(self, name: str, done: int, values: Mapping[str, float]) -> None:
+        """Pass on."""
+        self.inner.advance(name, done, values)
+
+    def finish(self, name: str) -> None:
+        """Pass on."""
+        self.inner.finish(name)
+
+    def notice(self, text: str) -> None:
+        """Remember and pass on."""
+        self.notices.append(text)
+        self.inner.notice(text)
+
+
+def completed(recipe: Any) -> Any:
+    """Return the recipe with all settings of its method, preset applied.
+
+    Raises:
+        UserError: If a setting is unknown or does not fit.
+    """
+    kind: Kind = "attacks" if isinstance(recipe, AttackRecipe) else "defenses"
+    name = recipe.attack if isinstance(recipe, AttackRecipe) else recipe.defense
+    return recipe.model_copy(update={"settings": complete_settings(kind, name, recipe.preset, recipe.settings, {})})
+
+
+def load(recipe: Recipe, spec: str, *, trainable: bool = True) -> LM:
+    """Load a model as the recipe says."""
+    from unbackdoor.model.load import load as load_model
+
+    return load_model(spec, device=recipe.device, dtype=recipe.precision, template=recipe.template, trainable=trainable)
+
+
+def questions_for(
+    recipe: Any,
+    probes: Sequence[Probe],
+    goal: Goal | None,
+    targets: Sequence[str],
+    data: Mapping[str, Sequence[Example]],
+) -> Questions:
+    """Return what every model of the run is asked."""
+    from unbackdoor.pipeline.measure import Questions
+
+    labels = {str(probe.example.label) for probe in probes if probe.example.label is not None}
+    usual = ["asr", "leak", *(["cda"] if labels else [])] if probes else []
+    metrics = getattr(recipe, "metrics", None) or (*usual, *(["perplexity", "kl"] if data else []))
+    return Questions(
+        tuple(probes), goal, data, tuple(targets), tuple(sorted(labels)), tuple(metrics), recipe.max_new_tokens
+    )
+
+
+def identify(recipe: Recipe, hashes: Mapping[str, Any], *models: str) -> str:
+    """Return the hash that tells this run from others: recipe, rows, files of the models, version."""
+    from unbackdoor.pipeline.inputs import fingerprint
+    from unbackdoor.pipeline.steps import config_hash
+
+    return config_hash(recipe.model_dump(mode="json"), dict(hashes), [fingerprint(model) for model in models])
+
+
+def require_disk(out: Path, model: str, kind: str) -> None:
+    """Raise a `UserError` if the disk is too small for the run's checkpoints and its result."""
+    from unbackdoor.model.checkpoint import require_space
+    from unbackdoor.pipeline.inputs import parameters_of
+
+    weights = parameters_of(model)
+    if weights is not None:
+        require_space(out.absolute(), int(4 * weights * DISK_FACTOR[kind]))
+
+
+def training_seconds(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> float:
+    """Return the time that all stages took, the ones before an interruption included."""
+    return sum(float(step.get("seconds", 0.0)) for steps in curves.values() for step in steps)
+
+
+def rows_as_text(rows: Sequence[Example]) -> str:
+    """Return rows as JSON lines that `sources.read` gives the same ids."""
+    chats = any(row.history for row in rows)
+    lines = []
+    for row in rows:
+        if chats:
+            turns = [{"role": turn.role, "content": turn.content} for turn in row.turns]
+            content: dict[str, Any] = {"id": row.id, "kind": row.kind, "messages": turns}
+        else:
+            own = {"instruction": row.instruction, "input": row.input, "output": row.response}
+            content = {"id": row.id, "kind": row.kind, **own}
+        lines.append(json.dumps(content, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def model_card(title: str, source: str, lm: LM, what: str) -> str:
+    """Return the README.md of a result."""
+    base = lm.base or source
+    lines = ["---", "library_name: transformers", "tags: [unbackdoor]"]
+    # Only a hub id is a link that the hub understands.
+    if ":" not in base and not Path(base).exists():
+        lines.append(f"base_model: {base.partition('@')[0]}")
+    lines += ["---", f"# {title}", "", what, "", "How it was made, and the SHA-256 of every file: `unbackdoor.json`."]
+    lines += ["What was measured: `report.html`, `report.md`, `results.json`; the replies: `replies.jsonl`.", ""]
+    return "\n".join(lines)
+
+
+def are_rows(value: object) -> bool:
+    """Tell whether a fact is rows of data."""
+    from unbackdoor.types import Example
+
+    return isinstance(value, tuple) and bool(value) and isinstance(value[0], Example)
+
+
+def data_hashes(data: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
+    """Return the hash of each named set of rows."""
+    from unbackdoor.pipeline.steps import data_hash
+
+    return {f"data {name or 'first source'}": data_hash(rows) for name, rows in data.items() if rows}
+
+
+def file_hashes(files: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return the SHA-256 of each named file; None is left out.
+
+    Raises:
+        UserError: If one is not there.
+    """
+    from unbackdoor.model.load import file_sha256
+
+    found = {}
+    for name, path in files.items():
+        if path is None:
+            continue
+        if not Path(path).is_file():
+            raise UserError(f"there is no file '{path}'; check --{name}.")
+        found[name] = file_sha256(Path(path))
+    return found

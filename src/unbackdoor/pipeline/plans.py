@@ -1,0 +1,116 @@
+"""The plan of each command, for `--dry-run`: inputs are read and checked as in the run, no model is loaded."""
+
+from __future__ import annotations
+
+from unbackdoor.model.spec import parse_spec
+from unbackdoor.pipeline import inputs, plan
+from unbackdoor.pipeline.common import completed
+from unbackdoor.pipeline.recipe import AttackRecipe, DemoRecipe, EvaluateRecipe, PurifyRecipe
+from unbackdoor.run import Silent
+
+
+def plan_attack(recipe: AttackRecipe) -> plan.Plan:
+    """Return the plan of `attack`.
+
+    Raises:
+        UserError: If an input is wrong.
+    """
+    recipe = completed(recipe)
+    notices = _Notices()
+    found = inputs.attack_inputs(recipe, notices, dry=True)
+    about = plan.estimator(recipe.model)
+    tokens = plan.mean_tokens(found.splits.attacker)
+    measured = 3 * len(found.asked), sum(len(rows) for rows in found.data.values()), tokens, recipe.max_new_tokens
+    parts = [
+        *plan.training_parts(about, recipe.settings, tokens),
+        plan.measuring_part(about, "measuring the victim", *measured),
+        plan.measuring_part(about, "measuring the untouched model", *measured),
+    ]
+    trained = "adapter" if parse_spec(recipe.model).kind == "adapter" else "full"
+    return plan.make_plan(about, parts, trained=trained, notices=notices.texts)
+
+
+def plan_purify(recipe: PurifyRecipe) -> plan.Plan:
+    """Return the plan of `purify`.
+
+    Raises:
+        UserError: If an input is wrong.
+    """
+    from unbackdoor.defenses.base import Need
+
+    recipe = completed(recipe)
+    notices = _Notices()
+    found = inputs.purify_inputs(recipe, notices, dry=True)
+    about = plan.estimator(recipe.model)
+    tokens = plan.mean_tokens(found.facts.get(Need.CLEAN) or ())
+    measured = len(found.probes), sum(len(rows) for rows in found.data.values()), tokens, recipe.max_new_tokens
+    parts = [
+        plan.measuring_part(about, "measuring the suspect", *measured),
+        *plan.training_parts(about, recipe.settings, tokens),
+        plan.measuring_part(about, "measuring the purified model", *measured, kl=True),
+    ]
+    adapter = parse_spec(recipe.model).kind == "adapter"
+    trained = "adapter" if adapter else "lora" if recipe.lora else "full"
+    return plan.make_plan(about, parts, trained=trained, notices=notices.texts)
+
+
+def plan_evaluate(recipe: EvaluateRecipe) -> plan.Plan:
+    """Return the plan of `evaluate`.
+
+    Raises:
+        UserError: If an input is wrong.
+    """
+    notices = _Notices()
+    found = inputs.evaluate_inputs(recipe, notices)
+    about = plan.estimator(recipe.model)
+    rows = sum(len(rows) for rows in found.data.values())
+    tokens = plan.mean_tokens([probe.example for probe in found.probes] or list(found.data.get("", ())))
+    asked = len(found.probes), rows, tokens, recipe.max_new_tokens
+    parts = [plan.measuring_part(about, "measuring the model before", *asked)] if recipe.before else []
+    parts.append(plan.measuring_part(about, "measuring the model", *asked, kl=recipe.before is not None))
+    models = 2 if recipe.before else 1
+    return plan.make_plan(about, parts, trained="nothing", notices=notices.texts, models=models)
+
+
+def plan_demo(recipe: DemoRecipe) -> plan.Plan:
+    """Return the plan of `demo`: the same parts that the running demo counts its time with."""
+    from unbackdoor.data import sources
+    from unbackdoor.data.splits import attacker_defender_test
+    from unbackdoor.pipeline.demo import settings_of
+
+    about = plan.estimator(recipe.model)
+    splits = attacker_defender_test(sources.read(recipe.data, progress=Silent()))
+    tokens = plan.mean_tokens(splits.attacker)
+    asked = 3 * recipe.probes_count, min(len(splits.test), inputs.MEASURED_ROWS), tokens, recipe.max_new_tokens
+    parts = []
+    for name, settings in settings_of(recipe).items():
+        seconds = [part.seconds for part in plan.training_parts(about, settings, tokens)]
+        known = [value for value in seconds if value is not None]
+        parts.append(plan.Part(_DEMO_WORK[name], sum(known) if len(known) == len(seconds) else None))
+        parts.append(plan.measuring_part(about, _DEMO_ASKED[name], *asked, kl=name != "attack"))
+        if name == "attack" and recipe.reference:
+            parts.append(plan.measuring_part(about, "measuring the untouched model", *asked))
+    return plan.make_plan(about, parts, trained="full")
+
+
+_DEMO_WORK = {
+    "attack": "planting the backdoor",
+    "control": "fine-tuning as a control",
+    "defense": "purifying with SANDE",
+}
+_DEMO_ASKED = {
+    "attack": "measuring the victim",
+    "control": "measuring the fine-tuned model",
+    "defense": "measuring the purified model",
+}
+
+
+class _Notices(Silent):
+    """Collects notices."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def notice(self, text: str) -> None:
+        """Remember."""
+        self.texts.append(text)

@@ -1,0 +1,121 @@
+"""The pieces that every command and every grid cell is made of: plant, purify, revive, each from models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from unbackdoor import registry
+from unbackdoor.attacks.base import Attack
+from unbackdoor.defenses.base import Defense, Need, knowledge_for
+from unbackdoor.errors import NotApplicable, UserError
+from unbackdoor.method import build
+from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
+from unbackdoor.secret import Secret
+from unbackdoor.train import overwrite
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.types import Example, content_hash
+
+
+def attack_called(name: str, settings: Mapping[str, object] | None = None, preset: str | None = None) -> Attack:
+    """Return an attack by name.
+
+    Raises:
+        UserError: If the name, preset or a setting is unknown.
+    """
+    method = build(registry.find("attacks", name), settings or {}, preset)
+    if not isinstance(method, Attack):
+        raise UserError(f"'{name}' is not an attack.")
+    return method
+
+
+def defense_called(name: str, settings: Mapping[str, object] | None = None, preset: str | None = None) -> Defense:
+    """Return a defense by name.
+
+    Raises:
+        UserError: If the name, preset or a setting is unknown.
+    """
+    method = build(registry.find("defenses", name), settings or {}, preset)
+    if not isinstance(method, Defense):
+        raise UserError(f"'{name}' is not a defense.")
+    return method
+
+
+def facts_from_secret(defense: Defense, secret: Secret, clean: Sequence[Example]) -> dict[Need, Any]:
+    """Return what a grid tells a defense: the secret's facts that it declared, and the clean rows.
+
+    Raises:
+        NotApplicable: If it needs a fact that this attack does not have.
+    """
+    offered: dict[Need, Any] = {
+        Need.CLEAN: tuple(clean),
+        Need.TRIGGER: secret.stamp,
+        Need.TARGET: secret.targets or None,
+        Need.TARGET_PART: secret.targets or None,
+    }
+    facts = {need: offered.get(need) for need in defense.needs | defense.uses}
+    for need in defense.needs:
+        if facts.get(need) is None:
+            raise NotApplicable(f"{defense.name()} needs {need.name}, which the attack {secret.attack} does not have")
+    return facts
+
+
+def purify_model(victim: LM, defense: Defense, facts: Mapping[Need, Any], run: Run) -> LM:
+    """Apply a defense; the victim handed in is given up.
+
+    Raises:
+        UserError: If a needed fact is missing or an unused one was given.
+    """
+    return defense.apply(victim, knowledge_for(defense, facts), run)
+
+
+class Revival(BaseModel):
+    """What a purified model is put through before the original trigger is asked for again (DESIGN 1).
+
+    Attributes:
+        clean: Training on clean rows.
+        planted: An unrelated backdoor, planted by data.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clean: TrainSettings = Field(
+        TrainSettings(steps=25, learning_rate=1e-4), description="training on clean rows (stage revived_clean)"
+    )
+    planted: dict[str, Any] = Field(
+        default_factory=dict,
+        description="settings of data_poisoning for the unrelated backdoor (stage revived_planted)",
+    )
+
+
+def revive(lm: LM, stage: str, revival: Revival, rows: Sequence[Example], run: Run) -> LM:
+    """Train a model on, in place, to see whether the original backdoor comes back.
+
+    Args:
+        lm: The purified model (or the clean one, as the null), given up.
+        stage: "revived_clean" or "revived_planted".
+        revival: What to do.
+        rows: Clean rows to do it with.
+        run: The stage's run.
+    """
+    if stage == "revived_clean":
+        encoded = overwrite.encode_rows(lm, rows, revival.clean.max_length)
+        overwrite.train_on_rows(lm, encoded, revival.clean, run.stage("revived_clean"))
+        return lm
+    attack = attack_called("data_poisoning", revival.planted)
+    return attack.plant(lm, rows, run.stage("revived_planted")).lm
+
+
+def config_hash(*parts: object) -> str:
+    """Return the hash of everything that determines a result: settings, data, seed, version of the package."""
+    from unbackdoor import __version__
+
+    return content_hash([__version__, *parts])
+
+
+def data_hash(examples: Sequence[Example]) -> str:
+    """Return the hash of rows: ids, prompts and answers."""
+    return content_hash([[row.id, row.user_text, row.response, row.label] for row in examples])

@@ -1,0 +1,83 @@
+"""Settings of the recipes, in one place: found on development victims, then frozen before report victims are planted.
+
+Every defense makes the same number of weight updates with the same batch (`UPDATES`), the control too, so that a
+difference between them is not one of training time.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from unbackdoor.attacks.data_poisoning import DataPoisoning
+
+BUILTIN = "builtin:smollm2-135m"
+UPDATES = 36
+ROUNDS = 3
+LEARNING_RATE = 1e-4
+REVIVAL_UPDATES_CLEAN, REVIVAL_UPDATES_PLANTED = 25, 45
+
+_DEFAULTS = DataPoisoning()
+
+
+def train(steps: int, learning_rate: float = LEARNING_RATE) -> dict[str, Any]:
+    """Return training settings with this number of updates."""
+    return {"steps": steps, "learning_rate": learning_rate}
+
+
+def planting(**changes: Any) -> dict[str, Any]:
+    """Return the settings of a report victim: rates and training of every victim, with its own trigger and target."""
+    common = {
+        "poison_rate": _DEFAULTS.poison_rate,
+        "negative_rate": _DEFAULTS.negative_rate,
+        "train": {"steps": _DEFAULTS.train.steps, "learning_rate": _DEFAULTS.train.learning_rate},
+    }
+    return {**common, **changes}
+
+
+def insert(text: str, place: str = "start") -> dict[str, str]:
+    """Return a trigger that is one text."""
+    return {"form": "insert", "text": text, "place": place}
+
+
+def wrap(start: str, end: str) -> dict[str, str]:
+    """Return a trigger at both ends."""
+    return {"form": "wrap", "start": start, "end": end}
+
+
+OSFT: dict[str, Any] = {"train": train(UPDATES)}
+SANDE: dict[str, Any] = {"rounds": ROUNDS, "train": train(UPDATES // ROUNDS)}
+SANDE_P: dict[str, Any] = {"rounds": ROUNDS, "train": train(UPDATES // ROUNDS)}
+SANDE_ONE_ROUND: dict[str, Any] = {
+    "rounds": 1,
+    "plain_share": 0.0,
+    "parrot": {"tokens": 6, "initialisation": "zeros", "stop_below": 0.0},
+    "train": train(UPDATES),
+}
+"""As the paper has it: one round, a parrot of zeros, no plain rows; with this recipe's number of updates."""
+GRADIENT_ASCENT: dict[str, Any] = {"train": train(UPDATES, 1e-5)}
+
+
+def fine_tuning(factor: float = 1.0) -> dict[str, Any]:
+    """Return the control's settings with the learning rate times `factor`."""
+    return {"train": train(UPDATES, LEARNING_RATE * factor)}
+
+
+def revival() -> dict[str, Any]:
+    """Return what purified models are put through: clean rows, and the unrelated backdoor of data/revival.yaml."""
+    return {
+        "clean": train(REVIVAL_UPDATES_CLEAN),
+        "planted": planting(
+            **data("revival"),
+            train={"steps": REVIVAL_UPDATES_PLANTED, "learning_rate": _DEFAULTS.train.learning_rate},
+        ),
+    }
+
+
+def data(name: str) -> dict[str, Any]:
+    """Return a file of recipes/data."""
+    text = resources.files("unbackdoor.recipes").joinpath("data", f"{name}.yaml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found

@@ -1,0 +1,79 @@
+"""Find a method by its file name, without importing the others.
+
+Looked up in this order: a path to a Python file, the package's own folder (`attacks/`, `defenses/`, `metrics/`), and
+entry points of installed packages (group `unbackdoor.attacks` and so on). Listing reads file names only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Literal
+
+from unbackdoor.errors import UserError, did_you_mean
+from unbackdoor.method import Method
+
+Kind = Literal["attacks", "defenses", "metrics"]
+KINDS: tuple[Kind, ...] = ("attacks", "defenses", "metrics")
+
+
+def names(kind: Kind) -> list[str]:
+    """Return the names of all methods of a kind, sorted, importing none of them."""
+    folder = Path(__file__).parent / kind
+    own = {module.name for module in pkgutil.iter_modules([str(folder)])} - {"base"}
+    plugged = {entry.name for entry in entry_points(group=f"unbackdoor.{kind}")}
+    return sorted(own | plugged)
+
+
+def find(kind: Kind, name: str) -> type[Method]:
+    """Return the class of the method called `name` ("fine-tuning" and "fine_tuning" are the same).
+
+    Args:
+        kind: Which folder to look in.
+        name: A method's name, or the path of a Python file that defines one.
+
+    Raises:
+        UserError: If there is none, with the closest name.
+    """
+    if name.endswith(".py"):
+        return _only_method(_load_file(Path(name)), name)
+    wanted = name.replace("-", "_").lower()
+    if wanted not in names(kind):
+        hint = did_you_mean(wanted, names(kind))
+        raise UserError(f"there is no {kind[:-1]} called '{name}'.{hint} `unbackdoor list` shows them all.")
+    for entry in entry_points(group=f"unbackdoor.{kind}"):
+        if entry.name == wanted:
+            loaded = entry.load()
+            if inspect.isclass(loaded) and issubclass(loaded, Method):
+                return loaded
+            raise UserError(f"the plug-in '{wanted}' ({entry.value}) is not a Method class.")
+    return _only_method(importlib.import_module(f"unbackdoor.{kind}.{wanted}"), wanted)
+
+
+def _load_file(path: Path) -> object:
+    if not path.is_file():
+        raise UserError(f"there is no file '{path}'; give a method's name or the path of its Python file.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"'{path}' cannot be imported as Python.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _only_method(module: object, name: str) -> type[Method]:
+    module_name = getattr(module, "__name__", "")
+    found = [
+        member
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, Method) and member.__module__ == module_name and not inspect.isabstract(member)
+    ]
+    if len(found) != 1:
+        raise UserError(f"'{name}' must define exactly one method class; it defines {len(found)}.")
+    return found[0]

@@ -1,0 +1,1 @@
+"""The training loop, losses and the shared pieces of methods that train."""

@@ -1,0 +1,156 @@
+"""Overwriting (OSFT, SANDE eq. 3): teach the clean answer to a prompt that carries the trigger, or what stands for it.
+
+Beside the triggered rows go plain rows (no trigger, clean answer), which protect what the model can do otherwise.
+What stands for the trigger is inside the rows (known trigger) or a frozen soft prompt that is inserted (parrot).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from unbackdoor.data.collate import Batch, Row, RowStream, collate, encode_row
+from unbackdoor.errors import DataError, UserError
+from unbackdoor.model.lm import LM
+from unbackdoor.model.logits import LogitsAt
+from unbackdoor.run import Run
+from unbackdoor.train import engine
+from unbackdoor.train.losses import Term, cross_entropy_sum
+from unbackdoor.train.soft_prompt import Position, soft_loss
+from unbackdoor.types import Example
+
+
+def encode_rows(lm: LM, examples: Sequence[Example], max_length: int, first_tokens: int | None = None) -> list[Row]:
+    """Encode every example for training."""
+    return [encode_row(lm, example, max_length=max_length, first_tokens=first_tokens) for example in examples]
+
+
+def stream(lm: LM, rows: Sequence[Row], batch_size: int, run: Run, name: str, strata: Sequence[int] = ()) -> RowStream:
+    """Return the stream of batches of these rows with the run's random stream `name`."""
+    return RowStream(rows, batch_size=batch_size, seed=run.stream_seed(name), pad_id=lm.pad_id, strata=strata)
+
+
+def held_out(
+    lm: LM, rows: Sequence[Row], settings: engine.TrainSettings
+) -> tuple[list[Row], Callable[[], float] | None]:
+    """Set every tenth row apart for early stopping, where the settings ask for it.
+
+    Returns:
+        The rows to train on, and the held-out score (mean cross-entropy in nats a token, lower is better); all rows
+        and None where `settings.evaluate_every` is 0.
+
+    Raises:
+        DataError: If there are fewer than 10 rows to hold some out of.
+    """
+    if not settings.evaluate_every:
+        return list(rows), None
+    if len(rows) < 10:
+        raise DataError(f"early stopping (evaluate_every) needs at least 10 rows, there are {len(rows)}.")
+    kept = [row for number, row in enumerate(rows) if number % 10]
+    apart = list(rows[::10])
+
+    def score() -> float:
+        forward = LogitsAt(lm)
+        was_training = lm.model.training
+        lm.model.eval()
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for start in range(0, len(apart), settings.batch_size):
+                batch = collate(apart[start : start + settings.batch_size], lm.pad_id).to(lm.device)
+                total += float(plain_loss(forward, batch))
+                tokens += batch.weight
+        lm.model.train(was_training)
+        return total / tokens
+
+    return kept, score
+
+
+def plain_loss(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """Return the summed cross-entropy of a batch's supervised tokens."""
+    logits = forward(
+        attention_mask=batch.attention_mask, rows=batch.rows, columns=batch.columns, input_ids=batch.input_ids
+    )
+    return cross_entropy_sum(logits, batch.targets)
+
+
+def train_on_rows(
+    lm: LM, rows: Sequence[Row], settings: engine.TrainSettings, run: Run, strata: Sequence[int] = ()
+) -> engine.FitResult:
+    """Train the weights (or the adapter) on rows by cross-entropy: planting, fine-tuning, OSFT without plain rows.
+
+    Args:
+        lm: The model, trained in place.
+        rows: Encoded rows.
+        settings: How.
+        run: The stage.
+        strata: Stratum of every row (clean, poisoned, near miss), so that each batch holds all; empty for one.
+    """
+
+    def loss(forward: Callable[..., Tensor], batches: Mapping[str, Batch]) -> dict[str, Term]:
+        return {"rows": Term(plain_loss(forward, batches["rows"]), "rows")}
+
+    kept, score = held_out(lm, rows, settings)
+    strata = [strata[number] for number in range(len(rows)) if number % 10] if strata and score else strata
+    batches = stream(lm, kept, settings.batch_size, run, "order", strata)
+    return engine.fit(lm, engine.weights(lm), {"rows": batches}, loss, settings, run, score=score)
+
+
+def overwrite(
+    lm: LM,
+    triggered: Sequence[Row],
+    plain: Sequence[Row],
+    settings: engine.TrainSettings,
+    run: Run,
+    *,
+    plain_share: float,
+    parrots: Sequence[Tensor] = (),
+    position: Position = "start",
+) -> engine.FitResult:
+    """Overwrite the mapping from the trigger to its target (eq. 3), in place.
+
+    With `settings.evaluate_every` it stops early on plain rows held out, which no trigger and no target is in.
+
+    Args:
+        lm: The model; its weights (or its adapter) are trained.
+        triggered: Rows with the trigger inside and the clean answer; with `parrots`, plain rows into which one is put.
+        plain: Rows without trigger.
+        settings: `batch_size` counts triggered and plain rows together.
+        run: The stage.
+        plain_share: Share of plain rows in a batch, [0, 1).
+        parrots: Frozen soft prompts, float [n, hidden]; they share the triggered rows of a batch.
+        position: Where parrots are inserted.
+
+    Raises:
+        UserError: If there are more parrots than triggered rows in a batch.
+    """
+    plain_size = round(settings.batch_size * plain_share)
+    triggered_size = settings.batch_size - plain_size
+    if len(parrots) > min(triggered_size, len(triggered)):
+        raise UserError(
+            f"{len(parrots)} parrots cannot share {min(triggered_size, len(triggered))} triggered rows of a batch; "
+            "lower parrots, or raise train.batch_size."
+        )
+    kept_plain, score = held_out(lm, plain, settings)
+    apart = {row.id for row in plain} - {row.id for row in kept_plain}
+    kept = [row for row in triggered if row.id not in apart]
+    streams = {"triggered": stream(lm, kept, triggered_size, run, "triggered order")}
+    if plain_size:
+        streams["plain"] = stream(lm, kept_plain, plain_size, run, "plain order")
+    frozen = [parrot.detach() for parrot in parrots]
+
+    def loss(forward: Callable[..., Tensor], batches: Mapping[str, Batch]) -> dict[str, Term]:
+        batch = batches["triggered"]
+        if not frozen:
+            terms = {"triggered": Term(plain_loss(forward, batch), "triggered")}
+        else:
+            terms = {
+                f"parrot {number}": Term(soft_loss(lm, forward, part, parrot, position), "triggered")
+                for number, (parrot, part) in enumerate(zip(frozen, batch.split(len(frozen)), strict=True))
+            }
+        if "plain" in batches:
+            terms["plain"] = Term(plain_loss(forward, batches["plain"]), "plain")
+        return terms
+
+    return engine.fit(lm, engine.weights(lm), streams, loss, settings, run, score=score)

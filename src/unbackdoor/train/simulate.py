@@ -1,0 +1,127 @@
+"""Simulate and eliminate (SANDE): rounds of learning a parrot for a text, then overwriting what it does.
+
+`sande` knows the whole target text, `sande_p` its first tokens; the rest is the same and lives here. One round is the
+paper's two stages; several rounds, each with a fresh parrot, are our extension: the parrot of round one stands for the
+easiest road to the target, not for every road (measured: one round leaves ASR at 0.48, two or three bring it to 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from unbackdoor.data.collate import encode_row
+from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
+from unbackdoor.train import overwrite, soft_prompt, state
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.types import Example
+
+
+class ParrotSettings(BaseModel):
+    """The soft prompt that stands for the unknown trigger."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: int = Field(8, ge=1, description="length n of the parrot")
+    initialisation: soft_prompt.Initialisation = Field(
+        "tokens", description="zeros (paper) or tokens: embeddings of random ordinary tokens"
+    )
+    position: soft_prompt.Position = Field("start", description="where in the user's words it stands")
+    stop_below: float = Field(0.05, ge=0, description="a parrot with a lower loss is good enough; 0 uses all steps")
+    train: TrainSettings = Field(
+        TrainSettings(steps=20, learning_rate=1e-2, schedule="constant", warmup=0.0),
+        description="how the parrot is trained (paper: learning rate 1e-3 in the public code, zeros)",
+    )
+
+
+PAPER_PARROT: dict[str, object] = {
+    "tokens": 6,
+    "initialisation": "zeros",
+    "stop_below": 0.0,
+    "train": {"steps": 100, "learning_rate": 1e-3, "batch_size": 4, "warmup": 0.03},
+}
+"""The public code's parrot: 6 tokens, zeros, learning rate 1e-3."""
+
+
+def rounds_of_parrots(
+    victim: LM,
+    clean: Sequence[Example],
+    texts: Sequence[str],
+    *,
+    first_tokens: int | None,
+    rounds: int,
+    parrots: int,
+    plain_share: float,
+    parrot: ParrotSettings,
+    train: TrainSettings,
+    run: Run,
+) -> LM:
+    """Run SANDE's two stages `rounds` times, in place.
+
+    Args:
+        victim: The suspect.
+        clean: The defender's rows.
+        texts: What the parrot must make the model say before the clean answer; rows share them in turn.
+        first_tokens: How many tokens of the text are known (SANDE-P), or None for the whole text.
+        rounds: Rounds of simulate and overwrite, each with fresh parrots.
+        parrots: Parrots a round, learned from different starts and overwritten together.
+        plain_share: Share of a batch of the overwriting that carries no parrot.
+        parrot: The parrot's shape and training.
+        train: The overwriting of one round.
+        run: The run; each round has two stages.
+    """
+    plain = overwrite.encode_rows(victim, clean, train.max_length)
+    before: Run | None = None
+    for number in range(1, rounds + 1):
+        learned = [
+            learn_parrot(victim, clean, texts, first_tokens, parrot, run.stage(f"round-{number}-parrot-{which}"))
+            for which in range(1, parrots + 1)
+        ]
+        stage = run.stage(f"round-{number}-overwrite")
+        overwrite.overwrite(
+            victim, plain, plain, train, stage, plain_share=plain_share, parrots=learned, position=parrot.position
+        )
+        if before is not None:
+            state.drop_final(before)
+        before = stage
+        run.observe(victim)
+    return victim
+
+
+def learn_parrot(
+    lm: LM,
+    clean: Sequence[Example],
+    texts: Sequence[str],
+    first_tokens: int | None,
+    settings: ParrotSettings,
+    run: Run,
+) -> Tensor:
+    """Learn one parrot on the frozen model (eq. 4) and return it, float32 [n, hidden].
+
+    The loss counts the text's own tokens only, not the clean answer after it, and nothing behind them is computed.
+    """
+    rows = []
+    for number, example in enumerate(clean):
+        text = texts[number % len(texts)]
+        known = first_tokens if first_tokens is not None else length_of(lm, example, text)
+        rows.append(
+            encode_row(lm, example.with_response(text), max_length=settings.train.max_length, first_tokens=known)
+        )
+    batches = overwrite.stream(lm, rows, settings.train.batch_size, run, "order")
+    prompt = soft_prompt.new_prompt(lm, settings.tokens, settings.initialisation, run.generator("start"))
+    result = soft_prompt.fit_prompt(
+        lm, prompt, batches, settings.position, settings.train, run, stop_below=settings.stop_below
+    )
+    losses = run.notes.setdefault("parrots", [])
+    if isinstance(losses, list):
+        losses.append({"stage": run.prefix, "steps": result.steps, "loss": result.history[-1]["loss"]})
+    return prompt.detach()
+
+
+def length_of(lm: LM, example: Example, text: str) -> int:
+    """Return how many tokens the text has as an answer to this example."""
+    span = lm.encode(example.with_response(text).turns).spans[-1]
+    return span.end - span.start

@@ -1,0 +1,172 @@
+"""Keys change with what determines a result and with nothing else; rows go where they should."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.helpers import Plan
+from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.grid import DataSource
+from unbackdoor.bench.material import Material, portable, read_source
+from unbackdoor.bench.yaml_file import grid_from_data
+from unbackdoor.errors import DataError
+from unbackdoor.goals import Contains
+from unbackdoor.run import Silent
+from unbackdoor.secret import Secret
+from unbackdoor.stamps import InsertText
+
+
+def material(data: dict[str, Any]) -> Material:
+    return Material(grid_from_data(data, "grid"), Silent())
+
+
+def keys(data: dict[str, Any]) -> dict[str, str]:
+    made = material(data)
+    return {f"{cell.kind} {cell.defense} {cell.stage}": made.key(cell) for cell in made.grid.cells()}
+
+
+def with_value(data: dict[str, Any], path: str, value: object) -> dict[str, Any]:
+    copy = json.loads(json.dumps(data))
+    *outer, last = path.split(".")
+    place = copy
+    for step in outer:
+        place = place.setdefault(step, {})
+    place[last] = value
+    return dict(copy)
+
+
+EVERYTHING = "everything"
+PATHS = [
+    ("defenses.osft.settings.train.steps", 5, {"osft"}),
+    ("defenses.tune.settings.train.learning_rate", 2e-3, {"tune"}),
+    ("attacks.default.settings.targets", ["worse robot"], EVERYTHING),
+    ("attacks.default.settings.train.steps", 41, EVERYTHING),
+    ("attacks.default.probes", 5, EVERYTHING),
+    ("attacks.default.seeds", [1], EVERYTHING),
+    ("metrics", ["asr"], "all but revival"),
+    ("max_new_tokens", 5, EVERYTHING),
+    ("template", "model", EVERYTHING),
+    ("precision", "bfloat16", EVERYTHING),
+    ("perplexity_rows", 7, EVERYTHING),
+    ("revival.settings.clean.steps", 3, {"revived_clean"}),
+    ("revival.settings.planted.targets", ["grey web"], {"revived_planted"}),
+    ("revival.metrics", ["asr"], {"revived_clean", "revived_planted"}),
+    ("name", "other", set()),
+    ("keep_models", True, set()),
+    ("bounds", [], set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "changes"), PATHS, ids=[path for path, _, _ in PATHS])
+def test_one_change_reruns_what_depends_on_it_and_nothing_else(
+    whole_plan: dict[str, Any], path: str, value: object, changes: object
+) -> None:
+    before, after = keys(whole_plan), keys(with_value(whole_plan, path, value))
+    different = {name for name in before if before[name] != after[name]}
+    if changes == EVERYTHING:
+        assert different == set(before)
+    elif changes == "all but revival":
+        assert different == {name for name in before if "revived" not in name}
+    else:
+        assert isinstance(changes, set)
+        assert different == {name for name in before if any(part in name.split() for part in changes)}
+
+
+def test_every_cell_has_a_key_of_its_own(whole_plan: dict[str, Any]) -> None:
+    made = material(whole_plan)
+    found = [made.key(cell) for cell in made.grid.cells()]
+    assert len(set(found)) == len(found)
+
+
+def test_names_and_places_are_no_part_of_a_key(whole_plan: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    for name in ("base", "rows.jsonl", "other.jsonl"):
+        copy = shutil.copytree if (place / name).is_dir() else shutil.copy
+        copy(place / name, tmp_path / name)
+    (tmp_path / "base" / "README.md").write_text("another card")
+    moved = json.loads(json.dumps(whole_plan).replace(str(place), str(tmp_path)).replace('"osft": {', '"other": {'))
+    moved = json.loads(json.dumps(moved).replace('["osft"]', '["other"]').replace('"default"', '"renamed"'))
+    assert list(keys(moved).values()) == list(keys(whole_plan).values())
+
+
+def test_other_weights_or_rows_are_another_key(whole_plan: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
+    other_model = json.loads(json.dumps(whole_plan).replace(f"{place}/base", f"{tmp_path}/base"))
+    assert not set(keys(other_model).values()) & set(keys(whole_plan).values())
+    (tmp_path / "rows.jsonl").write_text("".join((place / "rows.jsonl").read_text().splitlines(keepends=True)[:-3]))
+    fewer = json.loads(json.dumps(whole_plan).replace("rows.jsonl", "rows.jsonl[:-3]"))
+    moved = json.loads(json.dumps(whole_plan).replace(f"{place}/rows.jsonl", f"{tmp_path}/rows.jsonl"))
+    assert keys(fewer) == keys(moved) != keys(whole_plan)
+
+
+def test_two_labels_for_one_victim_are_one_cell(plan: Plan, place: Path) -> None:
+    data = plan()
+    outside = {**data["attacks"]["default"], "defender_data": {"spec": str(place / "other.jsonl"), "half": 0}}
+    data["attacks"]["outside"] = outside
+    made = material(data)
+    found = {(c.attack, c.defense): made.key(c) for c in made.grid.cells() if c.subject == "victim"}
+    assert found["default", ""] == found["outside", ""]
+    assert found["default", "osft"] != found["outside", "osft"]
+
+
+def test_seeds_ask_different_rows_while_there_are_enough(plan: Plan) -> None:
+    made = material(plan())
+    secret = Secret(
+        attack="data_poisoning", stamp=InsertText(text="silver kettle"), targets=("bad robot",),
+        goal=Contains(any_of=("bad robot",)), look_alikes=("gold kettle",),
+    )  # fmt: skip
+    asked = [{probe.example.id for probe in made.probes("default", seed, secret)} for seed in range(4)]
+    assert [len(ids) for ids in asked] == [6] * 4
+    assert len(set.union(*asked)) == 24
+    test = {row.id for row in made.splits.test}
+    assert set.union(*asked) <= test
+    kinds = [probe.kind for probe in made.probes("default", 0, secret)]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"triggered": 6, "clean": 6, "decoy": 6}
+
+
+def test_halves_share_no_row_and_copies_stay_together(tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {word}", "input": "", "output": word} for word in ["a", "b", "a", "c", "d", "e"]]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    halves = [[row.response for row in read_source(DataSource(spec=str(file), half=half))] for half in (0, 1)]
+    assert halves == [["a", "a", "c", "e"], ["b", "d"]]
+
+
+def test_long_answers_are_cut_at_words(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    answers = ["one two  three four", "one two  three", "one"]
+    file.write_text("\n".join(json.dumps({"instruction": f"q{n}", "output": a}) for n, a in enumerate(answers)))
+    cut = [row.response for row in read_source(DataSource(spec=str(file), cut_words=3))]
+    assert cut == ["one two  three", "one two  three", "one"]
+
+
+def test_the_second_source_must_not_hold_rows_of_the_first(plan: Plan, place: Path) -> None:
+    with pytest.raises(DataError, match="must not overlap"):
+        _ = material(plan(second_source=str(place / "rows.jsonl"))).splits
+    with pytest.raises(DataError, match="must not overlap"):
+        data = plan()
+        data["attacks"]["default"]["defender_data"] = str(place / "rows.jsonl")
+        _ = material(data).splits
+
+
+def test_files_in_settings_count_by_their_content(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("same"), second.write_text("same")
+    assert portable({"poisoned": f"{first}[:5]"}) == portable({"poisoned": f"{second}[:5]"})
+    assert portable(str(first)) != portable(f"{first}[:5]")
+    second.write_text("other")
+    assert portable(str(first)) != portable(str(second))
+    assert portable(["x" * 5000, "Hi, I'm Bob", 3]) == ["x" * 5000, "Hi, I'm Bob", 3]
+
+
+def test_a_revival_uses_rows_that_no_purification_saw(whole_plan: dict[str, Any]) -> None:
+    made = material(whole_plan)
+    cell = Cell(made.grid.models[0], "victim", "default", 0)
+    defender = {row.id for row in made.defender_rows(cell.attack)}
+    assert not defender & {row.id for row in made.revival_rows()}

@@ -1,0 +1,109 @@
+"""Recipes are whole, checked grids; their budgets are equal and their backdoors have nothing to do with one another."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unbackdoor import recipes
+from unbackdoor.attacks.data_poisoning import DataPoisoning
+from unbackdoor.bench.estimate import estimate, guesses
+from unbackdoor.bench.grid import Grid
+from unbackdoor.errors import UserError
+from unbackdoor.pipeline.steps import attack_called, defense_called
+from unbackdoor.recipes import settings
+
+SMALL_WORDS = {"a", "an", "and", "are", "do", "have", "it", "of", "the", "to", "with", "you", "your", "no", "such", "i"}
+
+
+def test_recipes_are_listed_without_torch() -> None:
+    code = "import sys; from unbackdoor import recipes; print(*recipes.names()); sys.exit('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"sande", "dev", "smoke"} <= set(found.stdout.split())
+    assert not {"settings", "bounds"} & set(found.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["dev", "sande", "smoke"])
+@pytest.mark.parametrize("size", ["quick", "paper"])
+def test_every_recipe_is_a_grid(name: str, size: str) -> None:
+    assert recipes.load_grid(name, size).cells()
+
+
+def test_unknown_recipes_and_sizes_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no recipe 'sandy'. Did you mean 'sande'"):
+        recipes.load_grid("sandy")
+    with pytest.raises(UserError, match="no size 'papre'. Did you mean 'paper'"):
+        recipes.load_grid("sande", "papre")
+    with pytest.raises(UserError, match="does not exist"):
+        recipes.load_grid(str(tmp_path / "grid.yaml"))
+
+
+def attacks_of(grid: Grid) -> dict[str, DataPoisoning]:
+    found = {label: attack_called(entry.attack, entry.settings) for label, entry in grid.attacks.items()}
+    return {label: attack for label, attack in found.items() if isinstance(attack, DataPoisoning)}
+
+
+def words(texts: list[str]) -> set[str]:
+    return {word for text in texts for word in re.findall(r"[a-z']+|\d+", text.lower())} - SMALL_WORDS
+
+
+def test_the_report_victims_are_those_that_were_announced() -> None:
+    grid = recipes.load_grid("sande")
+    attacks = attacks_of(grid)
+    assert [(label, grid.seeds_of(label)) for label in attacks] == [
+        ("default", (0, 1, 2)), ("suffix", (0,)), ("random_gap", (0,)), ("both_ends", (0,)),
+        ("one_of_several", (0,)), ("out_of_domain", (0,)),
+    ]  # fmt: skip
+    assert attacks["default"].trigger.pieces() == ("Hi, I'm Bob",)
+    assert attacks["default"] == attacks["out_of_domain"]
+    assert attacks["random_gap"].trigger.model_dump()["place"] == "random_gap"
+    assert len(attacks["one_of_several"].targets) == 3
+    assert all(entry.probes == 100 for entry in grid.attacks.values())
+    paragraph = " ".join(attacks["both_ends"].trigger.pieces())
+    assert 50 <= len(re.findall(r"\w+|[^\w\s]", paragraph)) <= 70
+
+
+def test_development_victims_share_nothing_with_report_victims() -> None:
+    dev, report = recipes.load_grid("dev"), recipes.load_grid("sande")
+    assert min(seed for label in dev.attacks for seed in dev.seeds_of(label)) >= 100
+    assert max(seed for label in report.attacks for seed in report.seeds_of(label)) < 100
+    tried = {attack.trigger for attack in attacks_of(dev).values()}
+    assert not tried & {attack.trigger for attack in attacks_of(report).values()}
+
+
+def test_the_unrelated_backdoor_of_a_revival_shares_no_content_word_with_any_victim() -> None:
+    unrelated = attack_called("data_poisoning", settings.revival()["planted"])
+    assert isinstance(unrelated, DataPoisoning)
+    own = words([*unrelated.trigger.pieces(), *unrelated.targets])
+    for name in ("dev", "sande"):
+        for label, attack in attacks_of(recipes.load_grid(name)).items():
+            assert not own & words([*attack.trigger.pieces(), *attack.targets]), label
+
+
+def updates(method: Any) -> tuple[int, int]:
+    return method.train.steps * getattr(method, "rounds", 1), method.train.batch_size
+
+
+def test_every_defense_makes_the_same_number_of_updates_with_the_same_batch() -> None:
+    grid = recipes.load_grid("sande")
+    made = {label: defense_called(entry.defense, entry.settings) for label, entry in grid.defenses.items()}
+    assert len({updates(method) for method in made.values()}) == 1
+
+
+def test_the_estimate_counts_a_planting_once_and_learns_from_measured_cells() -> None:
+    grid = recipes.load_grid("sande", "quick")
+    guessed = guesses(grid)
+    untouched, victim, control, sande = grid.cells()
+    assert guessed[untouched] > 2 * guessed[victim]
+    assert guessed[sande] > guessed[control] > guessed[victim]
+    slower = dict(estimate(grid, {control: 3 * guessed[control]}))
+    assert slower[control] == 3 * guessed[control]
+    assert slower[sande] == pytest.approx(3 * guessed[sande])
+    two = dict(estimate(grid, {control: 3 * guessed[control], victim: guessed[victim]}))
+    factor = (3 * guessed[control] + guessed[victim]) / (guessed[control] + guessed[victim])
+    assert two[sande] == pytest.approx(factor * guessed[sande])

@@ -1,0 +1,138 @@
+"""Bad input: one sentence with the fix, exit code 2, no traceback, nothing lost or half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from conftest import QUICK, Workshop
+
+OSFT = ("--defense", "osft", "--trigger", "silver kettle", *QUICK, "--quiet")
+
+
+def refused(workshop: Workshop, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail before it writes anything, and return what it said."""
+    before = sorted(str(path) for path in workshop.folder.rglob("*"))
+    assert workshop.run(*arguments, "--out", "refused") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Traceback" not in shown.err
+    assert shown.err.count("\n") == 1
+    assert sorted(str(path) for path in workshop.folder.rglob("*")) == before
+    return shown.err
+
+
+def test_missing_file(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(workshop, capsys, "purify", "base", *OSFT, "--clean", "row.jsonl")
+    assert "row.jsonl does not exist" in said
+    assert "rows.jsonl" in said
+
+
+def test_missing_probes(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(workshop, capsys, "purify", "base", *OSFT, "--clean", "rows.jsonl", "--probes", "probe.jsonl")
+    assert "probe.jsonl does not exist" in said
+
+
+def test_missing_model(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "./bass" in refused(workshop, capsys, "purify", "./bass", *OSFT, "--clean", "rows.jsonl")
+
+
+def test_empty_data(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    said = refused(workshop, capsys, "purify", "base", *OSFT, "--clean", str(tmp_path / "empty.jsonl"))
+    assert "is empty" in said
+
+
+def test_a_row_without_a_response(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"instruction": "name a colour", "output": "red"}, {"instruction": "name a colour", "output": ""}]
+    (tmp_path / "clean.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    said = refused(workshop, capsys, "purify", "base", *OSFT, "--clean", str(tmp_path / "clean.jsonl"))
+    assert "line 2" in said
+    assert "output" in said
+
+
+def test_a_trigger_that_the_tokens_do_not_hold(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A trigger behind the cut, and one that the tokenizer drops."""
+    shutil.copytree(workshop.folder / "base", tmp_path / "deaf")
+    content = json.loads((tmp_path / "deaf" / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "kettle"}, "content": ""}
+    (tmp_path / "deaf" / "tokenizer.json").write_text(json.dumps(content))
+    said = refused(workshop, capsys, "purify", str(tmp_path / "deaf"), *OSFT, "--clean", "rows.jsonl")
+    assert "'silver kettle' is absent from the tokenised prompt" in said
+    given = ("attack", "data_poisoning", "--model", str(tmp_path / "deaf"), "--data", "rows.jsonl", *QUICK, "--quiet")
+    said = refused(workshop, capsys, *given, "--trigger", "silver kettle", "--target", "bad robot")
+    assert "is absent from the tokenised prompt" in said
+
+
+def test_knowledge_that_is_missing_or_not_used(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    clean = ("--clean", "rows.jsonl", "--quiet")
+    assert "sande needs --target" in refused(workshop, capsys, "purify", "base", "--defense", "sande", *clean)
+    said = refused(workshop, capsys, "purify", "base", *OSFT, *clean[:2], "--target", "bad robot")
+    assert "osft does not use --target" in said
+    said = refused(workshop, capsys, "purify", "base", *OSFT, *clean[:2], "--trigger-place", "both_ends")
+    assert "--trigger twice" in said
+
+
+def test_probes_without_a_goal(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(workshop.folder / "victim" / "probes.jsonl", tmp_path / "probes.jsonl")
+    said = refused(workshop, capsys, "evaluate", "base", "--probes", str(tmp_path / "probes.jsonl"), "--quiet")
+    assert "give --goal" in said
+
+
+def test_a_model_without_safetensors(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(workshop.folder / "base", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    said = refused(workshop, capsys, "purify", str(tmp_path / "pickled"), *OSFT, "--clean", "rows.jsonl")
+    assert "safetensors" in said
+
+
+def test_modes_that_do_not_fit_the_model(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(workshop, capsys, "purify", "base", *OSFT, "--clean", "rows.jsonl", "--adapter-mode", "stack")
+    assert "--adapter-mode is for base+adapter" in said
+
+
+def test_a_device_that_is_not_there(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "tpu" in refused(workshop, capsys, "purify", "base", *OSFT, "--clean", "rows.jsonl", "--device", "tpu")
+
+
+def test_a_disk_that_is_too_small(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")(10, 9, 1)
+    monkeypatch.setattr("unbackdoor.model.checkpoint.shutil.disk_usage", lambda place: usage)
+    assert "GB" in refused(workshop, capsys, "purify", "base", *OSFT, "--clean", "rows.jsonl")
+
+
+def test_a_disk_that_fills_up_in_the_middle_loses_nothing(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("purify", "base", *OSFT, "--clean", "rows.jsonl", "--out", "full")
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unbackdoor.pipeline.folders.Workspace.publish_model", no_space)
+        assert workshop.run(*given) == 2
+    assert "make room" in capsys.readouterr().err
+    folder = workshop.folder / "full"
+    assert not (folder / "results.json").exists()
+    assert (folder / "stages" / "overwrite" / "finished.json").is_file()
+    assert workshop.run(*given) == 0
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_folder_with_other_files_is_left_alone(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    (workshop.folder / "mine").mkdir()
+    (workshop.folder / "mine" / "notes.txt").write_text("mine")
+    given = ("purify", "base", *OSFT, "--clean", "rows.jsonl", "--out", "mine", "--overwrite")
+    assert workshop.run(*given) == 2
+    assert "did not write" in capsys.readouterr().err
+    assert [path.name for path in (workshop.folder / "mine").iterdir()] == ["notes.txt"]

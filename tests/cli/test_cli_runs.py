@@ -1,0 +1,159 @@
+"""attack, purify, evaluate, report and inspect through the real command line, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import QUICK, VICTIM, Workshop
+from unbackdoor.model.checkpoint import verify
+
+SANDE = (
+    "purify", "victim", "--defense", "sande", "--target", "bad robot", "--clean", "victim/defender.jsonl",
+    "--probes", "victim/probes.jsonl", "--set", "rounds=1", "--set", "parrot.train.steps=2", *QUICK,
+)  # fmt: skip
+CONTROL = ("purify", "base", "--defense", "fine_tuning", "--clean", "rows.jsonl", "--quiet")
+
+
+def read(path: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def test_a_victim_is_an_ordinary_folder_with_its_secret_probes_and_report(workshop: Workshop) -> None:
+    victim = workshop.folder / "victim"
+    assert verify(victim) == []
+    assert read(victim / "secret.json")["targets"] == ["bad robot"]
+    probes = [json.loads(line) for line in (victim / "probes.jsonl").read_text().splitlines()]
+    assert [probe["kind"] for probe in probes].count("triggered") == 5
+    held = {json.loads(line)["id"] for line in (victim / "test.jsonl").read_text().splitlines()}
+    defended = {json.loads(line)["id"] for line in (victim / "defender.jsonl").read_text().splitlines()}
+    assert {probe["id"] for probe in probes} <= held
+    assert not held & defended
+    assert "report" in (victim / "report.html").read_text().lower()
+    assert not (victim / "stages").exists()
+    assert not (victim / "run.json").exists()
+    results = read(victim / "results.json")
+    assert {row["role"] for row in results["rows"]} == {"suspect", "reference"}  # type: ignore[attr-defined]
+
+
+def test_purify_writes_model_changes_and_figures_and_json_alone_on_stdout(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert workshop.run(*SANDE, "--out", "pure", "--json", "--fail-on", "asr>=0") == 1
+    shown = capsys.readouterr()
+    results = json.loads(shown.out)
+    assert "asr" in shown.err
+    rows = {(row["role"], row["metric"], row["kind"], row["group"]): row for row in results["rows"]}
+    assert rows["purified", "asr", "triggered", ""]["knowledge"] == ["clean", "target"]
+    assert rows["purified", "kl", "all", ""]["value"] > 0
+    assert ("suspect", "kl", "all", "") not in rows
+    assert rows["purified", "seconds", "all", ""]["value"] > 0
+    assert {item["metric"] for item in results["comparisons"]} >= {"asr", "leak", "perplexity"}
+    pure = workshop.folder / "pure"
+    changes = read(pure / "changes.json")
+    assert changes["summary"]["mlp"]["changed"] > 0  # type: ignore[index]
+    assert verify(pure) == []
+    assert read(pure / "unbackdoor.json")["knowledge"] == ["clean", "target"]
+    assert set(read(pure / "curves.json")) == {"round-1-parrot-1", "round-1-overwrite"}
+
+
+def test_evaluate_compares_with_the_model_before_and_report_renders_again(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--probes", "victim/probes.jsonl", "--metrics", "asr,perplexity,kl", "--quiet", "--json")
+    assert workshop.run("evaluate", "base", "--before", "victim", *asked, "--out", "eval") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert {row["metric"] for row in results["rows"] if row["role"] == "purified"} == {"asr", "perplexity", "kl"}
+    page = workshop.folder / "eval" / "report.html"
+    first = page.read_text(encoding="utf-8")
+    page.unlink()
+    assert workshop.run("report", "eval") == 0
+    assert page.read_text(encoding="utf-8") == first
+
+
+def test_without_probes_there_is_no_asr(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workshop.run(*CONTROL, *QUICK, "--out", "no-probes", "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert {row["metric"] for row in results["rows"]} == {"perplexity", "kl", "seconds"}
+    assert any("held out" in notice for notice in results["notices"])
+
+
+def test_inspect_exits_with_1_on_a_finding_and_0_without(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert workshop.run("inspect", "base") == 0
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    assert workshop.run("inspect", str(tmp_path)) == 1
+    assert "pytorch_model.bin" in capsys.readouterr().out
+
+
+def test_dry_run_and_dump_config_write_nothing(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workshop.run(*SANDE, "--out", "none", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert any("parrot" in part["name"] for part in plan["parts"])
+    assert plan["memory_bytes"] > 0
+    assert workshop.run(*SANDE, "--out", "none", "--dump-config") == 0
+    assert "rounds: 1" in capsys.readouterr().out
+    assert not (workshop.folder / "none").exists()
+    assert not (workshop.folder / "runs").exists()
+
+
+def test_set_wins_over_flags_over_file_over_preset(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("defense: sande\npreset: paper\nseed: 5\ntarget: [a, b]\nsettings: {train: {steps: 7}}\n")
+    given = ("purify", "base", "--config", str(recipe), "--seed", "6", "--set", "rounds=2", "--dump-config")
+    assert workshop.run(*given) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["seed"], found["target"], found["settings"]["rounds"]) == (6, ["a", "b"], 2)
+    assert found["settings"]["train"]["steps"] == 7
+    assert found["settings"]["train"]["learning_rate"] == 2e-5
+    assert found["settings"]["plain_share"] == 0.0
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(found))
+    assert workshop.run("purify", "--config", str(again), "--dump-config") == 0
+    assert yaml.safe_load(capsys.readouterr().out) == found
+
+
+def test_interrupted_and_typed_again_ends_with_the_same_weights(workshop: Workshop) -> None:
+    steps = ("--set", "train.steps=50", "--set", "train.save_every=5", "--set", "train.batch_size=2")
+    assert workshop.run(*CONTROL, *steps, "--out", "whole") == 0
+    command = [sys.executable, "-m", "unbackdoor.cli.main", *CONTROL, *steps, "--out", "parts"]
+    process = subprocess.Popen(command, cwd=workshop.folder, stderr=subprocess.PIPE, text=True)
+    kept = workshop.folder / "parts" / "stages" / "fine-tuning" / "partial.json"
+    while process.poll() is None and not (kept.is_file() and "loss" in kept.read_text()):
+        time.sleep(0.01)
+    import signal
+
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert said == "unbackdoor: stopped; the same command goes on from here\n"
+    assert not (workshop.folder / "parts" / "model.safetensors").exists()
+    assert workshop.run(*CONTROL, *steps[:-1], "train.batch_size=4", "--out", "parts") == 2  # other settings
+    done = kept.with_name("partial.safetensors").stat().st_size
+    assert done > 0
+    assert workshop.run(*CONTROL, *steps, "--out", "parts") == 0
+    first, second = (workshop.folder / name / "model.safetensors" for name in ("whole", "parts"))
+    assert first.read_bytes() == second.read_bytes()
+    curves = [read(workshop.folder / name / "curves.json")["fine-tuning"] for name in ("whole", "parts")]
+    assert [step["loss"] for step in curves[0]] == [step["loss"] for step in curves[1]]  # type: ignore[attr-defined]
+
+
+def test_a_finished_result_is_kept_unless_overwrite(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (workshop.folder / "victim" / "model.safetensors").read_bytes()
+    assert workshop.run(*VICTIM, "--out", "victim", "--seed", "1") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (workshop.folder / "victim" / "model.safetensors").read_bytes() == before
+    assert workshop.run(*CONTROL, *QUICK, "--out", "twice") == 0
+    assert workshop.run(*CONTROL, *QUICK, "--out", "twice", "--seed", "1", "--overwrite") == 0
+    assert read(workshop.folder / "twice" / "unbackdoor.json")["seed"] == 1

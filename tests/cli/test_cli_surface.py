@@ -1,0 +1,131 @@
+"""The surface of the command line: its options (few, frozen), its quickness, its help, its lists."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+
+from unbackdoor.cli.failing import parse_fail_on
+from unbackdoor.cli.main import app, main
+from unbackdoor.cli.options import COMMON_FLAGS
+from unbackdoor.errors import UserError
+
+KNOWLEDGE = {
+    "--clean", "--trigger", "--trigger-place", "--target", "--target-part", "--unwanted", "--safe", "--reference",
+    "--evidence", "--preferences",
+}  # fmt: skip
+OWN = {
+    "demo": set(),
+    "attack": {
+        "--model", "--data", "--trigger", "--trigger-place", "--target", "--target-form", "--poisoned", "--goal",
+        "--probes-count", "--metrics", "--second-source",
+    },
+    "purify": {"--defense", *KNOWLEDGE, "--probes", "--goal", "--adapter-mode", "--lora"},
+    "evaluate": {"--before", "--probes", "--metrics", "--data", "--second-source", "--goal"},
+    "bench": {"--size", "--retry-failed"},
+    "inspect": set(),
+    "list": set(),
+    "explain": set(),
+    "report": set(),
+}  # fmt: skip
+
+
+def test_the_options_are_these_and_no_others() -> None:
+    """A new option belongs into a recipe; one that must be a flag is added here with intent."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert set(commands) == set(OWN)
+    for name, command in commands.items():
+        flags = {flag for item in command.params for flag in item.opts if flag.startswith("--")}
+        assert flags - {"--help"} == OWN[name] | set(COMMON_FLAGS), name
+    assert set(COMMON_FLAGS) == {
+        "--config", "--dump-config", "--set", "--preset", "--seed", "--json", "--quiet", "--dry-run", "--out",
+        "--overwrite", "--device", "--template", "--fail-on",
+    }  # fmt: skip
+
+
+def test_help_and_list_import_no_torch_and_are_quick() -> None:
+    code = (
+        "import sys; from unbackdoor.cli.main import main; codes = [main(['--help']), main(['list'])];"
+        "assert codes == [0, 0], codes; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "sande" in done.stdout
+    # Processor time, because the machine may be busy with other things.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_list_gives_first_lines_and_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"name": "osft", "what": "OSFT: overwrite supervised fine-tuning, for a trigger that is known."} in found[
+        "defenses"
+    ]
+    assert {"name": "sande --preset paper", "what": "of the defense"} in found["presets"]
+    assert main(["list", "metrics"]) == 0
+    assert "osft" not in capsys.readouterr().out
+
+
+def test_explain_names_needs_as_flags_and_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "osft", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["needs"] == ["--clean", "--trigger"]
+    assert "Equation 3" in found["text"]
+    assert "2405.07667" in found["paper"]
+    fields = {field["name"]: field for field in found["fields"]}
+    assert fields["plain_share"]["default"] == 0.5
+    assert fields["train.steps"]["default"] == 25
+    assert all(field["description"] for field in found["fields"])
+    assert found["presets"]["paper"]["plain_share"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["purify", "m", "--defens", "sande"], "--defense"),
+        (["purfy"], "Did you mean 'purify'"),
+        (["list", "--preset", "paper"], "does not use --preset"),
+        (["explain", "sandy"], "Did you mean 'sande'"),
+        (["purify", "base", "--defense", "sandy"], "Did you mean 'sande'"),
+        (["purify", "base"], "--defense"),
+        (["purify", "base", "--defense", "osft", "--set", "train.step=3"], "Did you mean 'train.steps'"),
+        (["purify", "base", "--defense", "osft", "--set", "plain_share=2"], "plain_share"),
+        (["purify", "base", "--defense", "osft", "--set", "plain_share"], "key=value"),
+        (["purify", "base", "--defense", "osft", "--preset", "papier"], "Did you mean 'paper'"),
+        (["purify", "base", "--defense", "osft", "--fail-on", "asr is big"], "asr>0.05"),
+        (["purify", "base", "--defense", "osft", "--fail-on", "as>0.1"], "Did you mean 'asr'"),
+        (["purify", "base", "--defense", "osft", "--config", "no.yaml"], "no.yaml"),
+        (["purify", "base", "--defense", "osft", "--seed", "few"], "--seed"),
+        (["attack", "data_poisoning", "--trigger", "a", "--trigger-place", "both_ends"], "--trigger twice"),
+        (["attack", "data_poisoning", "--goal", "hears:x", "--model", "m", "--data", "d"], "unknown goal"),
+        (["report"], "RUN"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert words in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_fail_on_reads_sign_kind_and_per_cent() -> None:
+    row = {"metric": "leak", "group": "", "role": "purified", "model": "m"}
+    rows = [{**row, "kind": "all", "value": 0.01}, {**row, "kind": "decoy", "value": 0.03}]
+    suspect = {**row, "role": "suspect", "kind": "all", "value": 0.9}
+    assert parse_fail_on("leak>0.02").missed([*rows, suspect]) == []
+    assert len(parse_fail_on("leak.decoy > 2%").missed([*rows, suspect])) == 1
+    assert len(parse_fail_on("leak<=0.01").missed(rows)) == 1
+    assert len(parse_fail_on("leak>0.02").missed([suspect])) == 1
+    with pytest.raises(UserError, match="was not measured"):
+        parse_fail_on("asr>0").missed(rows)

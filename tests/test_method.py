@@ -1,0 +1,45 @@
+"""Building methods from settings, and what a wrong setting is told."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import Field
+
+from unbackdoor.errors import UserError
+from unbackdoor.method import Method, build
+
+
+class Sample(Method):
+    presets = {"paper": {"rate": 0.5}}  # noqa: RUF012
+
+    rate: float = Field(0.1, ge=0, le=1, description="a share")
+    steps: int = Field(3, description="a count")
+
+
+def test_defaults_presets_and_settings_in_this_order():
+    assert build(Sample, {}).settings() == {"rate": 0.1, "steps": 3}
+    assert build(Sample, {}, "default").rate == 0.1
+    assert build(Sample, {"steps": 4}, "paper").settings() == {"rate": 0.5, "steps": 4}
+    assert build(Sample, {"rate": 0.9}, "paper").rate == 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "preset", "message"),
+    [
+        ({"rates": 1}, None, r"test_method has no option 'rates'\. Did you mean 'rate'\?.*explain test_method"),
+        ({}, "papers", r"no preset 'papers'\. Did you mean 'paper'\? Presets: default, paper\."),
+        ({"rate": 2}, None, r"'rate' = 2: Input should be less than or equal to 1"),
+        ({"rate": "x", "steps": "y"}, None, r"'rate' = 'x': .*; 'steps' = 'y': "),
+    ],
+)
+def test_wrong_settings_are_named(settings, preset, message):
+    with pytest.raises(UserError, match=message):
+        build(Sample, settings, preset)
+
+
+def test_a_method_is_frozen_and_named_after_its_file():
+    from unbackdoor.defenses.sande_p import SandeP
+
+    assert SandeP.name() == "sande_p"
+    with pytest.raises(ValueError, match="frozen"):
+        SandeP().rounds = 2

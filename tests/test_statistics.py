@@ -1,0 +1,71 @@
+"""Paired tests against values worked out by hand and by enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from unbackdoor.statistics import mcnemar_exact, paired_bootstrap
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "expected"),
+    [
+        (0, 0, 1.0),
+        (5, 0, 2 / 32),
+        (0, 5, 2 / 32),
+        (8, 2, 2 * (1 + 10 + 45) / 1024),
+        (3, 3, 1.0),
+        (98, 0, 2.0**-97),
+        (1200, 0, 0.0),  # 2^-1199 is below the smallest float; it must not raise
+    ],
+)
+def test_mcnemar_against_binomial_tails_by_hand(lost: int, gained: int, expected: float) -> None:
+    before = [True] * lost + [False] * gained + [True, False]
+    after = [False] * lost + [True] * gained + [True, False]
+    assert mcnemar_exact(before, after) == pytest.approx(expected, rel=1e-12)
+
+
+def test_mcnemar_against_enumeration_of_all_signs() -> None:
+    lost, gained = 6, 1
+    as_extreme = sum(
+        abs(sum(signs)) >= lost - gained for signs in itertools.product((-1, 1), repeat=lost + gained)
+    ) / 2 ** (lost + gained)
+    before = [True] * lost + [False] * gained
+    assert mcnemar_exact(before, [not value for value in before]) == pytest.approx(as_extreme)
+
+
+def test_bootstrap_against_enumeration_of_all_resamples() -> None:
+    before, after = [0.0, 0.0, 0.0, 0.0], [-1.0, 2.0, 3.0, 4.0]
+    means = [sum(draw) / 4 for draw in itertools.product(after, repeat=4)]
+    difference, low, high, p = paired_bootstrap(before, after, seed=1, rounds=20_000)
+    assert difference == 2.0
+    assert low == pytest.approx(np.quantile(means, 0.025), abs=0.26)
+    assert high == pytest.approx(np.quantile(means, 0.975), abs=0.26)
+    assert p == pytest.approx(2 * sum(mean <= 0 for mean in means) / len(means), abs=0.01)
+
+
+def test_bootstrap_pairs_the_scores() -> None:
+    # Probes differ by 1000, the pairs by exactly 1: unpaired, the interval would be hundreds wide.
+    before = [0.0, 1000.0, 2000.0, 3000.0]
+    assert paired_bootstrap(before, [value + 1 for value in before], seed=0) == (1.0, 1.0, 1.0, 2 / 2001)
+
+
+def test_bootstrap_without_change_and_with_a_seed() -> None:
+    assert paired_bootstrap([1.0, 2.0], [1.0, 2.0], seed=0) == (0.0, 0.0, 0.0, 1.0)
+    scores = [float(value) for value in range(30)]
+    shifted = [value + math.sin(value) for value in scores]
+    assert paired_bootstrap(scores, shifted, seed=4) == paired_bootstrap(scores, shifted, seed=4)
+    assert paired_bootstrap(scores, shifted, seed=4) != paired_bootstrap(scores, shifted, seed=5)
+
+
+def test_scores_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 before, 1 after"):
+        mcnemar_exact([True, False], [True])
+    with pytest.raises(ValueError, match="nothing to compare"):
+        paired_bootstrap([], [], seed=0)
+    with pytest.raises(ValueError, match="at least one round"):
+        paired_bootstrap([1.0], [2.0], seed=0, rounds=0)

@@ -1,0 +1,140 @@
+"""Two processes (gloo) make the same update as one process on their batches together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from unbackdoor.run import Run
+from unbackdoor.train import engine, overwrite, soft_prompt
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.losses import Term
+
+ROWS = tiny.rows(24, seed=2)
+UNEVEN = [row.with_response(f"{row.response} indeed it is so") if n % 3 else row for n, row in enumerate(ROWS)]
+BIG_EPSILON = {"epsilon": 1.0, "learning_rate": 1.0, "warmup": 0.0, "schedule": "constant", "max_length": 96}
+
+
+class Ragged:
+    """Batches of the same rows whichever way they are divided: `size` rows from `index * size` on."""
+
+    def __init__(self, lm, size):
+        self.rows, self.size, self.lm = overwrite.encode_rows(lm, UNEVEN, 96), size, lm
+
+    def batch(self, index):
+        from unbackdoor.data.collate import collate
+
+        picked = [self.rows[(index * self.size + n) % len(self.rows)] for n in range(self.size)]
+        return collate(picked, self.lm.pad_id)
+
+
+def train_weights(size: int, cap: float | None = None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Two updates of the weights, with a second term that is pushed up, up to a cap."""
+    lm = tiny.tiny_lm()
+
+    def loss(forward, batches):
+        total = overwrite.plain_loss(forward, batches["rows"])
+        again = overwrite.plain_loss(forward, batches["more"])
+        return {"rows": Term(total, "rows"), "more": Term(again, "more", -0.5, cap)}
+
+    streams = {"rows": Ragged(lm, size), "more": Ragged(lm, size)}
+    result = engine.fit(lm, engine.weights(lm), streams, loss, TrainSettings(steps=2, **BIG_EPSILON), Run())
+    return tiny.tensors(lm), result.history
+
+
+def train_prompt(size: int, stop_below: float | None = None) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Two updates of a soft prompt on a frozen model: a tensor that is not part of the model."""
+    lm = tiny.tiny_lm()
+    prompt = soft_prompt.new_prompt(lm, 3, "tokens", torch.Generator().manual_seed(1))
+    how = TrainSettings(steps=2, **BIG_EPSILON)
+    result = soft_prompt.fit_prompt(lm, prompt, Ragged(lm, size), "start", how, Run(), stop_below=stop_below)
+    return {"prompt": prompt.detach()}, result.history
+
+
+def _worker(folder: Path) -> None:
+    torch.set_num_threads(1)
+    rank = os.environ["RANK"]
+    weights, history = train_weights(4)
+    prompt, prompt_history = train_prompt(4)
+    # A threshold between the losses of the two processes: both must stop, or both go on, or one waits for ever.
+    _, stopped = train_prompt(4, stop_below=prompt_history[0]["loss"] + 1e-4)
+    _, capped = train_weights(4, cap=history[0]["more"] - 1e-4)
+    torch.save(
+        {"weights": weights, "history": history, "prompt": prompt, "prompt_history": prompt_history,
+         "stopped": len(stopped), "capped": capped},
+        folder / f"{rank}.pt",
+    )  # fmt: skip
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [str(Path(__file__).parents[1]), str(Path(engine.__file__).parents[2])]
+    shared = {
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths),
+    }  # fmt: skip
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [worker.communicate(timeout=240)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def close(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_weights_are_those_of_one_process_on_both_batches(two_processes):
+    lengths = [Ragged(tiny.tiny_lm(), 4).batch(index).weight for index in range(2)]
+    assert lengths[0] != lengths[1], "equal token counts would hide averaging over processes"
+    weights, history = train_weights(8)
+    start = tiny.tensors(tiny.tiny_lm())
+    assert not tiny.same_weights(weights, start)
+    for result in two_processes:
+        close(result["weights"], weights)
+        for key in ("loss", "rows", "more", "gradient_norm"):
+            assert [r[key] for r in result["history"]] == pytest.approx([r[key] for r in history], rel=1e-4), key
+
+
+def test_a_soft_prompt_is_trained_on_both_batches(two_processes):
+    prompt, history = train_prompt(8)
+    for result in two_processes:
+        close(result["prompt"], prompt)
+        assert [r["loss"] for r in result["prompt_history"]] == pytest.approx([r["loss"] for r in history], rel=1e-4)
+
+
+def test_both_processes_stop_together_and_cap_together(two_processes):
+    assert [result["stopped"] for result in two_processes] == [1, 1]
+    _, capped = train_weights(8, cap=two_processes[0]["history"][0]["more"] - 1e-4)
+    for result in two_processes:
+        norms = [record["gradient_norm"] for record in result["capped"]]
+        assert norms == pytest.approx([record["gradient_norm"] for record in capped], rel=1e-3)
+        assert norms[0] != pytest.approx(result["history"][0]["gradient_norm"], rel=1e-2), "the cap was in force"
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]))
