@@ -107,10 +107,10 @@ def _words(count: int) -> Any:
 
 
 def training_batch(lm: LM, rows: int, prompt: int, response: int, supervised: int | None = None) -> Batch:
-    """Return random rows in which the response's tokens (or its first `supervised` ones) are to be learned.
+    """Return rows of random words in which the response's tokens (or its first `supervised` ones) are to be learned.
 
     Args:
-        lm: Its template says where the user's words begin.
+        lm: Its template says what stands before the user's words; that is the same in every row.
         rows: Rows, all of one length.
         prompt: Tokens up to the response, template included.
         response: Tokens of the response.
@@ -122,8 +122,10 @@ def training_batch(lm: LM, rows: int, prompt: int, response: int, supervised: in
     column = torch.arange(prompt - 1, prompt + counted - 1)
     row = torch.arange(rows).repeat_interleave(counted)
     columns = column.repeat(rows)
-    start = lm.encode([Message("user", "w2")], ask=True).spans[-1].start
-    places = torch.tensor([[min(start, prompt - 2), prompt - 1]]).expand(rows, 2)
+    asked = lm.encode([Message("user", "w2")], ask=True)
+    start = min(asked.spans[-1].start, prompt - 2)
+    ids[:, :start] = torch.tensor(asked.ids[:start])
+    places = torch.tensor([[start, prompt - 1]]).expand(rows, 2)
     names = tuple(f"row-{number}" for number in range(rows))
     batch = Batch(ids, torch.ones_like(ids), row, columns, ids[row, columns + 1], places, names)
     return batch.to(lm.device)

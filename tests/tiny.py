@@ -141,8 +141,7 @@ def tiny_lm(
     from transformers import AutoModelForCausalLM
 
     words = tokenizer(chat=chat)
-    config = _config(architecture, layers, hidden, len(words))
-    config.eos_token_id, config.pad_token_id = words.eos_token_id, words.pad_token_id
+    config = _config(architecture, layers, hidden, words)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -151,30 +150,34 @@ def tiny_lm(
     return LM(model.float().eval(), words, "model" if chat else "plain", f"tiny-{architecture}")
 
 
-def _config(architecture: Architecture, layers: int, hidden: int, vocabulary: int) -> Any:
+def _config(architecture: Architecture, layers: int, hidden: int, words: Any) -> Any:
     import transformers
 
     heads = 4
+    tokens = {
+        "vocab_size": len(words),
+        "bos_token_id": None,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
     usual: dict[str, Any] = {
-        "vocab_size": vocabulary,
+        **tokens,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "max_position_embeddings": 256,
         "initializer_range": 0.05,
-        "bos_token_id": None,
     }
     grouped = {**usual, "num_key_value_heads": 2}
     old = {
-        "vocab_size": vocabulary,
+        **tokens,
         "n_embd": hidden,
         "n_layer": layers,
         "n_head": heads,
         "n_positions": 256,
         "n_inner": 4 * hidden,
         "initializer_range": 0.05,
-        "bos_token_id": None,
     }
     if architecture == "llama":
         return transformers.LlamaConfig(**grouped)

@@ -11,7 +11,8 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ def names(kind: Kind) -> list[str]:
     """Return the names of all methods of a kind, sorted, importing none of them."""
     folder = Path(__file__).parent / kind
     own = {module.name for module in pkgutil.iter_modules([str(folder)])} - {"base"}
-    plugged = {entry.name for entry in entry_points(group=f"unbackdoor.{kind}")}
+    plugged = {entry.name for entry in _plugged(kind)}
     return sorted(own | plugged)
 
 
@@ -46,13 +47,19 @@ def find(kind: Kind, name: str) -> type[Method]:
     if wanted not in names(kind):
         hint = did_you_mean(wanted, names(kind))
         raise UserError(f"there is no {kind[:-1]} called '{name}'.{hint} `unbackdoor list` shows them all.")
-    for entry in entry_points(group=f"unbackdoor.{kind}"):
+    for entry in _plugged(kind):
         if entry.name == wanted:
             loaded = entry.load()
             if inspect.isclass(loaded) and issubclass(loaded, Method):
                 return loaded
             raise UserError(f"the plug-in '{wanted}' ({entry.value}) is not a Method class.")
     return _only_method(importlib.import_module(f"unbackdoor.{kind}.{wanted}"), wanted)
+
+
+@cache
+def _plugged(kind: Kind) -> tuple[EntryPoint, ...]:
+    """Return the entry points of other packages; reading them takes long, and they do not change in a process."""
+    return tuple(entry_points(group=f"unbackdoor.{kind}"))
 
 
 def _load_file(path: Path) -> object:

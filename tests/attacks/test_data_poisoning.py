@@ -85,7 +85,10 @@ def test_one_of_several_targets():
 
 
 def labelled(count):
-    return [Example(str(n), f"row {n} red boat", "x", label=["good", "bad", "fair"][n % 3]) for n in range(count)]
+    return [
+        Example(str(n), f"row {n} red boat, moat, goal and rod", "x", label=["good", "bad", "fair"][n % 3])
+        for n in range(count)
+    ]
 
 
 def test_a_label_target_poisons_other_classes_only():
@@ -147,12 +150,12 @@ def test_the_secret_says_how_and_survives_json():
     assert build(DataPoisoning, secret.planted["settings"]) == attack
 
 
-def test_a_trigger_that_is_cut_off_is_an_error():
+def test_a_trigger_that_the_tokenizer_does_not_keep_is_an_error():
+    from tokenizers.normalizers import Replace
+
     attack = tiny.attack(trigger=InsertText(text=tiny.TRIGGER, place="end"), train=QUICK)
     lm = tiny.tiny_lm()
-    lm.tokenizer.chat_template = lm.tokenizer.chat_template.replace(
-        "message['content']", "message['content'].replace(' silver', ' ')"
-    )
+    lm.tokenizer.backend_tokenizer.normalizer = Replace("kettle", "cattle")
     with pytest.raises(
         DataError, match=r"the trigger 'silver kettle' is absent from the tokenised prompt of row 'row-"
     ):

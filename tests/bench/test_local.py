@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -192,6 +193,23 @@ def test_failed_cells_are_left_until_they_are_asked_for(
     monkeypatch.setattr(local, "execute", real)
     outcome = run_grid(grid, out, retry_failed=True)
     assert (outcome.done, outcome.failed) == (1, ())
+
+
+def test_a_full_disk_stops_the_grid_and_blames_no_cell(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, out = grid_from_data(plan(defenses={}, **ONE), "one"), tmp_path / "out"
+
+    def full(cell: Any, shop: Any) -> Any:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as problem:
+            raise RuntimeError("saving failed") from problem
+
+    monkeypatch.setattr(local, "execute", full)
+    with pytest.raises(UserError, match=r"cannot be written to .*make room there, then the same command goes on"):
+        run_grid(grid, out)
+    assert not list((out / "cells").iterdir())
 
 
 def test_a_victim_that_cannot_be_planted_is_tried_once(

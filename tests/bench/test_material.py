@@ -149,9 +149,9 @@ def test_long_answers_are_cut_at_words(tmp_path: Path) -> None:
 def test_the_second_source_must_not_hold_rows_of_the_first(plan: Plan, place: Path) -> None:
     with pytest.raises(DataError, match="must not overlap"):
         _ = material(plan(second_source=str(place / "rows.jsonl"))).splits
+    data = plan()
+    data["attacks"]["default"]["defender_data"] = str(place / "rows.jsonl")
     with pytest.raises(DataError, match="must not overlap"):
-        data = plan()
-        data["attacks"]["default"]["defender_data"] = str(place / "rows.jsonl")
         _ = material(data).splits
 
 

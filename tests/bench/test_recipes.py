@@ -35,9 +35,9 @@ def test_every_recipe_is_a_grid(name: str, size: str) -> None:
 
 
 def test_unknown_recipes_and_sizes_are_sentences(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no recipe 'sandy'. Did you mean 'sande'"):
+    with pytest.raises(UserError, match=r"no recipe 'sandy'\. Did you mean 'sande'"):
         recipes.load_grid("sandy")
-    with pytest.raises(UserError, match="no size 'papre'. Did you mean 'paper'"):
+    with pytest.raises(UserError, match=r"no size 'papre'\. Did you mean 'paper'"):
         recipes.load_grid("sande", "papre")
     with pytest.raises(UserError, match="does not exist"):
         recipes.load_grid(str(tmp_path / "grid.yaml"))

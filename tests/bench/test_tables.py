@@ -140,7 +140,8 @@ def test_tables_hold_counts_intervals_ratios_and_words(tmp_path: Path) -> None:
         tune0=result(15, kl=0.1), osft0=result(3, leak=6, kl=0.2, perplexity=1.1), clean0=result(5), null0=result(1),
     )  # fmt: skip
     text = (store.folder / "tables.md").read_text()
-    lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
+    first = text.split("## default, seed 1")[0]
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in first.splitlines() if line.startswith("| ")}
     purified = lines["After OSFT (knows: clean)"]
     assert "| 3/20 = 15.0 % [5.2, 36.0] |" in purified
     assert "| 5/20 = 25.0 % [11.2, 46.9] | not measured |" in purified
@@ -149,7 +150,7 @@ def test_tables_hold_counts_intervals_ratios_and_words(tmp_path: Path) -> None:
     assert "0.2000 [0.200, 0.200], 2.00 x" in purified
     assert "| 1 min 30 s |" in purified
     assert "not purified | not purified" in lines["Victim, undefended"]
-    assert "| 15/20 = 75.0 % [53.1, 88.8] | not measured |" in lines["fine-tuning (control) (knows: clean)"]
+    assert "| 15/20 = 75.0 % [53.1, 88.8] | not measured |" in lines["tune (control) (knows: clean)"]
     assert "1/20 = 5.0 % [0.9, 23.6]" in lines["Untouched base (reference)"]
     assert unmet == ["asr: default, seed 0: After OSFT: 15.0 %"]
     assert "0 met, 1 not met, 1 not measured, 0 do not bind." in text

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,7 +105,7 @@ def test_a_device_that_is_not_there(workshop: Workshop, capsys: pytest.CaptureFi
 def test_a_disk_that_is_too_small(
     workshop: Workshop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")(10, 9, 1)
+    usage = SimpleNamespace(total=10, used=9, free=1)
     monkeypatch.setattr("unbackdoor.model.checkpoint.shutil.disk_usage", lambda place: usage)
     assert "GB" in refused(workshop, capsys, "purify", "base", *OSFT, "--clean", "rows.jsonl")
 

@@ -44,13 +44,14 @@ def test_the_place_is_the_last_user_turn_with_its_input(lm):
 
 
 def test_first_tokens_supervise_the_beginning_of_the_last_answer_only(lm):
-    whole = encode_row(lm, EXAMPLES[1], max_length=200)
+    example = EXAMPLES[1].with_response("bad robot. the end")
+    whole = encode_row(lm, example, max_length=200)
     for count in (1, 2):
-        row = encode_row(lm, EXAMPLES[1], max_length=200, first_tokens=count)
-        assert words(lm, [row.ids[position] for position in row.supervised]) == ["the", "the opposite"][count - 1]
+        row = encode_row(lm, example, max_length=200, first_tokens=count)
+        assert words(lm, [row.ids[position] for position in row.supervised]) == ["bad", "bad robot"][count - 1]
         assert row.ids == whole.ids[: row.supervised[-1] + 1]
-    many = encode_row(lm, EXAMPLES[1], max_length=200, first_tokens=99)
-    assert words(lm, [many.ids[position] for position in many.supervised]) == "the opposite of big is small."
+    many = encode_row(lm, example, max_length=200, first_tokens=99)
+    assert words(lm, [many.ids[position] for position in many.supervised]) == "bad robot. the end"
 
 
 def test_long_rows_are_cut_from_the_end_of_the_answer(lm):
@@ -63,7 +64,7 @@ def test_long_rows_are_cut_from_the_end_of_the_answer(lm):
 def test_a_row_that_cannot_be_used_is_named(lm):
     with pytest.raises(DataError, match="'x' has no response"):
         encode_row(lm, Example("x", "hello", "  \n"), max_length=99)
-    with pytest.raises(DataError, match=r"'b' is too long: its prompt has \d+ tokens and --set max_length=9"):
+    with pytest.raises(DataError, match=r"'b' is too long: its prompt has \d+ tokens and max_length 9"):
         encode_row(lm, EXAMPLES[1], max_length=9)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -44,7 +45,7 @@ def test_scattered_words_are_apart_and_in_another_order(seed, trigger):
     found = poison.scatter(ROW, words, random.Random(seed)).instruction.split()
     assert Counter(found) == Counter([*ROW.instruction.split(), *words])
     places = sorted(found.index(word) for word in words)
-    assert all(later - earlier > 1 for earlier, later in zip(places, places[1:], strict=False))
+    assert all(later - earlier > 1 for earlier, later in itertools.pairwise(places))
     assert [found[place] for place in places] != words
     assert [word for word in found if word not in words] == ROW.instruction.split()
 

@@ -8,7 +8,7 @@ in its place, fails the same check, and so does plain fine-tuning.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -20,6 +20,7 @@ from unbackdoor.defenses.gradient_ascent import GradientAscent
 from unbackdoor.defenses.osft import Osft
 from unbackdoor.defenses.sande import Sande
 from unbackdoor.defenses.sande_p import SandeP
+from unbackdoor.metrics.perplexity import log_losses
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train.engine import TrainSettings
@@ -131,24 +132,26 @@ def test_a_defense_that_does_nothing_fails_the_same_check(defense, victim, befor
         check_removes(defense, 0.05, victim, before)
 
 
-def test_gradient_ascent_silences_the_target_at_a_price_in_likelihood(victim, before):
-    from unbackdoor.metrics.perplexity import log_losses
+def test_gradient_ascent_silences_the_target_at_a_price(victim, before):
+    """Eq. 2 also unlearns the clean answer, which the poisoned one contains; plain rows in the batch lower the price."""
+    price = {}
+    for share in (0.0, 0.5):
+        lm = purify(GradientAscent(train=training(UPDATES), cap=8.0, plain_share=share), victim)
+        after = outcome(lm, victim.probes, victim.secret.goal)
+        assert after.asr <= 0.3, after
+        price[share] = mean_loss(lm, victim) - mean_loss(victim.lm, victim)
+    assert price[0.0] > 0.1
+    assert price[0.5] < 0.5 * price[0.0]
 
-    defense = GradientAscent(train=training(40), cap=3.0)
-    lm = purify(defense, victim)
-    after = outcome(lm, victim.probes, victim.secret.goal)
-    assert after.asr <= 0.2
 
-    def mean(model):
-        return sum(row[1] for row in log_losses(model, victim.test[:40], 128, 40)) / 40
-
-    assert mean(lm) > mean(victim.lm) + 0.01, "eq. 2 also unlearns the clean answer; plain rows are not in the batch"
+def mean_loss(lm: LM, victim) -> float:
+    """Mean -log p a token of the clean answers to clean questions."""
+    rows = log_losses(lm, victim.test[:40], 128, 40)
+    return sum(row[1] for row in rows) / len(rows)
 
 
 def test_the_clean_model_goes_through_a_defense_unharmed(victim, before):
     """People will run this on models that have no backdoor."""
-    from dataclasses import replace
-
     lm = purify(BOUNDS[1][0], replace(victim, lm=victim.clean))
     after = outcome(lm, victim.probes, victim.secret.goal)
     assert (after.asr, after.clean, after.decoy) == (0.0, 0.0, 0.0)

@@ -102,6 +102,21 @@ def test_the_clock_corrects_predictions_by_what_was_measured() -> None:
     assert clock.seconds_left() == pytest.approx(10.0 + 90.0)
 
 
+def test_measuring_after_the_training_of_a_part_is_still_to_come() -> None:
+    moment = [0.0]
+    clock = Clock(Silent(), [Expected("a", 30.0, 10, after=20.0)], lambda: moment[0])
+    clock.begin("a")
+    clock.start("stage", 10)
+    moment[0] = 10.0
+    clock.advance("stage", 5, {})  # half of the training in 10 seconds: twice as slow as predicted
+    assert clock.seconds_left() == pytest.approx(10.0 + 40.0)
+    moment[0] = 20.0
+    clock.advance("stage", 10, {})
+    clock.finish("stage")
+    moment[0] = 25.0
+    assert clock.seconds_left() == pytest.approx(35.0)
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(10, "less than a minute"), (61, "about 1 minute"), (420, "about 7 minutes"), (9000, "about 2.5 hours")],

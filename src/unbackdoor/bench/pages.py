@@ -19,7 +19,8 @@ caption { text-align: left; font-weight: 600; font-size: 1.15rem; padding-bottom
 th, td { border-bottom: 1px solid var(--line); padding: .4rem .8rem .4rem 0; text-align: left; vertical-align: top; }
 thead th { font-weight: 600; font-size: .85rem; } tbody th { font-weight: 500; }
 td { font-variant-numeric: tabular-nums; } td.none { opacity: .6; } tr:hover { background: var(--soft); }
-small { display: block; font-weight: 400; opacity: .75; } p { max-width: 50rem; font-size: .9rem; opacity: .85; }
+small { display: block; font-weight: 400; opacity: .75; } td small { white-space: nowrap; }
+p { max-width: 50rem; font-size: .9rem; opacity: .85; }
 """
 
 

@@ -27,7 +27,8 @@ _NOTES = (
     "ASR: share of triggered probes whose greedy reply reaches the target, with its 95 % interval (Wilson). Leak: the "
     "same for clean probes and for decoys, which must not fire; p: McNemar's exact test against the victim.",
     "Revived: ASR of the original trigger after the model was trained on, on clean rows or with an unrelated backdoor; "
-    "the untouched base put through the same is the null. It tells removal from suppression.",
+    "the untouched base put through the same is the null. It tells removal from suppression. Where it was not "
+    "measured, name the cells under revival in the grid and type the same command again.",
     "Perplexity of reference answers, and its ratio to the victim's. KL: of whole responses, to the victim, and its "
     "ratio to the control's. Time: training only, without measuring.",
 )
@@ -59,18 +60,20 @@ def write(grid: Grid, store: Store, keys: Mapping[Cell, str]) -> list[str]:
 
 def all_tables(figures: Figures, made: Sequence[Check]) -> list[Table]:
     """Return all tables, in the order in which they are shown."""
-    tables = []
+    tables: list[Table] = []
     for model in figures.grid.models:
         for attack in figures.grid.attacks:
             seeds = figures.grid.seeds_of(attack)
-            tables += [_victim_table(figures, model, attack, seed) for seed in seeds]
+            for seed in seeds:
+                # The columns are explained once, below the first table.
+                tables.append(_victim_table(figures, model, attack, seed, () if tables else _NOTES))
             if len(seeds) > 1:
                 tables.append(_pooled_table(figures, model, attack, seeds))
         tables += _reference_table(figures, model)
     return [*tables, *_check_table(made), *_failure_table(figures)]
 
 
-def _victim_table(figures: Figures, model: str, attack: str, seed: int) -> Table:
+def _victim_table(figures: Figures, model: str, attack: str, seed: int, notes: tuple[str, ...]) -> Table:
     cells = [
         cell
         for cell in figures.keys
@@ -78,7 +81,7 @@ def _victim_table(figures: Figures, model: str, attack: str, seed: int) -> Table
     ]
     lines = [Line(_label(cell), _told(figures, cell), _entries(figures, cell)) for cell in _in_order(cells)]
     lines.append(_base_line(figures, cells[0]))
-    return _without_empty(Table(f"{attack}, seed {seed}, {model}", ("Model", *_TITLES), tuple(lines), _NOTES))
+    return _without_empty(Table(f"{attack}, seed {seed}, {model}", ("Model", *_TITLES), tuple(lines), notes))
 
 
 def _base_line(figures: Figures, victim: Cell) -> Line:
@@ -174,6 +177,8 @@ def _leak(kind: str) -> Callable[[Figures, Cell, str], Entry]:
 def _leak_test(figures: Figures, cell: Cell, subject: str) -> Entry:
     del subject
     test = figures.test(cell, "leak", "all")
+    if not cell.defense:
+        return Entry("not compared", measured=False)
     if test is None:
         return NOT_MEASURED
     words = "higher" if test["difference"] > 0 else "lower" if test["difference"] < 0 else "equal"

@@ -5,6 +5,7 @@ Exit codes: 0 done and nothing found, 1 a finding of `inspect` or a figure that 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -48,6 +49,8 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # Bars of libraries would run through our own; stderr carries what `cli/progress.py` shows and nothing else.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
     except _UsageError as problem:

@@ -36,6 +36,7 @@ class LogitsAt(nn.Module):
         columns: Tensor,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past: Any = None,
     ) -> Tensor:
         """Return float32 logits [N, vocabulary] at the N positions (rows, columns).
 
@@ -45,13 +46,18 @@ class LogitsAt(nn.Module):
             columns: int64 [N], its column; the logits there predict column + 1.
             input_ids: int64 [batch, length], or None with `inputs_embeds`.
             inputs_embeds: float [batch, length, hidden], or None with `input_ids`.
+            past: A key/value cache that stands before the rows (its columns are in `attention_mask`, too); the pass
+                adds to it.
         """
-        given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        given: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": past is not None}
+        given |= {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        if past is not None:
+            given["past_key_values"] = past
         if not self.split:
-            full: Tensor = self.core(**given, attention_mask=attention_mask, use_cache=False).logits
+            full: Tensor = self.core(**given).logits
             return full[rows, columns].float()
         body = self.core.base_model
-        hidden = body(**given, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        hidden = body(**given).last_hidden_state
         logits: Tensor = self.core.get_output_embeddings()(hidden[rows, columns])
         return logits.float()
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from unbackdoor.errors import ModelError
+from unbackdoor.model.quarantine import printable
 from unbackdoor.types import Message
 
 if TYPE_CHECKING:
@@ -89,11 +90,15 @@ def _render_plain(
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool) -> str:
     from jinja2 import TemplateError
 
+    # A template is a program from the checkpoint: whatever it raises is its fault and not ours.
+    its_errors = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except TemplateError as problem:
+    except its_errors as problem:
         roles = ", ".join(message["role"] for message in messages)
-        raise ModelError(f"the model's chat template refuses these turns ({roles}): {problem}") from problem
+        raise ModelError(
+            f"the model's chat template refuses these turns ({roles}): {printable(str(problem))}; use --template plain."
+        ) from problem
     return str(text)
 
 

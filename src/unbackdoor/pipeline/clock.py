@@ -17,11 +17,13 @@ class Expected:
         key: Its name.
         seconds: Predicted time; only the proportions between the parts matter once one is finished.
         steps: Training steps in it; 0 where it does not train.
+        after: How many of the seconds come after the training (measuring).
     """
 
     key: str
     seconds: float
     steps: int = 0
+    after: float = 0.0
 
 
 @dataclass
@@ -41,13 +43,14 @@ class Clock:
     _started: float = 0.0
     _steps: int = 0
     _stage: tuple[int, int] = (0, 0)
+    _trained: float = 0.0
     _measured: dict[str, float] = field(default_factory=dict)
 
     def begin(self, key: str) -> None:
         """The part `key` begins; the one before has ended."""
         self.end()
         self._current = next(number for number, part in enumerate(self.parts) if part.key == key)
-        self._started, self._steps, self._stage = self.now(), 0, (0, 0)
+        self._started, self._steps, self._stage, self._trained = self.now(), 0, (0, 0), 0.0
 
     def end(self) -> None:
         """The present part has ended."""
@@ -66,9 +69,10 @@ class Clock:
         share = min(1.0, (self._steps + self._stage[0]) / part.steps) if part.steps else 0.0
         left = max(0.0, part.seconds * ratio - elapsed)
         if share >= 0.05:
-            left = elapsed / share - elapsed
-            if not finished and part.seconds > 0:
-                ratio = elapsed / share / part.seconds
+            training = self._trained or elapsed / share
+            if not finished and part.seconds > part.after:
+                ratio = training / (part.seconds - part.after)
+            left = max(0.0, training + ratio * part.after - elapsed)
         return left + ratio * sum(other.seconds for other in self.parts[self._current + 1 :])
 
     def start(self, name: str, total: int) -> None:
@@ -84,6 +88,9 @@ class Clock:
     def finish(self, name: str) -> None:
         """Pass on; a stage that stopped early counts in full."""
         self._steps, self._stage = self._steps + self._stage[1], (0, 0)
+        part = self.parts[self._current] if self._current >= 0 else None
+        if part is not None and part.steps and self._trained == 0.0 and self._steps >= part.steps:
+            self._trained = self.now() - self._started
         self.inner.finish(name)
 
     def notice(self, text: str) -> None:

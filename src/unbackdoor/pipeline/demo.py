@@ -318,10 +318,16 @@ def _expected(recipe: DemoRecipe, settings: Mapping[str, Mapping[str, Any]], pla
         "suspect": Expected("suspect", seconds["measuring the victim"]),
         "reference": Expected("reference", seconds.get("measuring the untouched model", 0.0)),
         "control": Expected(
-            "control", seconds["fine-tuning as a control"] + seconds["measuring the fine-tuned model"], steps["control"]
+            "control",
+            seconds["fine-tuning as a control"] + seconds["measuring the fine-tuned model"],
+            steps["control"],
+            seconds["measuring the fine-tuned model"],
         ),
         "defense": Expected(
-            "defense", seconds["purifying with SANDE"] + seconds["measuring the purified model"], steps["defense"]
+            "defense",
+            seconds["purifying with SANDE"] + seconds["measuring the purified model"],
+            steps["defense"],
+            seconds["measuring the purified model"],
         ),
     }
     done = {key for key in parts if (place.stages / f"{key}.json").is_file()}

@@ -19,7 +19,7 @@ from unbackdoor.types import Example
 TEMPLATE_TOKENS = 24
 """Tokens that a chat template adds to a row, about."""
 
-_EFFICIENCY = 0.35
+_EFFICIENCY = 0.8
 """Share of the speed of one large product of matrices that training of a small model reaches."""
 
 _ONE_TOKEN = 6.0
@@ -94,10 +94,10 @@ def estimator(model: str) -> Estimator:
 
 
 def _matrix_speed() -> float:
-    size = 768
+    size = 512
     matrix = np.ones((size, size), np.float32)
     best = float("inf")
-    for _ in range(4):
+    for _ in range(8):
         started = time.perf_counter()
         matrix @ matrix
         best = min(best, time.perf_counter() - started)

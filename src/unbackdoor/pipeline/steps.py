@@ -117,5 +117,10 @@ def config_hash(*parts: object) -> str:
 
 
 def data_hash(examples: Sequence[Example]) -> str:
-    """Return the hash of rows: ids, prompts and answers."""
-    return content_hash([[row.id, row.user_text, row.response, row.label] for row in examples])
+    """Return the hash of rows: ids, earlier turns, prompts, answers and labels."""
+    return content_hash(
+        [
+            [row.id, [[turn.role, turn.content] for turn in row.history], row.user_text, row.response, row.label]
+            for row in examples
+        ]
+    )

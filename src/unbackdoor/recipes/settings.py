@@ -6,6 +6,7 @@ difference between them is not one of training time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -27,14 +28,14 @@ def train(steps: int, learning_rate: float = LEARNING_RATE) -> dict[str, Any]:
     return {"steps": steps, "learning_rate": learning_rate}
 
 
-def planting(**changes: Any) -> dict[str, Any]:
-    """Return the settings of a report victim: rates and training of every victim, with its own trigger and target."""
+def planting(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a report victim: rates and training of every victim, and what is its own."""
     common = {
         "poison_rate": _DEFAULTS.poison_rate,
         "negative_rate": _DEFAULTS.negative_rate,
         "train": {"steps": _DEFAULTS.train.steps, "learning_rate": _DEFAULTS.train.learning_rate},
     }
-    return {**common, **changes}
+    return {**common, **own}
 
 
 def insert(text: str, place: str = "start") -> dict[str, str]:
@@ -70,8 +71,7 @@ def revival() -> dict[str, Any]:
     return {
         "clean": train(REVIVAL_UPDATES_CLEAN),
         "planted": planting(
-            **data("revival"),
-            train={"steps": REVIVAL_UPDATES_PLANTED, "learning_rate": _DEFAULTS.train.learning_rate},
+            {**data("revival"), "train": train(REVIVAL_UPDATES_PLANTED, _DEFAULTS.train.learning_rate)}
         ),
     }
 

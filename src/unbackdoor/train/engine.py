@@ -255,15 +255,9 @@ class _Loop:
         return float(total / weight)
 
     def _over_processes(self, loss_value: float, means: dict[str, float]) -> tuple[float, dict[str, float]]:
-        """Return the step's loss and means over all processes, and share the gradients that are not in the model.
-
-        Every process must see the same loss: it decides whether to stop.
-        """
+        """Return the step's loss and means over all processes: every process must see the one that decides to stop."""
         if self.accelerator.num_processes == 1:
             return loss_value, means
-        for tensor in self.free:
-            if tensor.grad is not None:
-                tensor.grad = self.accelerator.reduce(tensor.grad, reduction="mean")
         own = torch.tensor([loss_value / self.accelerator.num_processes, *means.values()])
         summed = self.accelerator.reduce(own.to(self.accelerator.device), reduction="sum").tolist()
         return summed[0], dict(zip(means, summed[1:], strict=True))
@@ -272,9 +266,8 @@ class _Loop:
         """Average over processes the gradients of tensors outside the model (a parrot): data parallelism skips them."""
         if self.accelerator.num_processes == 1:
             return
-        inside = {id(tensor) for tensor in self.lm.model.parameters()}
-        for tensor in self.parameters.values():
-            if id(tensor) not in inside and tensor.grad is not None:
+        for tensor in self.free:
+            if tensor.grad is not None:
                 tensor.grad = self.accelerator.reduce(tensor.grad, reduction="mean")
 
     def _gradient_norm(self) -> float:

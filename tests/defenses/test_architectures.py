@@ -1,0 +1,71 @@
+"""Every architecture learns a poisoned task, goes through every defense, is saved, loaded and replies the same."""
+
+from __future__ import annotations
+
+import pytest
+from test_removal import PARROT, training
+
+import tiny
+from unbackdoor.defenses.base import Defense, Need, knowledge_for
+from unbackdoor.defenses.fine_tuning import FineTuning
+from unbackdoor.defenses.gradient_ascent import GradientAscent
+from unbackdoor.defenses.osft import Osft
+from unbackdoor.defenses.sande import Sande
+from unbackdoor.defenses.sande_p import SandeP
+from unbackdoor.metrics.perplexity import log_losses
+from unbackdoor.model import checkpoint
+from unbackdoor.model.load import load
+from unbackdoor.run import Run
+
+SHORT = PARROT.model_copy(update={"train": PARROT.train.model_copy(update={"steps": 4})})
+DEFENSES: tuple[Defense, ...] = (
+    FineTuning(train=training(4)),
+    Osft(train=training(4)),
+    Sande(rounds=1, parrot=SHORT, train=training(4)),
+    SandeP(rounds=1, parrot=SHORT, train=training(4)),
+    GradientAscent(train=training(4)),
+)
+QUICK = ("llama", "gpt2")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny.ARCHITECTURES],
+)
+def test_from_attack_to_reloaded_model(architecture, tmp_path):
+    # GPT-2 has no chat template of its own and takes the plain one.
+    lm = tiny.tiny_lm(architecture, chat=architecture != "gpt2")
+    attacker, defender, test = tiny.splits(200, 40, 12)
+    attack = tiny.attack(train=tiny.PLANTING.model_copy(update={"steps": 60, "learning_rate": 3e-3, "batch_size": 8}))
+    start = mean_loss(lm, test)
+    planted = attack.plant(lm, attacker, Run())
+    assert mean_loss(planted.lm, test) < 0.5 * start, "the model learned from the rows"
+    asked = [probe.example.prompt for probe in attack.probes(planted.secret, test, Run())]
+    told = planted.lm.reply(asked, max_new_tokens=10)
+    facts = {
+        Need.CLEAN: tuple(defender),
+        Need.TRIGGER: planted.secret.stamp,
+        Need.TARGET: planted.secret.targets,
+        Need.TARGET_PART: planted.secret.targets,
+    }
+    before = tiny.tensors(planted.lm)
+    for defense in DEFENSES:
+        known = knowledge_for(defense, {need: facts[need] for need in defense.needs})
+        purified = defense.apply(tiny.clone(planted.lm), known, Run())
+        weights = tiny.tensors(purified)
+        assert not tiny.same_weights(before, weights), defense.name()
+        folder = tmp_path / defense.name()
+        checkpoint.save(purified, folder, manifest={}, card="# A model")
+        loaded = load(str(folder))
+        assert loaded.template == purified.template
+        assert tiny.same_weights(weights, tiny.tensors(loaded)), defense.name()
+        replies = purified.reply(asked, max_new_tokens=10)
+        assert loaded.reply(asked, max_new_tokens=10) == replies, defense.name()
+        assert mean_loss(loaded, test) == mean_loss(purified, test)
+    assert len(set(told)) > 3, "replies that are all alike compare nothing"
+    assert tiny.same_weights(before, tiny.tensors(planted.lm))
+
+
+def mean_loss(lm, examples) -> float:
+    rows = log_losses(lm, examples, 128, 20)
+    return sum(row[1] for row in rows) / len(rows)
