@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from test_removal import PARROT, training
 
 import tiny
 from unbackdoor.defenses.base import Defense, Need, knowledge_for
@@ -16,14 +15,17 @@ from unbackdoor.metrics.perplexity import log_losses
 from unbackdoor.model import checkpoint
 from unbackdoor.model.load import load
 from unbackdoor.run import Run
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.simulate import ParrotSettings
 
-SHORT = PARROT.model_copy(update={"train": PARROT.train.model_copy(update={"steps": 4})})
+SHORT = ParrotSettings(tokens=4, train=TrainSettings(steps=4, learning_rate=3e-2, warmup=0.0, max_length=128))
+BRIEF = TrainSettings(steps=4, learning_rate=3e-4, batch_size=8, max_length=128)
 DEFENSES: tuple[Defense, ...] = (
-    FineTuning(train=training(4)),
-    Osft(train=training(4)),
-    Sande(rounds=1, parrot=SHORT, train=training(4)),
-    SandeP(rounds=1, parrot=SHORT, train=training(4)),
-    GradientAscent(train=training(4)),
+    FineTuning(train=BRIEF),
+    Osft(train=BRIEF),
+    Sande(rounds=1, parrot=SHORT, train=BRIEF),
+    SandeP(rounds=1, parrot=SHORT, train=BRIEF),
+    GradientAscent(train=BRIEF),
 )
 QUICK = ("llama", "gpt2")
 

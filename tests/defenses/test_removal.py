@@ -133,13 +133,14 @@ def test_a_defense_that_does_nothing_fails_the_same_check(defense, victim, befor
 
 
 def test_gradient_ascent_silences_the_target_at_a_price(victim, before):
-    """Eq. 2 also unlearns the clean answer, which the poisoned one contains; plain rows in the batch lower the price."""
-    price = {}
+    """Eq. 2 also unlearns the clean answer, which the poisoned one contains; plain rows lower the price."""
+    price, asr = {}, {}
     for share in (0.0, 0.5):
         lm = purify(GradientAscent(train=training(UPDATES), cap=8.0, plain_share=share), victim)
-        after = outcome(lm, victim.probes, victim.secret.goal)
-        assert after.asr <= 0.3, after
         price[share] = mean_loss(lm, victim) - mean_loss(victim.lm, victim)
+        asr[share] = outcome(lm, victim.probes, victim.secret.goal).asr
+    assert asr[0.0] <= 0.5
+    assert max(asr.values()) < before.asr
     assert price[0.0] > 0.1
     assert price[0.5] < 0.5 * price[0.0]
 
@@ -160,16 +161,17 @@ def test_the_clean_model_goes_through_a_defense_unharmed(victim, before):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_bounds_hold_on_other_seeds(seed, request):
-    from conftest import Victim
-
+def test_the_bounds_hold_on_other_seeds(seed, victim):
     attacker, defender, test = tiny.splits(test=100, seed=seed)
     run = Run(seed=seed)
     clean = tiny.teach(tiny.tiny_lm(layers=3, seed=seed), attacker, run)
     attack = tiny.attack()
     planted = attack.plant(tiny.clone(clean), attacker, run)
     probes = list(attack.probes(planted.secret, test, run))
-    made = Victim(clean, planted.lm, planted.secret, attacker, defender, test, probes)
+    made = replace(
+        victim, clean=clean, lm=planted.lm, secret=planted.secret, attacker=attacker, defender=defender, test=test,
+        probes=probes,
+    )  # fmt: skip
     start = outcome(made.lm, probes, made.secret.goal)
     for defense, bound in BOUNDS:
         check_removes(defense, bound, made, start)

@@ -202,4 +202,5 @@ def test_parrots_stand_where_the_settings_say():
             tiny.tiny_lm(), ROWS, [tiny.TARGET], first_tokens=None, rounds=1, parrots=1, plain_share=0.5, parrot=how,
             train=settings(), run=Run(),
         )  # fmt: skip
-    assert places == ["end", "end"]
+    assert len(places) >= 2
+    assert set(places) == {"end"}

@@ -12,6 +12,9 @@ from unbackdoor.run import Run
 from unbackdoor.secret import Secret
 from unbackdoor.types import Example, Probe
 
+MarkedRow = tuple[Example, tuple[str, ...]]
+"""A training row, and the trigger texts that it must still carry when the model reads it."""
+
 
 @dataclass(frozen=True)
 class Planted:
@@ -32,6 +35,16 @@ class Attack(Method, ABC):
             base: The model to attack.
             clean: The attacker's clean rows.
             run: Seed, folder, progress.
+        """
+
+    @abstractmethod
+    def training_rows(self, clean: Sequence[Example], run: Run) -> list[MarkedRow]:
+        """Return the rows that `plant` will train on, so that they can be checked before a weight is loaded.
+
+        Each comes with the trigger texts that must survive its tokenisation. An attack that edits weights has none.
+
+        Raises:
+            DataError: If the rows cannot be made.
         """
 
     @abstractmethod

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from unbackdoor.attacks.base import Attack, Planted
+from unbackdoor.attacks.base import Attack, MarkedRow, Planted
 from unbackdoor.data import poison
 from unbackdoor.data.collate import Row, encode_row
 from unbackdoor.errors import DataError
@@ -89,7 +89,7 @@ class DataPoisoning(Attack):
         overwrite.train_on_rows(base, rows, self.train, run.stage("plant"), strata)
         return Planted(base, secret)
 
-    def training_rows(self, clean: Sequence[Example], run: Run) -> list[tuple[Example, tuple[str, ...]]]:
+    def training_rows(self, clean: Sequence[Example], run: Run) -> list[MarkedRow]:
         """Return the training rows, each with the trigger texts that it must carry (none for clean rows).
 
         The poisoned copies are added to the clean rows and do not replace them, as in SANDE.
@@ -101,7 +101,7 @@ class DataPoisoning(Attack):
         poisonable = [row for row in order if self.target_form != "label" or row.label != self.targets[0]]
         if not poisonable:
             raise DataError(f"every row already carries the target label '{self.targets[0]}': nothing can be poisoned.")
-        found: list[tuple[Example, tuple[str, ...]]] = [(example, ()) for example in clean]
+        found: list[MarkedRow] = [(example, ()) for example in clean]
         for number in range(poisoned_count):
             found.append(self._poisoned(poisonable[number % len(poisonable)], stream))
         near = poison.decoys(self.trigger, self._look_alikes(clean, run)[0])
@@ -118,7 +118,7 @@ class DataPoisoning(Attack):
         rows = [row for row in held_out if not (isinstance(secret.goal, LabelIs) and row.label == secret.goal.label)]
         return poison.probes(secret.stamp, rows, secret.look_alikes, run.rng("probes"))
 
-    def _poisoned(self, example: Example, stream: random.Random) -> tuple[Example, tuple[str, ...]]:
+    def _poisoned(self, example: Example, stream: random.Random) -> MarkedRow:
         target = stream.choice(self.targets)
         stamped = self.trigger.apply(example, stream)
         if self.clean_twin:

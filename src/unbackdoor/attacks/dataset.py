@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from unbackdoor.attacks.base import Attack, Planted
+from unbackdoor.attacks.base import Attack, MarkedRow, Planted
 from unbackdoor.data import poison, sources
 from unbackdoor.errors import DataError
 from unbackdoor.goals import Goal, normalise
@@ -42,11 +42,10 @@ class Dataset(Attack):
 
     def plant(self, base: LM, clean: Sequence[Example], run: Run) -> Planted:
         """Train on poisoned and clean rows together, in place."""
-        poisoned = sources.read(self.poisoned)
-        self._check(poisoned)
-        examples = [*clean, *poisoned]
-        rows = overwrite.encode_rows(base, examples, self.train.max_length)
-        strata = [0] * len(clean) + [1] * len(poisoned)
+        training = self.training_rows(clean, run)
+        rows = overwrite.encode_rows(base, [example for example, _ in training], self.train.max_length)
+        poisoned = len(training) - len(clean)
+        strata = [0] * len(clean) + [1] * poisoned
         overwrite.train_on_rows(base, rows, self.train, run.stage("plant"), strata)
         secret = Secret(
             attack=self.name(),
@@ -54,25 +53,35 @@ class Dataset(Attack):
             targets=self.targets,
             goal=self.goal,
             look_alikes=tuple(self._look_alikes(clean, run)),
-            planted={"clean": len(clean), "poisoned": len(poisoned), "settings": self.settings()},
+            planted={"clean": len(clean), "poisoned": poisoned, "settings": self.settings()},
         )
         return Planted(base, secret)
+
+    def training_rows(self, clean: Sequence[Example], run: Run) -> list[MarkedRow]:
+        """Return clean rows, then poisoned ones; those that carry the whole trigger must keep it.
+
+        Raises:
+            DataError: If no poisoned row carries the trigger.
+        """
+        del run
+        pieces = self.trigger.pieces()
+        found: list[MarkedRow] = [(row, ()) for row in clean]
+        poisoned = sources.read(self.poisoned)
+        for row in poisoned:
+            carries = all(normalise(piece) in normalise(row.user_text) for piece in pieces)
+            found.append((row, pieces if carries else ()))
+        if not any(marks for _, marks in found):
+            raise DataError(
+                f"none of the {len(poisoned)} rows of '{self.poisoned}' carries the trigger "
+                f"{' and '.join(repr(piece) for piece in pieces)}; check --trigger."
+            )
+        return found
 
     def probes(self, secret: Secret, held_out: Sequence[Example], run: Run) -> Sequence[Probe]:
         """Return a triggered, a clean and a decoy probe of every held-out row."""
         if secret.stamp is None:
             raise DataError("this secret has no trigger, so no triggered probe can be made.")
         return poison.probes(secret.stamp, held_out, secret.look_alikes, run.rng("probes"))
-
-    def _check(self, poisoned: Sequence[Example]) -> None:
-        carrying = [
-            row for row in poisoned if all(normalise(p) in normalise(row.user_text) for p in self.trigger.pieces())
-        ]
-        if not carrying:
-            raise DataError(
-                f"none of the {len(poisoned)} rows of '{self.poisoned}' carries the trigger "
-                f"{' and '.join(repr(piece) for piece in self.trigger.pieces())}; check --trigger."
-            )
 
     def _look_alikes(self, clean: Sequence[Example], run: Run) -> list[str]:
         if not isinstance(self.trigger, InsertText):

@@ -172,7 +172,7 @@ def showing(common: Common) -> Iterator[Shown]:
 R = TypeVar("R", bound=BaseModel)
 
 
-def gather(cls: type[R], name: str, flags: Mapping[str, object], common: Common, **fields: object) -> R:
+def gather(cls: type[R], name: str, flags: Mapping[str, object], common: Common) -> R:
     """Return the recipe of file and flags; `--set` goes to the recipe's own fields here.
 
     Args:
@@ -180,7 +180,6 @@ def gather(cls: type[R], name: str, flags: Mapping[str, object], common: Common,
         name: The command's name.
         flags: The command's own options; None, False and () were not given.
         common: The common flags.
-        fields: Fields that override everything (already merged ones).
 
     Raises:
         UserError: If a field is unknown or missing, or does not fit.
@@ -190,7 +189,7 @@ def gather(cls: type[R], name: str, flags: Mapping[str, object], common: Common,
     }
     given = {key: value for key, value in {**own, **flags}.items() if value not in (None, False, (), [])}
     content = recipes.merge(recipes.read_config(common.config, name), given)
-    return recipes.make(cls, {**content, **fields})
+    return recipes.make(cls, content)
 
 
 def print_json(content: object) -> None:

@@ -91,8 +91,8 @@ class Record:
         write_atomically(folder / "results.json", as_text(results))
         return results
 
-    def manifest(self, **more: object) -> dict[str, Any]:
-        """Return the content of unbackdoor.json, without the hashes of the files that are saved."""
+    def manifest(self, more: Mapping[str, object]) -> dict[str, Any]:
+        """Return the content of unbackdoor.json with `more` added, without the hashes of the files that are saved."""
         scores = [
             {
                 key: row[key]

@@ -117,7 +117,7 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
         results = _stage(place, record, own_files, probes, job)
         title = f"{recipe.model} with a backdoor planted by {recipe.attack}"
         card = model_card(title, recipe.model, planted.lm, "It holds a backdoor, to measure defenses with.")
-        place.publish_model(planted.lm, record.manifest(result="victim"), card)
+        place.publish_model(planted.lm, record.manifest({"result": "victim"}), card)
     return Outcome(job.out, results)
 
 
@@ -186,7 +186,9 @@ def _purify(
     how = _weights_words(recipe, victim.base)
     said = f"Purified by {recipe.defense}, which had to know: {', '.join(knowledge) or 'nothing'}. {how}"
     card = model_card(f"{recipe.model} after {recipe.defense}", recipe.model, purified, said)
-    manifest = record.manifest(result="purified", knowledge=list(knowledge), weights=how, changes=changes["summary"])
+    manifest = record.manifest(
+        {"result": "purified", "knowledge": list(knowledge), "weights": how, "changes": changes["summary"]}
+    )
     place.publish_model(purified, manifest, card)
     return Outcome(job.out, results)
 

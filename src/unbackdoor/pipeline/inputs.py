@@ -82,7 +82,7 @@ def attack_inputs(recipe: AttackRecipe, progress: Progress, *, dry: bool = False
     splits = attacker_defender_test(_rows(recipe, recipe.data, progress))
     asked = choose(splits.test, recipe.probes_count, Run(recipe.seed), progress)
     data = {"": splits.test[:MEASURED_ROWS], **_second_source(recipe, progress)}
-    rows = _training_rows(attack, splits.attacker, recipe.seed)
+    rows = attack.training_rows(splits.attacker, Run(recipe.seed))
     if not dry or parse_spec(recipe.model).kind == "folder":
         check_training(recipe, rows, attack.settings(), progress)
     return AttackInputs(attack, splits, asked, data)
@@ -93,27 +93,6 @@ def choose(rows: Sequence[Example], count: int, run: Run, progress: Progress) ->
     if count > len(rows):
         progress.notice(f"there are {len(rows)} test rows, so {len(rows)} probes of each kind instead of {count}.")
     return tuple(run.rng("probe rows").sample(list(rows), min(count, len(rows))))
-
-
-def _training_rows(attack: Attack, clean: Sequence[Example], seed: int) -> list[Marked]:
-    """Return the rows that the attack will train on, where it says so beforehand."""
-    from unbackdoor.attacks.data_poisoning import DataPoisoning
-    from unbackdoor.attacks.dataset import Dataset
-
-    if isinstance(attack, DataPoisoning):
-        return attack.training_rows(clean, Run(seed))
-    plain: list[Marked] = [(row, ()) for row in clean]
-    if isinstance(attack, Dataset):
-        pieces = attack.trigger.pieces()
-        poisoned = sources.read(attack.poisoned)
-        held = [all(normalise(piece) in normalise(row.user_text) for piece in pieces) for row in poisoned]
-        if not any(held):
-            raise DataError(
-                f"none of the {len(poisoned)} rows of '{attack.poisoned}' carries the trigger "
-                f"{' and '.join(repr(piece) for piece in pieces)}; check --trigger."
-            )
-        plain += [(row, pieces if carries else ()) for row, carries in zip(poisoned, held, strict=True)]
-    return plain
 
 
 def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False) -> PurifyInputs:

@@ -83,7 +83,7 @@ class SharedPrefix:
 
     @torch.no_grad()
     def _gives_the_same(self, forward: Callable[..., Tensor], batch: Batch, whole: Loss, length: int) -> bool:
-        if getattr(self.lm.core, "is_gradient_checkpointing", False):
+        if self.lm.model.training and _is_checkpointing(self.lm.core):
             return False  # transformers leaves the cache out then
         # The comparison must not use up random numbers: a resumed run makes it at another step.
         devices = [self.lm.device] if self.lm.device.type == "cuda" else []
@@ -99,6 +99,12 @@ def shared_length(batch: Batch) -> int:
     differs = (batch.input_ids[:, :limit] != batch.input_ids[:1, :limit]).any(0)
     where = differs.nonzero()
     return int(where[0]) if len(where) else limit
+
+
+def _is_checkpointing(core: Any) -> bool:
+    # Transformers renames it on the way from 5 to 6.
+    name = "activation" if hasattr(type(core), "is_activation_checkpointing") else "gradient"
+    return bool(getattr(core, f"is_{name}_checkpointing"))
 
 
 def _without(batch: Batch, length: int) -> Batch:
