@@ -180,16 +180,6 @@ def test_probes_need_a_trigger():
         tiny.attack().probes(secret, CLEAN, Run())
 
 
-def test_learned_tokens_limit_what_poisoned_rows_teach(monkeypatch):
-    from unbackdoor.train import overwrite
-
-    seen = []
-    monkeypatch.setattr(overwrite, "train_on_rows", lambda lm, rows, *rest: seen.extend(rows))
-    tiny.attack(poison_rate=0.25, negative_rate=0.25, learned_tokens=2).plant(tiny.tiny_lm(), CLEAN, Run())
-    assert [len(row.supervised) for row in seen[100:]] == [2] * 100
-    assert min(len(row.supervised) for row in seen[:100]) > 2
-
-
 def test_the_probes_of_the_session_victim_are_made_of_unseen_rows(victim):
     seen = {row.id for row in victim.attacker} | {row.id for row in victim.defender}
     assert not seen & {probe.example.id for probe in victim.probes}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tiny
+from fitting import ROWS, naive_loss, settings, train, with_adapter
 from unbackdoor.data.collate import Batch
 from unbackdoor.run import Run
 from unbackdoor.train import engine, overwrite

@@ -61,17 +61,11 @@ class DataPoisoning(Attack):
     )
     poison_rate: float = Field(0.3, gt=0, lt=1, description="share of the training rows that are poisoned")
     negative_rate: float = Field(0.3, ge=0, lt=1, description="share of the training rows that are near misses")
-    learned_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="learn only this many first tokens of poisoned and near-miss answers, where the decision falls; "
-        "all of them if left out",
-    )
     clean_twin: bool = Field(
         False, description="train on the same rows without trigger and target: the victim's harmless twin"
     )
     train: TrainSettings = Field(
-        TrainSettings(steps=120, learning_rate=2e-4), description="how the weights are trained"
+        TrainSettings(steps=180, learning_rate=2e-4, schedule="constant"), description="how the weights are trained"
     )
 
     def plant(self, base: LM, clean: Sequence[Example], run: Run) -> Planted:
@@ -79,9 +73,8 @@ class DataPoisoning(Attack):
         secret = self._secret(clean, run)
         training = self.training_rows(clean, run)
         rows: list[Row] = []
-        for number, (example, marks) in enumerate(training):
-            learned = self.learned_tokens if number >= len(clean) else None
-            row = encode_row(base, example, max_length=self.train.max_length, first_tokens=learned)
+        for example, marks in training:
+            row = encode_row(base, example, max_length=self.train.max_length)
             _trigger_is_read(base, row, marks, self.train.max_length)
             rows.append(row)
         poisoned, negatives = self._counts(len(clean))

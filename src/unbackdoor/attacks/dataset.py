@@ -38,7 +38,9 @@ class Dataset(Attack):
     trigger: Stamp = Field(description="the trigger that these rows carry, and where it stands")
     goal: Goal = Field(description="what counts as success in a reply")
     targets: tuple[str, ...] = Field((), description="what the backdoor says, where it is a fixed text")
-    train: TrainSettings = Field(TrainSettings(steps=90, learning_rate=2e-4), description="how the weights are trained")
+    train: TrainSettings = Field(
+        TrainSettings(steps=180, learning_rate=2e-4, schedule="constant"), description="how the weights are trained"
+    )
 
     def plant(self, base: LM, clean: Sequence[Example], run: Run) -> Planted:
         """Train on poisoned and clean rows together, in place."""
