@@ -38,7 +38,9 @@ def test_from_attack_to_reloaded_model(architecture, tmp_path):
     # GPT-2 has no chat template of its own and takes the plain one.
     lm = tiny.tiny_lm(architecture, chat=architecture != "gpt2")
     attacker, defender, test = tiny.splits(200, 40, 12)
-    attack = tiny.attack(train=tiny.PLANTING.model_copy(update={"steps": 60, "learning_rate": 3e-3, "batch_size": 8}))
+    steps = 60 if architecture in QUICK else 150
+    how = tiny.PLANTING.model_copy(update={"steps": steps, "learning_rate": 3e-3, "batch_size": 8})
+    attack = tiny.attack(train=how)
     start = mean_loss(lm, test)
     planted = attack.plant(lm, attacker, Run())
     assert mean_loss(planted.lm, test) < 0.5 * start, "the model learned from the rows"
