@@ -1,8 +1,9 @@
-"""Greedy replies to many prompts: batches sorted by length, against transformers' `generate` on one prompt at a time.
+"""Greedy replies to many prompts: in batches, against transformers' `generate` on one prompt at a time.
 
-Both sides have the same length limit, the same stop tokens and no other generation setting. The replies are compared
-token by token: in float32 they must be identical; in bfloat16 a reply may part from the other where the two next
-tokens are as good as equal, which is asked of the model itself.
+This package sorts the prompts by length and reads what all of them begin with once. Both sides have the
+same length limit, the same stop tokens and no other generation setting. The replies are compared token by token: in
+float32 they must be identical; in bfloat16 a reply may part from the other where the two next tokens are as good as
+equal, which is asked of the model itself.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _part_at_a_tie(lm: LM, prompt: Sequence[int], mine: list[int], other: list[i
 def main(given: Sequence[str] | None = None) -> None:
     """Compare, time and print."""
     sizes = {"prompts": 100, "tokens": 16}
-    options = common.arguments(__doc__ or "", given, sizes=sizes, repeats=1)
+    options = common.arguments(__doc__ or "", given, sizes=sizes, repeats=3)
     lm = common.model(options.model, options.device, options.dtype)
     prompts = questions(lm, options.prompts)
     if options.only:

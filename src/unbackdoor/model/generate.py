@@ -1,19 +1,25 @@
 """Greedy replies in batches: left padding, KV cache, rows leave the batch when they are done.
 
 The checkpoint's own generation settings (sampling, penalties, forced tokens) are not used: they could hide or fake a
-backdoor. A row is done at a stop token, at the length limit, or as soon as its goal is decided either way.
+backdoor. A row is done at a stop token, at the length limit, or as soon as its goal is decided either way. What all
+prompts begin with (system turn, role header) is read once and not in every row.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
     from unbackdoor.goals import Goal
     from unbackdoor.model.lm import LM
+
+WORTH_SHARING = 8
+"""Tokens: a shorter beginning is read again in every row."""
 
 
 def greedy(
@@ -54,9 +60,11 @@ def greedy_ids(
     lm.model.eval()
     try:
         with torch.inference_mode():
+            length, shared = _shared_beginning(lm, prompts)
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                said = _continue_batch(lm, [prompts[row] for row in rows], max_new_tokens, goal)
+                rest = [prompts[row][length:] for row in rows]
+                said = _continue_batch(lm, rest, max_new_tokens, goal, shared)
                 for row, ids in zip(rows, said, strict=True):
                     replies[row] = ids
     finally:
@@ -69,18 +77,42 @@ def decode(lm: LM, ids: Sequence[int]) -> str:
     return str(lm.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
+def _shared_beginning(lm: LM, prompts: Sequence[Sequence[int]]) -> tuple[int, Any]:
+    """Return how many tokens all prompts begin with and a cache of them, or (0, None) where that is not worth it."""
+    import torch
+
+    if len(prompts) < 2:
+        return 0, None
+    # Every row keeps one token of its own, from which the reply is predicted.
+    longest = min(len(prompt) for prompt in prompts) - 1
+    columns = zip(*(prompt[:longest] for prompt in prompts), strict=True)
+    length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    if length < WORTH_SHARING:
+        return 0, None
+    ids = torch.tensor([list(prompts[0][:length])], device=lm.device)
+    cache = lm.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    # A sliding window counts columns, and the padding between beginning and rest would be counted, too.
+    plain = all(type(layer).__name__ == "DynamicLayer" for layer in getattr(cache, "layers", [None]))
+    return (length, cache) if plain else (0, None)
+
+
 def _continue_batch(
-    lm: LM, prompts: Sequence[Sequence[int]], max_new_tokens: int, goal: Goal | None
+    lm: LM, prompts: Sequence[Sequence[int]], max_new_tokens: int, goal: Goal | None, shared: Any = None
 ) -> list[list[int]]:
     import torch
 
     ids, mask = left_pad(prompts, lm.pad_id)
     ids, mask = ids.to(lm.device), mask.to(lm.device)
+    cache = None
+    if shared is not None:
+        # A forward pass adds to the cache that it is given, so each batch has a copy.
+        cache = copy.deepcopy(shared)
+        cache.batch_repeat_interleave(len(prompts))
+        mask = torch.cat([mask.new_ones(len(mask), shared.get_seq_length()), mask], 1)
     stops = set(lm.stop_ids)
     said: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = None
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     for _ in range(max_new_tokens):
         output = lm.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
