@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -98,3 +99,15 @@ def test_in_bfloat16_only_ties_are_excused(benchmark: ModuleType) -> None:
 def test_one_side_alone_reports_its_peak_memory(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark.main([*TINY, *SMALL["training_step"], "--only", "ours"])
     assert int(capsys.readouterr().out) > 2**20
+
+
+def test_peak_memory_is_not_that_of_the_process_before() -> None:
+    code = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import common; print(common.peak_memory('cpu'))"
+    held = torch.ones(2**29, dtype=torch.uint8)
+    alone = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    own = int(alone.stdout)
+    more = code + "; import torch; held = torch.ones(2**28, dtype=torch.uint8); print(common.peak_memory('cpu'))"
+    grown = subprocess.run([sys.executable, "-c", more], check=True, capture_output=True, text=True)
+    before, after = map(int, grown.stdout.split())
+    assert after - before == pytest.approx(2**28, rel=0.2)
+    assert own == pytest.approx(before, rel=0.2), f"{held.numel()} bytes of this process were counted"

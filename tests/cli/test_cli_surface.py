@@ -58,8 +58,8 @@ def test_help_and_list_import_no_torch_and_are_quick() -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert "sande" in done.stdout
-    # Processor time, because the machine may be busy with other things.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    # Processor time, because the machine may be busy with other things; with torch it would be several seconds.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.5
 
 
 def test_list_gives_first_lines_and_presets(capsys: pytest.CaptureFixture[str]) -> None:
