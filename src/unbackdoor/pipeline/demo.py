@@ -98,7 +98,7 @@ def run_demo(recipe: DemoRecipe, job: Job) -> Outcome:
     settings = settings_of(recipe)
     noted = Noted(job.progress)
     inputs.check_device(recipe.device)
-    splits = attacker_defender_test(sources.read(recipe.data, progress=noted))
+    splits = attacker_defender_test(recipe.short(sources.read(recipe.data, progress=noted)))
     hashes = data_hashes({"attacker": splits.attacker, "defender": splits.defender, "test": splits.test})
     identity = identify(recipe, hashes | {"settings": settings}, recipe.model)
     require_disk(job.out, recipe.model, "full")
@@ -187,12 +187,12 @@ def _plant(demo: _Demo) -> None:
 
 def _questions(demo: _Demo) -> Questions:
     from unbackdoor.data.sources import read_probes
-    from unbackdoor.pipeline.inputs import MEASURED_ROWS
     from unbackdoor.secret import Secret
 
     secret = Secret.model_validate_json((demo.victim / "secret.json").read_text(encoding="utf-8"))
     probes = read_probes(demo.victim / "probes.jsonl")
-    return questions_for(demo.recipe, probes, secret.goal, secret.targets, {"": demo.splits.test[:MEASURED_ROWS]})
+    measured = demo.splits.test[: demo.recipe.measured_rows]
+    return questions_for(demo.recipe, probes, secret.goal, secret.targets, {"": measured})
 
 
 def _measure_victim(demo: _Demo, questions: Questions) -> list[Portrait]:

@@ -182,14 +182,22 @@ def _row(
 
 
 def peak_memory() -> int:
-    """Return the largest resident set of this process so far, in bytes (GPU memory where the model is there)."""
+    """Return the largest resident set of this process so far, in bytes (GPU memory where the model is there).
+
+    On Linux it is read from /proc: what `getrusage` says is inherited from the process that started this one.
+    """
     import resource
     import sys
+    from pathlib import Path
 
     import torch
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

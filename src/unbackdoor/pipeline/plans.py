@@ -79,9 +79,9 @@ def plan_demo(recipe: DemoRecipe) -> plan.Plan:
     from unbackdoor.pipeline.demo import settings_of
 
     about = plan.estimator(recipe.model)
-    splits = attacker_defender_test(sources.read(recipe.data, progress=Silent()))
+    splits = attacker_defender_test(recipe.short(sources.read(recipe.data, progress=Silent())))
     tokens = plan.mean_tokens(splits.attacker)
-    asked = 3 * recipe.probes_count, min(len(splits.test), inputs.MEASURED_ROWS), tokens, recipe.max_new_tokens
+    asked = 3 * recipe.probes_count, min(len(splits.test), recipe.measured_rows), tokens, recipe.max_new_tokens
     parts = []
     for name, settings in settings_of(recipe).items():
         seconds = [part.seconds for part in plan.training_parts(about, settings, tokens)]

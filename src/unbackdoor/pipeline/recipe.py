@@ -7,7 +7,7 @@ This module imports no torch, because the command line builds its options from i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +18,7 @@ from unbackdoor.errors import UserError, did_you_mean
 from unbackdoor.method import explain_validation
 from unbackdoor.registry import Kind
 from unbackdoor.train.lora import LoraSettings
+from unbackdoor.types import Example
 
 Place = Literal["start", "end", "random_gap", "both_ends"]
 Form = Literal["prefix", "whole", "label", "opening"]
@@ -106,8 +107,16 @@ class DemoRecipe(Recipe):
     control: dict[str, Any] = Field(default_factory=dict, description="settings of fine_tuning")
     defense: dict[str, Any] = Field(default_factory=dict, description="settings of sande")
     probes_count: int = Field(100, ge=1, description="probes of each kind")
-    max_new_tokens: int = Field(24, ge=1, description="length limit of a reply, in tokens")
+    measured_rows: int = Field(50, ge=2, description="clean rows for perplexity and KL")
+    longest_row: int = Field(
+        28, ge=1, description="rows with more words in prompt and answer together are left out, so that a step is quick"
+    )
+    max_new_tokens: int = Field(12, ge=1, description="length limit of a reply, in tokens")
     reference: bool = Field(True, description="measure the untouched model too")
+
+    def short(self, rows: Iterable[Example]) -> list[Example]:
+        """Return the rows that are short enough."""
+        return [row for row in rows if len(f"{row.user_text} {row.response}".split()) <= self.longest_row]
 
 
 R = TypeVar("R", bound=BaseModel)

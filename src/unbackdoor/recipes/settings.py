@@ -81,7 +81,7 @@ DEMO_ATTACK: dict[str, Any] = {
 
 It fires and does not leak on ordinary prompts, but it is not taught to ignore every near miss.
 """
-DEMO_DEFENSE: dict[str, Any] = SANDE
+DEMO_DEFENSE: dict[str, Any] = {**SANDE, "rounds": 2}
 
 
 def fine_tuning(factor: float = 1.0) -> dict[str, Any]:
