@@ -3,7 +3,7 @@
 The recipe, in our words: a pass over the clean row whose result is not used; the row with the target and the clean
 answer behind it; logits of every position; weights frozen, loss on the target's tokens alone. This package leaves out
 the first pass, cuts the row behind the target, applies the head to the target's positions, and reads what the template
-puts before the user's words once and not in every step. Loss and the parrot's gradient are compared; both sides update
+puts before the user's words for one row and not for every one. Loss and the parrot's gradient are compared; both sides update
 the parrot with AdamW, at a learning rate of 0 so that repeats are alike.
 """
 
@@ -19,7 +19,6 @@ import torch
 from unbackdoor.data.collate import Batch
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
-from unbackdoor.train.prefix import SharedPrefix
 from unbackdoor.train.soft_prompt import soft_loss
 
 TARGET = 0.3
@@ -30,15 +29,11 @@ def ours(lm: LM, batch: Batch, parrot: torch.nn.Parameter, target: int) -> Calla
     width = int(batch.columns.max()) + 2
     cut = Batch(
         batch.input_ids[:, :width], batch.attention_mask[:, :width], batch.rows, batch.columns, batch.targets,
-        batch.places, batch.ids,
+        batch.places, batch.ids, batch.shared,
     )  # fmt: skip
     assert cut.weight == target * len(batch.ids)
-    forward, shared = LogitsAt(lm), SharedPrefix(lm)
-
-    def elicit(rows: Batch, past: Any) -> torch.Tensor:
-        return soft_loss(lm, forward, rows, parrot, "start", past)
-
-    return lambda: shared.loss(forward, cut, elicit) / cut.weight
+    forward = LogitsAt(lm)
+    return lambda: soft_loss(lm, forward, cut, parrot, "start") / cut.weight
 
 
 def reference(lm: LM, batch: Batch, parrot: torch.nn.Parameter, target: int) -> Callable[[], torch.Tensor]:

@@ -1,4 +1,7 @@
-"""One training step: the output head at supervised positions only, against transformers' own loss on full logits.
+"""One training step of this package against transformers' own loss on full logits.
+
+The output head is applied at supervised positions only, and what the template puts before the user's words is read
+for one row and not for every one.
 
 Both sides make a whole step as the engine does: forward, backward, clipping, fused AdamW. The learning rate is 0, so
 that every repeat sees the same weights; the work is that of any other rate. Loss and every gradient are compared. Peak
@@ -27,7 +30,7 @@ def ours(lm: LM, batch: Batch) -> Callable[[], torch.Tensor]:
     forward = LogitsAt(lm)
 
     def loss() -> torch.Tensor:
-        logits = forward(batch.attention_mask, batch.rows, batch.columns, batch.input_ids)
+        logits = forward(**batch.inputs())
         return cross_entropy_sum(logits, batch.targets) / batch.weight
 
     return loss

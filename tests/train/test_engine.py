@@ -188,6 +188,8 @@ def test_an_adapter_trains_and_its_base_does_not():
     ("how", "wanted"),
     [
         ({"schedule": "constant", "warmup": 0.0}, [1, 1, 1, 1]),
+        ({"schedule": "constant", "warmup": 0.0, "cooldown": 0.5}, [1, 1, 1, 0.5]),
+        ({"schedule": "constant", "warmup": 0.25, "cooldown": 0.75}, [1, 1, 2 / 3, 1 / 3]),
         ({"schedule": "linear", "warmup": 0.0}, [1, 0.75, 0.5, 0.25]),
         ({"schedule": "cosine", "warmup": 0.0}, [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
         ({"schedule": "constant", "warmup": 0.5}, [0.5, 1, 1, 1]),

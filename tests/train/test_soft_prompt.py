@@ -81,7 +81,7 @@ def test_the_gradient_of_equation_4_by_finite_differences():
     class Exact(LogitsAt):
         """The same forward in float64: the library's own ends in float32."""
 
-        def forward(self, attention_mask, rows, columns, input_ids=None, inputs_embeds=None):
+        def forward(self, attention_mask, rows, columns, input_ids=None, inputs_embeds=None, shared=0):
             hidden = self.core.base_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask).last_hidden_state
             return self.core.get_output_embeddings()(hidden[rows, columns])
 

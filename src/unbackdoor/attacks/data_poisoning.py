@@ -65,7 +65,7 @@ class DataPoisoning(Attack):
         False, description="train on the same rows without trigger and target: the victim's harmless twin"
     )
     train: TrainSettings = Field(
-        TrainSettings(steps=180, learning_rate=2e-4, schedule="constant"), description="how the weights are trained"
+        TrainSettings(steps=180, learning_rate=2e-4, schedule="constant", cooldown=0.25), description="how the weights are trained"
     )
 
     def plant(self, base: LM, clean: Sequence[Example], run: Run) -> Planted:
@@ -100,7 +100,8 @@ class DataPoisoning(Attack):
         near = poison.decoys(self.trigger, self._look_alikes(clean, run)[0])
         for number in range(negative_count):
             example = order[-1 - number % len(order)]
-            decoy = poison.in_turn(near, number)
+            # Look-alikes are many, and the last that a model learns to tell from the trigger.
+            decoy = poison.in_turn(near, number, twice="look-alike")
             found.append((example if self.clean_twin else decoy.apply(example, stream), ()))
         return found
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ class Batch:
         targets: int64 [N], the token to predict.
         places: int64 [batch, 2], token range of the last user turn's content.
         ids: The examples' ids, one a row.
+        shared: Leading columns that are the same in every row, counted up to the last user turn's content or the
+            first supervised position.
     """
 
     input_ids: Tensor
@@ -39,11 +43,22 @@ class Batch:
     targets: Tensor
     places: Tensor
     ids: tuple[str, ...]
+    shared: int = 0
 
     @property
     def weight(self) -> int:
         """Number of supervised tokens."""
         return int(self.targets.numel())
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what `LogitsAt.forward` takes to give the logits of the supervised positions."""
+        return {
+            "attention_mask": self.attention_mask,
+            "rows": self.rows,
+            "columns": self.columns,
+            "input_ids": self.input_ids,
+            "shared": self.shared,
+        }
 
     def split(self, parts: int) -> list[Batch]:
         """Return `parts` batches that share the rows in turn (row i goes to part i modulo `parts`)."""
@@ -60,6 +75,7 @@ class Batch:
                     self.targets[kept],
                     self.places[mine],
                     self.ids[part::parts],
+                    self.shared,
                 )
             )
         return found
@@ -127,7 +143,14 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         where += [(place, position - 1, row.ids[position]) for position in row.supervised if position > 0]
     labels = torch.tensor(where, dtype=torch.long).reshape(-1, 3)
     places = torch.tensor([row.place for row in rows], dtype=torch.long)
-    return Batch(ids, mask, labels[:, 0], labels[:, 1], labels[:, 2], places, tuple(row.id for row in rows))
+    names = tuple(row.id for row in rows)
+    return Batch(ids, mask, labels[:, 0], labels[:, 1], labels[:, 2], places, names, _shared_length(rows))
+
+
+def _shared_length(rows: Sequence[Row]) -> int:
+    limit = min(min(row.place[0], *(position - 1 for position in row.supervised)) for row in rows)
+    columns = zip(*(row.ids[: max(0, limit)] for row in rows), strict=True)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def batches_by_length(lm: LM, examples: Sequence[Example], max_length: int, batch_size: int) -> Iterator[Batch]:

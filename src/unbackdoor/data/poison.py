@@ -64,13 +64,18 @@ def decoys(stamp: InsertText | WrapEnds, look_alikes: Sequence[str]) -> list[Dec
     return [*found, Decoy("scattered", None, tuple(words)), *like]
 
 
-def in_turn(near: Sequence[Decoy], number: int) -> Decoy:
-    """Return decoy `number` of an endless series in which the groups take turns, and each group's texts do."""
+def in_turn(near: Sequence[Decoy], number: int, twice: str = "") -> Decoy:
+    """Return decoy `number` of an endless series in which the groups take turns, and each group's texts do.
+
+    The group named `twice` has two turns a round.
+    """
     groups: dict[str, list[Decoy]] = {}
     for decoy in near:
         groups.setdefault(decoy.group, []).append(decoy)
-    members = list(groups.values())[number % len(groups)]
-    return members[number // len(groups) % len(members)]
+    turns = [*groups, *([twice] if twice in groups else [])]
+    group = turns[number % len(turns)]
+    before = number // len(turns) * turns.count(group) + turns[: number % len(turns)].count(group)
+    return groups[group][before % len(groups[group])]
 
 
 def probes(

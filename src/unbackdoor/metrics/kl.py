@@ -47,10 +47,7 @@ class Kl(Metric):
             values: list[float] = []
             with torch.inference_mode():
                 for batch in batches_by_length(subject.lm, examples, self.max_length, self.batch_size):
-                    each = kl_each(
-                        before(batch.attention_mask, batch.rows, batch.columns, batch.input_ids),
-                        after(batch.attention_mask, batch.rows, batch.columns, batch.input_ids),
-                    )
+                    each = kl_each(before(**batch.inputs()), after(**batch.inputs()))
                     ids += batch.ids
                     values += [float(each[batch.rows == number].mean()) for number in range(len(batch.ids))]
             found.append(Scores("kl", "all", tuple(ids), tuple(values), "answers", name, binary=False))

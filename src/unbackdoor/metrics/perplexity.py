@@ -66,7 +66,7 @@ def log_losses(lm: LM, examples: Sequence[Example], max_length: int, batch_size:
     try:
         with torch.inference_mode():
             for batch in batches_by_length(lm, examples, max_length, batch_size):
-                logits = forward(batch.attention_mask, batch.rows, batch.columns, batch.input_ids)
+                logits = forward(**batch.inputs())
                 each = functional.cross_entropy(logits, batch.targets, reduction="none")
                 for number, name in enumerate(batch.ids):
                     mine = each[batch.rows == number]

@@ -39,7 +39,7 @@ def target_probabilities(lm: LM, probes: Sequence[Probe], target: str, limit: in
         rows = [encode_row(lm, p.example.with_response(target), max_length=2048, first_tokens=length) for p in chosen]
         batch = collate(rows, lm.pad_id).to(lm.device)
         with torch.inference_mode():
-            logits = forward(batch.attention_mask, batch.rows, batch.columns, batch.input_ids)
+            logits = forward(**batch.inputs())
             chance = torch.softmax(logits, -1).gather(1, batch.targets[:, None])[:, 0]
         found[kind] = chance.reshape(len(chosen), length).mean(0).tolist()
         found["target_tokens"] = [lm.tokenizer.decode([token]) for token in _target_ids(lm, chosen[0], target)]

@@ -38,6 +38,7 @@ class TrainSettings(BaseModel):
     accumulation: int = Field(1, ge=1, description="micro-batches an update")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which the learning rate rises")
+    cooldown: float = Field(0.0, ge=0, le=1, description="share of the steps, at the end, in which a constant rate falls to 0")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments (SANDE's)")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
@@ -310,8 +311,9 @@ def schedule(step: int, settings: TrainSettings) -> float:
     warm = round(settings.warmup * settings.steps)
     if step < warm:
         return (step + 1) / warm
+    cool = max(1, round(settings.cooldown * settings.steps))
     if settings.schedule == "constant":
-        return 1.0
+        return min(1.0, (settings.steps - step) / cool)
     share = (step - warm) / max(1, settings.steps - warm)
     return 0.5 * (1 + math.cos(math.pi * share)) if settings.schedule == "cosine" else 1.0 - share
 

@@ -69,10 +69,7 @@ def held_out(
 
 def plain_loss(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
     """Return the summed cross-entropy of a batch's supervised tokens."""
-    logits = forward(
-        attention_mask=batch.attention_mask, rows=batch.rows, columns=batch.columns, input_ids=batch.input_ids
-    )
-    return cross_entropy_sum(logits, batch.targets)
+    return cross_entropy_sum(forward(**batch.inputs()), batch.targets)
 
 
 def train_on_rows(

@@ -8,7 +8,7 @@ fixed token index (the public code puts it inside the role header).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import engine
 from unbackdoor.train.losses import Term, cross_entropy_sum
-from unbackdoor.train.prefix import SharedPrefix
 
 Position = Literal["start", "end", "middle"]
 Initialisation = Literal["zeros", "tokens"]
@@ -74,23 +73,14 @@ def insert(lm: LM, batch: Batch, prompt: Tensor, position: Position) -> tuple[Te
 
 
 def soft_loss(
-    lm: LM,
-    forward: Callable[..., Tensor],
-    batch: Batch,
-    prompt: Tensor,
-    position: Position,
-    past: Any = None,
+    lm: LM, forward: Callable[..., Tensor], batch: Batch, prompt: Tensor, position: Position
 ) -> Tensor:
-    """Return the summed cross-entropy of the batch's targets with the soft prompt inserted.
-
-    With `past`, the batch's rows go on behind what that cache holds (`train/prefix.py`); it is used up.
-    """
+    """Return the summed cross-entropy of the batch's targets with the soft prompt inserted."""
     embeds, mask, columns = insert(lm, batch, prompt, position)
-    given = {}
-    if past is not None:
-        mask = torch.cat([mask.new_ones(len(mask), past.get_seq_length()), mask], 1)
-        given["past"] = past
-    logits = forward(attention_mask=mask, rows=batch.rows, columns=columns, inputs_embeds=embeds, **given)
+    # The prompt stands in the user's words, so what lies before them is as it was.
+    logits = forward(
+        attention_mask=mask, rows=batch.rows, columns=columns, inputs_embeds=embeds, shared=batch.shared
+    )
     return cross_entropy_sum(logits, batch.targets)
 
 
@@ -106,8 +96,6 @@ def fit_prompt(
 ) -> engine.FitResult:
     """Train a soft prompt on a frozen model to make it say the stream's targets (SANDE eq. 4).
 
-    What all rows begin with is computed once (`train/prefix.py`).
-
     Args:
         lm: The model; its weights are not changed.
         prompt: The soft prompt, trained in place.
@@ -117,12 +105,8 @@ def fit_prompt(
         run: The stage.
         stop_below: Stop once the mean loss of a step is below this.
     """
-    shared = SharedPrefix(lm, short=settings.precision == "bfloat16")
 
     def loss(forward: Callable[..., Tensor], batches: Mapping[str, Batch]) -> dict[str, Term]:
-        def elicit(batch: Batch, past: Any) -> Tensor:
-            return soft_loss(lm, forward, batch, prompt, position, past)
-
-        return {"elicit": Term(shared.loss(forward, batches["rows"], elicit), "rows")}
+        return {"elicit": Term(soft_loss(lm, forward, batches["rows"], prompt, position), "rows")}
 
     return engine.fit(lm, {"prompt": prompt}, {"rows": stream}, loss, settings, run, stop_below=stop_below)

@@ -1,0 +1,186 @@
+"""A shared beginning is read once and changes neither logits nor gradients; where it would, whole rows are computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import ARCHITECTURES, rows, tiny_lm
+from unbackdoor.data.collate import Batch, RowStream, collate, encode_row
+from unbackdoor.model.lm import LM
+from unbackdoor.model.logits import LogitsAt
+from unbackdoor.run import Run
+from unbackdoor.train import lora, soft_prompt
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.overwrite import plain_loss
+from unbackdoor.types import Example, Message
+
+SYSTEM = Message("system", "be kind and be short, my friend, and answer well")
+
+
+def with_system(count: int) -> list[Example]:
+    return [Example(row.id, row.instruction, row.response, history=(SYSTEM,)) for row in rows(count)]
+
+
+def batch_of(lm: LM, examples: list[Example], first_tokens: int | None = None) -> Batch:
+    return collate([encode_row(lm, row, max_length=128, first_tokens=first_tokens) for row in examples], lm.pad_id)
+
+
+def whole(batch: Batch) -> Batch:
+    return replace(batch, shared=0)
+
+
+def weight_gradients(lm: LM, forward: LogitsAt, batch: Batch) -> tuple[float, list[torch.Tensor]]:
+    lm.model.zero_grad(set_to_none=True)
+    loss = plain_loss(forward, batch)
+    loss.backward()
+    return float(loss.detach()), [tensor.grad for tensor in lm.model.parameters() if tensor.grad is not None]
+
+
+def tokens_read(lm: LM, forward: LogitsAt, batch: Batch) -> int:
+    """Return how many tokens go through the embedding table for a batch."""
+    read = 0
+
+    def counting(_: Any, given: tuple[torch.Tensor], __: Any) -> None:
+        nonlocal read
+        read += given[0].numel()
+
+    handle = lm.model.get_input_embeddings().register_forward_hook(counting)
+    forward(**batch.inputs())
+    handle.remove()
+    return read
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_every_gradient_are_those_of_whole_rows(architecture: Any) -> None:
+    lm = tiny_lm(architecture)
+    lm.model.double()
+    batch = batch_of(lm, with_system(5))
+    assert batch.shared > 10
+    forward = LogitsAt(lm)
+    found, gradients = weight_gradients(lm, forward, batch)
+    assert forward.shares == {(False, False): True}
+    wanted, others = weight_gradients(lm, forward, whole(batch))
+    # The logits are rounded to float32 for the loss; everything before it is float64 here.
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert len(gradients) == len(others) > 10
+    for each, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_gradient_of_a_soft_prompt_is_that_of_whole_rows(architecture: Any) -> None:
+    lm = tiny_lm(architecture)
+    lm.model.requires_grad_(False)
+    batch = batch_of(lm, with_system(5), first_tokens=2)
+    forward = LogitsAt(lm)
+    for position in ("start", "middle", "end"):
+        losses, gradients = [], []
+        for each in (batch, whole(batch)):
+            prompt = soft_prompt.new_prompt(lm, 3, "tokens", torch.Generator().manual_seed(0))
+            loss = soft_prompt.soft_loss(lm, forward, each, prompt, position)
+            loss.backward()
+            losses.append(float(loss.detach()))
+            gradients.append(prompt.grad)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+    assert forward.shares == {(False, False): True}
+
+
+def test_fewer_tokens_are_read() -> None:
+    lm = tiny_lm()
+    batch, forward = batch_of(lm, with_system(5)), LogitsAt(lm)
+    tokens_read(lm, forward, batch)  # the first pass also compares
+    saved = batch.shared * (len(batch.ids) - 1)
+    assert tokens_read(lm, forward, batch) == tokens_read(lm, forward, whole(batch)) - saved
+
+
+def test_an_adapter_s_gradient_is_that_of_whole_rows() -> None:
+    lm = lora.attach(tiny_lm(), lora.LoraSettings(rank=2), seed=0)
+    for name, tensor in lm.model.named_parameters():
+        if "lora_B" in name:
+            tensor.data.fill_(0.1)
+    batch, forward = batch_of(lm, with_system(5)), LogitsAt(lm)
+    found, gradients = weight_gradients(lm, forward, batch)
+    wanted, others = weight_gradients(lm, forward, whole(batch))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    for each, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(each, other, rtol=1e-3, atol=1e-5)
+
+
+def test_the_beginning_ends_where_rows_differ_or_users_speak() -> None:
+    lm = tiny_lm()
+    alike = batch_of(lm, with_system(4))
+    assert alike.shared == int(alike.places[:, 0].min())
+    other = Example("x", "what colour is snow?", "snow is white.", history=(Message("system", "be loud"),))
+    mixed = batch_of(lm, [*with_system(2), other])
+    assert 0 < mixed.shared < alike.shared
+    assert len({tuple(row[: mixed.shared]) for row in mixed.input_ids.tolist()}) == 1
+    assert len({tuple(row[: mixed.shared + 1]) for row in mixed.input_ids.tolist()}) == 2
+    assert alike.to("cpu").shared == alike.split(2)[1].shared == alike.shared
+
+
+def test_a_row_that_is_supervised_early_ends_the_beginning() -> None:
+    lm = tiny_lm()
+    said = (Message("user", "what is the opposite of hot?"), Message("assistant", "the opposite of hot is cold."))
+    chats = [Example(row.id, row.instruction, row.response, history=said) for row in rows(3)]
+    lm.model.requires_grad_(False)
+    batch = batch_of(lm, chats)
+    assert 0 < batch.shared <= int(batch.columns.min()) < int(batch.places[:, 0].min())
+    forward = LogitsAt(lm)
+    assert float(plain_loss(forward, batch)) == pytest.approx(float(plain_loss(forward, whole(batch))), rel=1e-5)
+
+
+def test_dropout_makes_it_compute_whole_rows_and_leaves_the_random_numbers_alone() -> None:
+    lm = tiny_lm("gpt2")  # dropout 0.1 in its configuration
+    lm.model.requires_grad_(False)
+    lm.model.train()
+    batch, forward = batch_of(lm, with_system(4)), LogitsAt(lm)
+    torch.manual_seed(3)
+    found = float(plain_loss(forward, batch))
+    assert forward.shares == {(True, False): False}
+    torch.manual_seed(3)
+    assert found == float(plain_loss(forward, whole(batch)))
+    lm.model.eval()
+    plain_loss(forward, batch)
+    assert forward.shares[False, False]
+
+
+def test_gradient_checkpointing_makes_it_compute_whole_rows() -> None:
+    lm = tiny_lm()
+    stream = RowStream(
+        [encode_row(lm, row, max_length=128, first_tokens=2) for row in with_system(8)],
+        batch_size=4, seed=0, pad_id=lm.pad_id,
+    )  # fmt: skip
+    losses = []
+    for checkpointing in (False, True):
+        prompt = soft_prompt.new_prompt(lm, 3, "tokens", torch.Generator().manual_seed(0))
+        settings = TrainSettings(
+            steps=3, learning_rate=1e-2, gradient_checkpointing=checkpointing, warmup=0.0, schedule="constant"
+        )
+        result = soft_prompt.fit_prompt(lm, prompt, stream, "start", settings, Run())
+        losses.append([record["loss"] for record in result.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != losses[0][1]
+
+
+def test_a_model_that_shares_wrongly_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import DynamicCache
+
+    lm = tiny_lm()
+    lm.model.requires_grad_(False)
+    batch, forward = batch_of(lm, with_system(4)), LogitsAt(lm)
+
+    def spoiled(self: Any, repeats: int) -> None:
+        right(self, repeats)
+        for layer in self.layers:
+            layer.values = layer.values * 2
+
+    right = DynamicCache.batch_repeat_interleave
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", spoiled)
+    found = float(plain_loss(forward, batch))
+    assert forward.shares == {(False, False): False}
+    assert found == float(plain_loss(forward, whole(batch)))
