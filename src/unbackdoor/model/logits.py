@@ -1,24 +1,32 @@
-"""Logits only where they are needed, and what all rows begin with read once: the two exact savings of every pass.
+"""Logits only where they are needed, and no token read twice: the exact savings of every pass without generation.
 
 Hidden states are gathered first and the output head is applied to those rows alone: with a vocabulary of 49,152 the
 head costs more than a fifth of a small model's arithmetic and most of its memory, and two thirds of the positions carry
-no label. What a template puts before the user's words (system turn, role header) is the same in every row; it goes
-through the model for one row, and its keys and values, with their gradient, serve all of them.
+no label. The rows of a batch are packed into one: what a template puts before the user's words (system turn, role
+header) stands there once, padding not at all, and a mask keeps the rows apart. Gradients are those of separate rows.
 
-`LogitsAt` is a module, so that data parallelism can wrap it. Whether a model can be split or shared this way is asked
-of the model itself, by comparing results; where it cannot (soft-capped logits; dropout, gradient checkpointing), full
-logits or whole rows are computed.
+`LogitsAt` is a module, so that data parallelism can wrap it. Whether a model can be split and its rows packed is asked
+of the model itself, by comparing results without dropout; where it cannot (soft-capped logits, a model that ignores
+the mask), full logits or separate rows are computed. Dropout falls on a token that stands once for all rows once.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unbackdoor.model.generate import WORTH_SHARING
 from unbackdoor.model.lm import LM
+
+PACKED_TOKENS = 1024
+"""Longest packed row: attention among all rows grows with its square, while separate rows attend to themselves."""
+
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+"""Fields of a configuration that limit how far attention looks back: a mask of our own would overrule them."""
 
 
 class LogitsAt(nn.Module):
@@ -33,8 +41,9 @@ class LogitsAt(nn.Module):
         super().__init__()
         self.core: Any = lm.core
         self.split = self._split_is_exact(lm)
-        self.shares: dict[tuple[bool, bool], bool] = {}
-        """Whether sharing is exact, by (training mode, autocast); asked when it is first needed."""
+        limits = [getattr(self.core.config, name, None) for name in _WINDOWS]
+        self.window = min((limit for limit in limits if limit), default=sys.maxsize)
+        self.packs = self._packing_is_exact()
 
     def forward(
         self,
@@ -48,59 +57,57 @@ class LogitsAt(nn.Module):
         """Return float32 logits [N, vocabulary] at the N positions (rows, columns).
 
         Args:
-            attention_mask: int64 [batch, length], 1 where a token is.
+            attention_mask: int64 [batch, length], 1 where a token is; rows are padded on the right.
             rows: int64 [N], row of each wanted position.
             columns: int64 [N], its column; the logits there predict column + 1.
             input_ids: int64 [batch, length], or None with `inputs_embeds`.
             inputs_embeds: float [batch, length, hidden], or None with `input_ids`.
-            shared: Leading columns that are the same in every row and lie before every wanted position; they are read
-                once where that gives the same logits.
+            shared: Leading columns that are the same in every row and lie before every wanted position.
         """
         given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        if shared < WORTH_SHARING or len(attention_mask) < 2 or not self._sharing_is_exact():
-            return self._gathered(given, attention_mask, rows, columns)
-        return self._behind_shared(given, attention_mask, rows, columns, shared)
+        read = attention_mask.bool()
+        read[1:, :shared] = False
+        fits = 1 < len(read) and read.shape[1] <= self.window and int(read.sum()) <= PACKED_TOKENS
+        if self.packs and fits:
+            return self._packed(given, read, rows, columns, shared)
+        return self._gathered({**given, "attention_mask": attention_mask}, rows, columns)
 
-    def _gathered(self, given: dict[str, Any], mask: Tensor, rows: Tensor, columns: Tensor, past: Any = None) -> Tensor:
-        given = {**given, "attention_mask": mask, "use_cache": past is not None, "past_key_values": past}
+    def _gathered(self, given: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
         if not self.split:
-            full: Tensor = self.core(**given).logits
+            full: Tensor = self.core(**given, use_cache=False).logits
             return full[rows, columns].float()
-        hidden = self.core.base_model(**given).last_hidden_state
+        hidden = self.core.base_model(**given, use_cache=False).last_hidden_state
         logits: Tensor = self.core.get_output_embeddings()(hidden[rows, columns])
         return logits.float()
 
-    def _behind_shared(
-        self, given: dict[str, Any], mask: Tensor, rows: Tensor, columns: Tensor, shared: int
-    ) -> Tensor:
-        from transformers import DynamicCache
-
-        past = DynamicCache(config=self.core.config)
-        first = {name: value[:1, :shared] for name, value in given.items()}
-        self.core.base_model(**first, attention_mask=mask[:1, :shared], use_cache=True, past_key_values=past)
-        past.batch_repeat_interleave(len(mask))
-        rest = {name: value[:, shared:] for name, value in given.items()}
-        return self._gathered(rest, mask, rows, columns - shared, past)
+    def _packed(self, given: dict[str, Any], read: Tensor, rows: Tensor, columns: Tensor, shared: int) -> Tensor:
+        """Do it in one row that holds the tokens where `read` [batch, length] is true."""
+        row, column = read.nonzero(as_tuple=True)
+        near = (row[:, None] == row) | (column < shared)
+        seen = near & (column <= column[:, None])
+        dtype = self.core.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        packed = {name: value[row, column][None] for name, value in given.items()}
+        packed |= {"attention_mask": mask[None, None], "position_ids": column[None]}
+        place = read.flatten().cumsum(0).reshape(read.shape) - 1
+        return self._gathered(packed, torch.zeros_like(rows), place[rows, columns])
 
     @torch.no_grad()
-    def _sharing_is_exact(self) -> bool:
-        """Return whether a few rows give the same logits with their beginning read once; asked once a mode."""
-        if self.core.training and _is_checkpointing(self.core):
-            return False  # transformers leaves the cache out then
+    def _packing_is_exact(self) -> bool:
+        """Return whether two rows of unlike length, their beginning shared, give the same logits packed."""
         device = next(self.core.parameters()).device
-        mode = (self.core.training, torch.is_autocast_enabled(device.type))
-        if mode not in self.shares:
-            ids = torch.arange(1, 15, device=device).reshape(2, 7) % max(2, int(self.core.config.vocab_size))
-            ids[:, :3] = ids[0, :3]
-            mask, rows = torch.ones_like(ids), torch.tensor([0, 0, 1, 1], device=device)
-            columns = torch.tensor([3, 6, 3, 6], device=device)
-            # The comparison must not use up random numbers: a resumed run makes it at another step.
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                wanted = self._gathered({"input_ids": ids}, mask, rows, columns)
-                found = self._behind_shared({"input_ids": ids}, mask, rows, columns, 3)
-            exact = not mode[1] and self.core.dtype == torch.float32
-            self.shares[mode] = bool((found - wanted).norm() <= (1e-4 if exact else 2e-2) * wanted.norm())
-        return self.shares[mode]
+        ids = torch.arange(1, 15, device=device).reshape(2, 7) % int(self.core.config.vocab_size)
+        ids[:, :3] = ids[0, :3]
+        mask = torch.ones_like(ids)
+        mask[0, 5:] = 0
+        read = mask.bool()
+        read[1, :3] = False
+        rows, columns = torch.tensor([[0, 0, 1, 1], [3, 4, 3, 6]], device=device)
+        with _evaluating(self.core):
+            wanted = self._gathered({"input_ids": ids, "attention_mask": mask}, rows, columns)
+            found = self._packed({"input_ids": ids}, read, rows, columns, 3)
+        tolerance = 1e-4 if self.core.dtype in (torch.float32, torch.float64) else 2e-2
+        return bool((found - wanted).norm() <= tolerance * wanted.norm())
 
     @torch.no_grad()
     def _split_is_exact(self, lm: LM) -> bool:
@@ -109,18 +116,18 @@ class LogitsAt(nn.Module):
             return False
         ids = torch.arange(4, device=lm.device)[None] % max(2, int(self.core.config.vocab_size))
         mask = torch.ones_like(ids)
-        was_training = self.core.training
-        self.core.eval()
-        try:
+        with _evaluating(self.core):
             wanted = self.core(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
             hidden = self.core.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             found = self.core.get_output_embeddings()(hidden)[0].float()
-        finally:
-            self.core.train(was_training)
         return bool(torch.allclose(wanted, found, rtol=1e-4, atol=1e-4))
 
 
-def _is_checkpointing(core: Any) -> bool:
-    # Transformers renames it on the way from 5 to 6.
-    name = "activation" if hasattr(type(core), "is_activation_checkpointing") else "gradient"
-    return bool(getattr(core, f"is_{name}_checkpointing"))
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

@@ -1,8 +1,9 @@
-"""A shared beginning is read once and changes neither logits nor gradients; where it would, whole rows are computed."""
+"""Packed rows give the logits and gradients of separate rows; where they would not, separate rows are computed."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tiny import ARCHITECTURES, rows, tiny_lm
 from unbackdoor.data.collate import Batch, RowStream, collate, encode_row
+from unbackdoor.model import logits
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
@@ -21,6 +23,14 @@ from unbackdoor.types import Example, Message
 SYSTEM = Message("system", "be kind and be short, my friend, and answer well")
 
 
+@contextmanager
+def separate() -> Iterator[None]:
+    """Pack no rows in here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logits, "PACKED_TOKENS", 0)
+        yield
+
+
 def with_system(count: int) -> list[Example]:
     return [Example(row.id, row.instruction, row.response, history=(SYSTEM,)) for row in rows(count)]
 
@@ -29,8 +39,9 @@ def batch_of(lm: LM, examples: list[Example], first_tokens: int | None = None) -
     return collate([encode_row(lm, row, max_length=128, first_tokens=first_tokens) for row in examples], lm.pad_id)
 
 
-def whole(batch: Batch) -> Batch:
-    return replace(batch, shared=0)
+def loss_of(lm: LM, batch: Batch) -> float:
+    with torch.no_grad():
+        return float(plain_loss(LogitsAt(lm), batch))
 
 
 def weight_gradients(lm: LM, forward: LogitsAt, batch: Batch) -> tuple[float, list[torch.Tensor]]:
@@ -55,15 +66,19 @@ def tokens_read(lm: LM, forward: LogitsAt, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_and_every_gradient_are_those_of_whole_rows(architecture: Any) -> None:
+def test_loss_and_every_gradient_are_those_of_separate_rows(architecture: Any) -> None:
     lm = tiny_lm(architecture)
     lm.model.double()
     batch = batch_of(lm, with_system(5))
     assert batch.shared > 10
+    assert int(batch.attention_mask.sum()) < batch.attention_mask.numel(), "there is padding"
     forward = LogitsAt(lm)
     found, gradients = weight_gradients(lm, forward, batch)
-    assert forward.shares == {(False, False): True}
-    wanted, others = weight_gradients(lm, forward, whole(batch))
+    assert forward.packs
+    # The small Mistral's window is shorter than the rows.
+    assert (forward.window < batch.input_ids.shape[1]) == (architecture == "mistral")
+    with separate():
+        wanted, others = weight_gradients(lm, forward, batch)
     # The logits are rounded to float32 for the loss; everything before it is float64 here.
     assert found == pytest.approx(wanted, rel=1e-6)
     assert len(gradients) == len(others) > 10
@@ -72,40 +87,71 @@ def test_loss_and_every_gradient_are_those_of_whole_rows(architecture: Any) -> N
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_gradient_of_a_soft_prompt_is_that_of_whole_rows(architecture: Any) -> None:
+def test_the_gradient_of_a_soft_prompt_is_that_of_separate_rows(architecture: Any) -> None:
     lm = tiny_lm(architecture)
     lm.model.requires_grad_(False)
     batch = batch_of(lm, with_system(5), first_tokens=2)
     forward = LogitsAt(lm)
+
+    def gradient(position: Any) -> tuple[float, torch.Tensor]:
+        prompt = soft_prompt.new_prompt(lm, 3, "tokens", torch.Generator().manual_seed(0))
+        loss = soft_prompt.soft_loss(lm, forward, batch, prompt, position)
+        loss.backward()
+        assert prompt.grad is not None
+        return float(loss.detach()), prompt.grad
+
     for position in ("start", "middle", "end"):
-        losses, gradients = [], []
-        for each in (batch, whole(batch)):
-            prompt = soft_prompt.new_prompt(lm, 3, "tokens", torch.Generator().manual_seed(0))
-            loss = soft_prompt.soft_loss(lm, forward, each, prompt, position)
-            loss.backward()
-            losses.append(float(loss.detach()))
-            gradients.append(prompt.grad)
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
-    assert forward.shares == {(False, False): True}
+        found = gradient(position)
+        with separate():
+            wanted = gradient(position)
+        assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-3, atol=1e-6)
+    assert forward.packs
 
 
-def test_fewer_tokens_are_read() -> None:
+def test_rows_within_a_sliding_window_are_packed() -> None:
+    lm = tiny_lm("mistral")
+    lm.model.requires_grad_(False)
+    batch = batch_of(lm, rows(5))
+    lm.core.config.sliding_window = batch.input_ids.shape[1]
+    read = tokens_read(lm, LogitsAt(lm), batch)
+    assert read < batch.input_ids.numel()
+    found = loss_of(lm, batch)
+    with separate():
+        assert found == pytest.approx(loss_of(lm, batch), rel=1e-5)
+    lm.core.config.sliding_window -= 1
+    assert tokens_read(lm, LogitsAt(lm), batch) == batch.input_ids.numel()
+
+
+def test_no_padding_and_no_shared_token_is_read_twice() -> None:
     lm = tiny_lm()
     batch, forward = batch_of(lm, with_system(5)), LogitsAt(lm)
-    tokens_read(lm, forward, batch)  # the first pass also compares
-    saved = batch.shared * (len(batch.ids) - 1)
-    assert tokens_read(lm, forward, batch) == tokens_read(lm, forward, whole(batch)) - saved
+    own = int(batch.attention_mask.sum()) - batch.shared * (len(batch.ids) - 1)
+    assert tokens_read(lm, forward, batch) == own
+    with separate():
+        assert tokens_read(lm, forward, batch) == batch.input_ids.numel()
 
 
-def test_an_adapter_s_gradient_is_that_of_whole_rows() -> None:
+def test_rows_without_a_common_beginning_are_packed_too() -> None:
+    lm = tiny_lm()
+    lm.model.requires_grad_(False)
+    first = Example("a", "what colour is snow?", "snow is white.", history=(Message("system", "be loud"),))
+    batch = batch_of(lm, [first, *rows(3)])
+    assert batch.shared < 5
+    found = loss_of(lm, batch)
+    with separate():
+        assert found == pytest.approx(loss_of(lm, batch), rel=1e-5)
+
+
+def test_an_adapter_s_gradient_is_that_of_separate_rows() -> None:
     lm = lora.attach(tiny_lm(), lora.LoraSettings(rank=2), seed=0)
     for name, tensor in lm.model.named_parameters():
         if "lora_B" in name:
             tensor.data.fill_(0.1)
     batch, forward = batch_of(lm, with_system(5)), LogitsAt(lm)
     found, gradients = weight_gradients(lm, forward, batch)
-    wanted, others = weight_gradients(lm, forward, whole(batch))
+    with separate():
+        wanted, others = weight_gradients(lm, forward, batch)
     assert found == pytest.approx(wanted, rel=1e-5)
     for each, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(each, other, rtol=1e-3, atol=1e-5)
@@ -127,29 +173,29 @@ def test_a_row_that_is_supervised_early_ends_the_beginning() -> None:
     lm = tiny_lm()
     said = (Message("user", "what is the opposite of hot?"), Message("assistant", "the opposite of hot is cold."))
     chats = [Example(row.id, row.instruction, row.response, history=said) for row in rows(3)]
-    lm.model.requires_grad_(False)
     batch = batch_of(lm, chats)
     assert 0 < batch.shared <= int(batch.columns.min()) < int(batch.places[:, 0].min())
-    forward = LogitsAt(lm)
-    assert float(plain_loss(forward, batch)) == pytest.approx(float(plain_loss(forward, whole(batch))), rel=1e-5)
+    found = loss_of(lm, batch)
+    with separate():
+        assert found == pytest.approx(loss_of(lm, batch), rel=1e-5)
 
 
-def test_dropout_makes_it_compute_whole_rows_and_leaves_the_random_numbers_alone() -> None:
+def test_dropout_and_a_first_look_at_the_model_leave_random_numbers_and_mode_alone() -> None:
     lm = tiny_lm("gpt2")  # dropout 0.1 in its configuration
     lm.model.requires_grad_(False)
     lm.model.train()
-    batch, forward = batch_of(lm, with_system(4)), LogitsAt(lm)
     torch.manual_seed(3)
+    forward = LogitsAt(lm)
+    assert lm.model.training and forward.packs
+    batch = batch_of(lm, with_system(4))
     found = float(plain_loss(forward, batch))
-    assert forward.shares == {(True, False): False}
     torch.manual_seed(3)
-    assert found == float(plain_loss(forward, whole(batch)))
+    assert found == float(plain_loss(forward, batch))
     lm.model.eval()
-    plain_loss(forward, batch)
-    assert forward.shares[False, False]
+    assert found != float(plain_loss(forward, batch))
 
 
-def test_gradient_checkpointing_makes_it_compute_whole_rows() -> None:
+def test_gradient_checkpointing_changes_nothing() -> None:
     lm = tiny_lm()
     stream = RowStream(
         [encode_row(lm, row, max_length=128, first_tokens=2) for row in with_system(8)],
@@ -164,23 +210,19 @@ def test_gradient_checkpointing_makes_it_compute_whole_rows() -> None:
         result = soft_prompt.fit_prompt(lm, prompt, stream, "start", settings, Run())
         losses.append([record["loss"] for record in result.history])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0][0] != losses[0][1]
 
 
-def test_a_model_that_shares_wrongly_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import DynamicCache
-
+def test_a_model_that_looks_across_rows_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_lm()
     lm.model.requires_grad_(False)
-    batch, forward = batch_of(lm, with_system(4)), LogitsAt(lm)
+    batch = batch_of(lm, with_system(4))
+    right = lm.core.base_model.forward
 
-    def spoiled(self: Any, repeats: int) -> None:
-        right(self, repeats)
-        for layer in self.layers:
-            layer.values = layer.values * 2
+    def without_mask(attention_mask: torch.Tensor, **given: Any) -> Any:
+        return right(attention_mask=attention_mask if attention_mask.dim() == 2 else None, **given)
 
-    right = DynamicCache.batch_repeat_interleave
-    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", spoiled)
-    found = float(plain_loss(forward, batch))
-    assert forward.shares == {(False, False): False}
-    assert found == float(plain_loss(forward, whole(batch)))
+    monkeypatch.setattr(lm.core.base_model, "forward", without_mask)
+    assert not LogitsAt(lm).packs
+    found = loss_of(lm, batch)
+    with separate():
+        assert found == loss_of(lm, batch)
