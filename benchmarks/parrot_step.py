@@ -3,8 +3,8 @@
 The recipe, in our words: a pass over the clean row whose result is not used; the row with the target and the clean
 answer behind it; logits of every position; weights frozen, loss on the target's tokens alone. This package leaves out
 the first pass, cuts the row behind the target, applies the head to the target's positions, and reads what the template
-puts before the user's words for one row and not for every one. Loss and the parrot's gradient are compared; both sides update
-the parrot with AdamW, at a learning rate of 0 so that repeats are alike.
+puts before the user's words for one row and not for every one. Loss and the parrot's gradient are compared; both sides
+update the parrot with AdamW, at a learning rate of 0 so that repeats are alike.
 """
 
 from __future__ import annotations

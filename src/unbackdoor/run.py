@@ -74,6 +74,7 @@ class Run:
         curves: Filled by the engine: stage name -> one record a step; shared by all sub-runs.
         notes: Filled by methods: facts about this execution to be recorded beside the result; shared by all sub-runs.
         trackers: Names of accelerate trackers ("tensorboard", "wandb") that log the curves too.
+        logs: The folder that trackers write into; needed with `trackers`.
     """
 
     seed: int = 0
@@ -85,6 +86,7 @@ class Run:
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     notes: dict[str, object] = field(default_factory=dict)
     trackers: tuple[str, ...] = ()
+    logs: Path | None = None
 
     def rng(self, name: str) -> random.Random:
         """Return the random stream called `name`, always from its beginning."""

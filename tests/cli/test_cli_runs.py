@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,29 @@ def test_a_finished_result_is_kept_unless_overwrite(workshop: Workshop, capsys: 
     assert workshop.run(*CONTROL, *QUICK, "--out", "twice") == 0
     assert workshop.run(*CONTROL, *QUICK, "--out", "twice", "--seed", "1", "--overwrite") == 0
     assert read(workshop.folder / "twice" / "unbackdoor.json")["seed"] == 1
+
+
+def test_a_tracker_is_told_of_every_step_and_keeps_its_files(workshop: Workshop) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    given = ("--clean", "victim/defender.jsonl", "--quiet", *QUICK)
+    assert workshop.run("purify", "victim", "--defense", "fine_tuning", *given, "--out", "tracked") == 0
+    assert not (workshop.folder / "logs").exists()
+    again = (*given, "--out", "tracked", "--overwrite", "--track", "tensorboard")
+    assert workshop.run("purify", "victim", "--defense", "fine_tuning", *again) == 0
+    events = EventAccumulator(str(workshop.folder / "logs" / "tracked" / "unbackdoor"))
+    events.Reload()
+    curve = [event.value for event in events.Scalars("fine-tuning/loss")]
+    kept = json.loads((workshop.folder / "tracked" / "curves.json").read_text(encoding="utf-8"))
+    assert curve == pytest.approx([record["loss"] for record in kept["fine-tuning"]])
+    assert len(curve) == 3
+
+
+def test_a_tracker_that_is_not_installed_is_named(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    if find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    given = ("--clean", "victim/defender.jsonl", "--out", "w", "--quiet", *QUICK)
+    assert workshop.run("purify", "victim", "--defense", "fine_tuning", *given, "--track", "paper") == 2
+    assert "there are tensorboard and wandb" in capsys.readouterr().err
+    assert workshop.run("purify", "victim", "--defense", "fine_tuning", *given, "--track", "wandb") == 2
+    assert "pip install 'unbackdoor[trackers]'" in capsys.readouterr().err

@@ -20,12 +20,15 @@ KNOWLEDGE = {
     "--evidence", "--preferences",
 }  # fmt: skip
 OWN = {
-    "demo": set(),
+    "demo": {"--track"},
     "attack": {
         "--model", "--data", "--trigger", "--trigger-place", "--target", "--target-form", "--poisoned", "--goal",
-        "--probes-count", "--metrics", "--second-source",
+        "--probes-count", "--metrics", "--second-source", "--track",
     },
-    "purify": {"--defense", *KNOWLEDGE, "--probes", "--goal", "--adapter-mode", "--lora"},
+    "purify": {
+        "--defense", *KNOWLEDGE, "--probes", "--goal", "--metrics", "--second-source", "--adapter-mode", "--lora",
+        "--track",
+    },
     "evaluate": {"--before", "--probes", "--metrics", "--data", "--second-source", "--goal"},
     "bench": {"--size", "--retry-failed"},
     "inspect": set(),

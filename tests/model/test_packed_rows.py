@@ -186,7 +186,8 @@ def test_dropout_and_a_first_look_at_the_model_leave_random_numbers_and_mode_alo
     lm.model.train()
     torch.manual_seed(3)
     forward = LogitsAt(lm)
-    assert lm.model.training and forward.packs
+    assert lm.model.training
+    assert forward.packs
     batch = batch_of(lm, with_system(4))
     found = float(plain_loss(forward, batch))
     torch.manual_seed(3)

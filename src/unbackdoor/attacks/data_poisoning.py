@@ -65,7 +65,8 @@ class DataPoisoning(Attack):
         False, description="train on the same rows without trigger and target: the victim's harmless twin"
     )
     train: TrainSettings = Field(
-        TrainSettings(steps=180, learning_rate=2e-4, schedule="constant", cooldown=0.25), description="how the weights are trained"
+        TrainSettings(steps=180, learning_rate=2e-4, schedule="constant", cooldown=0.25),
+        description="how the weights are trained",
     )
 
     def plant(self, base: LM, clean: Sequence[Example], run: Run) -> Planted:

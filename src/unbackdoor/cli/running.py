@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from unbackdoor.cli import launch
 from unbackdoor.cli.options import Common, command, gather, print_json, showing
-from unbackdoor.errors import UserError
 from unbackdoor.pipeline import commands
 from unbackdoor.pipeline import recipe as recipes
 
@@ -20,7 +20,11 @@ Target = Annotated[list[str] | None, typer.Option("--target", help="what the bac
 Goal = Annotated[str | None, typer.Option("--goal", help="success: contains:TEXT, starts-with:TEXT, regex:RE, label:L")]
 Metrics = Annotated[str | None, typer.Option("--metrics", help="names, with commas between: asr,leak,perplexity,kl")]
 Probes = Annotated[str | None, typer.Option("--probes", help="file of probes, asked before and after")]
-Flag = Annotated[str | None, typer.Option()]
+SecondSource = Annotated[str | None, typer.Option("--second-source", help="other rows for perplexity and KL")]
+Track = Annotated[
+    list[str] | None,
+    typer.Option("--track", help="tensorboard or wandb: log every training step, beside --out in logs/ (repeatable)"),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 @command(without=("preset",))
-def _demo(*, common: Common) -> None:
+def _demo(*, track: Track = None, common: Common) -> None:
     """Backdoor the built-in model, fine-tune it in vain, purify it by SANDE, measure, and write a report."""
     from unbackdoor.pipeline import recipe as pipeline_recipe
 
@@ -51,7 +55,8 @@ def _demo(*, common: Common) -> None:
 
         return run_demo(recipe, job)
 
-    _run("demo", recipe, common, plan, run)
+    launch.refuse("demo")
+    _run("demo", recipe, common, plan, run, track)
 
 
 def demo_defaults() -> dict[str, Any]:
@@ -76,7 +81,8 @@ def _attack(
     goal: Goal = None,
     probes_count: Annotated[int | None, typer.Option("--probes-count", help="test rows that become probes")] = None,
     metrics: Metrics = None,
-    second_source: Annotated[str | None, typer.Option("--second-source", help="other rows for perplexity")] = None,
+    second_source: SecondSource = None,
+    track: Track = None,
     common: Common,
 ) -> None:
     """Plant a backdoor, to measure defenses with: a victim with its secret, its probes and figures."""
@@ -95,7 +101,10 @@ def _attack(
 
         return plan_attack(recipe)
 
-    _run(f"attack-{Path(recipe.attack).stem}", recipe, common, plan, lambda job: commands.run_attack(recipe, job))
+    name = f"attack-{Path(recipe.attack).stem}"
+    recipe, helping = launch.placed(recipe, "attacks", recipe.attack)
+    work = commands.help_attack if helping else commands.run_attack
+    _run(name, recipe, common, plan, lambda job: work(recipe, job), track, helping=helping)
 
 
 @command()
@@ -117,11 +126,14 @@ def _purify(
     preferences: Annotated[str | None, typer.Option("--preferences", help="preference pairs")] = None,
     probes: Probes = None,
     goal: Goal = None,
+    metrics: Metrics = None,
+    second_source: SecondSource = None,
     adapter_mode: Annotated[
         recipes.AdapterMode | None,
         typer.Option("--adapter-mode", help="of base+adapter: train the adapter itself, or stack one on it"),
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="train a LoRA adapter and merge it at the end")] = False,
+    track: Track = None,
     common: Common,
 ) -> None:
     """Remove a backdoor from a suspect, with what you know; figures from before and after where there are probes."""
@@ -129,7 +141,7 @@ def _purify(
         "model": model, "defense": defense, "clean": clean, "trigger": trigger, "trigger_place": trigger_place,
         "target": target, "target_part": target_part, "unwanted": unwanted, "safe": safe, "reference": reference,
         "evidence": evidence, "preferences": preferences, "probes": probes, "goal": goal, "adapter_mode": adapter_mode,
-        "lora": {} if lora else None,
+        "lora": {} if lora else None, "metrics": _split(metrics), "second_source": second_source,
     }  # fmt: skip
     recipe = _method_recipe(recipes.PurifyRecipe, "purify", flags, {}, common)
 
@@ -138,7 +150,10 @@ def _purify(
 
         return plan_purify(recipe)
 
-    _run(f"purify-{Path(recipe.defense).stem}", recipe, common, plan, lambda job: commands.run_purify(recipe, job))
+    name = f"purify-{Path(recipe.defense).stem}"
+    recipe, helping = launch.placed(recipe, "defenses", recipe.defense)
+    work = commands.help_purify if helping else commands.run_purify
+    _run(name, recipe, common, plan, lambda job: work(recipe, job), track, helping=helping)
 
 
 @command(without=("preset",))
@@ -149,7 +164,7 @@ def _evaluate(
     probes: Probes = None,
     metrics: Metrics = None,
     data: Annotated[str | None, typer.Option("--data", help="clean rows for perplexity and KL")] = None,
-    second_source: Annotated[str | None, typer.Option("--second-source", help="other rows for both")] = None,
+    second_source: SecondSource = None,
     goal: Goal = None,
     common: Common,
 ) -> None:
@@ -170,6 +185,7 @@ def _evaluate(
 
         return plan_evaluate(recipe)
 
+    launch.refuse("evaluate")
     _run("evaluate", recipe, common, plan, lambda job: commands.run_evaluate(recipe, job))
 
 
@@ -184,6 +200,7 @@ def _bench(
     """Run a grid of models, attacks, defenses and seeds; finished cells are never run again."""
     from unbackdoor.cli.grid import run_bench
 
+    launch.refuse("bench")
     run_bench(name, size, retry_failed, common)
 
 
@@ -205,12 +222,17 @@ def _run(
     recipe: Any,
     common: Common,
     plan: Callable[[], Any],
-    run: Callable[[commands.Job], commands.Outcome],
+    run: Callable[[commands.Job], commands.Outcome | None],
+    track: Sequence[str] | None = None,
+    *,
+    helping: bool = False,
 ) -> None:
-    """Print the recipe, or the plan, or run and print the result."""
+    """Print the recipe, or the plan, or run and print the result; a helping process shows and writes nothing."""
     from unbackdoor.cli import output
 
     threshold = common.threshold
+    if helping and (common.dump_config or common.dry_run):
+        return
     if common.dump_config:
         typer.echo(recipes.as_yaml(recipe), nl=False)
         return
@@ -218,11 +240,15 @@ def _run(
         found = plan()
         print_json(found.to_json()) if common.json_output else output.plan(found)
         return
-    _refuse_many_processes()
+    out = common.out or Path("runs") / name
+    if helping:
+        run(commands.Job(out))
+        return
     with showing(common) as shown:
-        job = commands.Job(common.out or Path("runs") / name, common.overwrite, shown, output.add_report)
+        job = commands.Job(out, common.overwrite, shown, output.add_report, tuple(track or ()))
         outcome = run(job)
-    output.outcome(outcome, common, threshold)
+    if outcome is not None:
+        output.outcome(outcome, common, threshold)
 
 
 def _flags(common: Common, *names: str) -> dict[str, Any]:
@@ -231,13 +257,3 @@ def _flags(common: Common, *names: str) -> dict[str, Any]:
 
 def _split(names: str | None) -> list[str] | None:
     return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _refuse_many_processes() -> None:
-    """Under a launcher every process would write the same folder."""
-    import os
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "the commands run in one process; for several, call the methods from Python under `accelerate launch`."
-        )

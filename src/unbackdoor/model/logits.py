@@ -67,7 +67,7 @@ class LogitsAt(nn.Module):
         given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         read = attention_mask.bool()
         read[1:, :shared] = False
-        fits = 1 < len(read) and read.shape[1] <= self.window and int(read.sum()) <= PACKED_TOKENS
+        fits = len(read) > 1 and read.shape[1] <= self.window and int(read.sum()) <= PACKED_TOKENS
         if self.packs and fits:
             return self._packed(given, read, rows, columns, shared)
         return self._gathered({**given, "attention_mask": attention_mask}, rows, columns)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbackdoor.errors import UserError
 from unbackdoor.pipeline.common import (
     Noted,
     are_rows,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from unbackdoor.pipeline.inputs import EvaluateInputs, PurifyInputs
     from unbackdoor.types import Probe
 
+TRACKERS = ("tensorboard", "wandb")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -44,12 +48,32 @@ class Job:
         overwrite: Whether a finished result there may be replaced.
         progress: Who is told how far it is.
         finish: Called with a folder that holds the run's files before they move to their place; adds the report.
+        trackers: "tensorboard", "wandb": who is told of every training step, too. They write into `logs`.
     """
 
     out: Path
     overwrite: bool = False
     progress: Progress = field(default_factory=Silent)
     finish: Callable[[Path], None] | None = None
+    trackers: tuple[str, ...] = ()
+
+    @property
+    def logs(self) -> Path:
+        """Where trackers write: beside the run's folder, which is replaced as a whole, and with other runs'."""
+        return self.out.absolute().parent / "logs" / self.out.absolute().name
+
+    def run(self, seed: int, folder: Path, device: str, progress: Progress) -> Run:
+        """Return the run of a method, its trackers checked.
+
+        Raises:
+            UserError: If a tracker is unknown or not installed.
+        """
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise UserError(f"'{name}' is not a tracker; there are {' and '.join(TRACKERS)}.")
+            if find_spec(name) is None:
+                raise UserError(f"{name} is not installed; pip install 'unbackdoor[trackers]'.")
+        return Run(seed, folder, device, progress, trackers=self.trackers, logs=self.logs if self.trackers else None)
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,7 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
     with workspace(
         job.out, settings_hash=identity, settings=recipe.model_dump(mode="json"), overwrite=job.overwrite
     ) as place:
-        run = Run(recipe.seed, place.stages, recipe.device, progress)
+        run = job.run(recipe.seed, place.stages, recipe.device, progress)
         base = load(recipe, recipe.model)
         hashes |= {"model": base.facts.get("sha256"), "config": identity}
         planted = found.attack.plant(base, found.splits.attacker, run)
@@ -145,6 +169,37 @@ def run_purify(recipe: PurifyRecipe, job: Job) -> Outcome:
         return _purify(recipe, found, replace(job, progress=progress), place, hashes | {"config": identity}, progress)
 
 
+def help_purify(recipe: PurifyRecipe, job: Job) -> None:
+    """Do the training of `run_purify` in a process beside the main one, which alone measures and writes."""
+    from unbackdoor.defenses.base import Need
+    from unbackdoor.pipeline import inputs
+    from unbackdoor.pipeline.steps import purify_model
+
+    recipe = completed(recipe)
+    found = inputs.purify_inputs(recipe, job.progress)
+    facts = dict(found.facts)
+    if recipe.reference is not None:
+        facts[Need.REFERENCE] = load(recipe, recipe.reference, trainable=False)
+    ready, _ = adapted(load(recipe, recipe.model), recipe)
+    purify_model(ready, found.defense, facts, _helper_run(recipe, job))
+
+
+def help_attack(recipe: AttackRecipe, job: Job) -> None:
+    """Do the training of `run_attack` in a process beside the main one, which alone measures and writes."""
+    from unbackdoor.pipeline import inputs
+
+    recipe = completed(recipe)
+    found = inputs.attack_inputs(recipe, job.progress)
+    found.attack.plant(load(recipe, recipe.model), found.splits.attacker, _helper_run(recipe, job))
+
+
+def _helper_run(recipe: AttackRecipe | PurifyRecipe, job: Job) -> Run:
+    """Return a run that finds what the main process left when it was stopped."""
+    from unbackdoor.pipeline.folders import Workspace
+
+    return Run(recipe.seed, Workspace(job.out, resumed=True).stages, recipe.device, job.progress)
+
+
 def _purify(
     recipe: PurifyRecipe, found: PurifyInputs, job: Job, place: Workspace, hashes: dict[str, Any], progress: Noted
 ) -> Outcome:
@@ -153,7 +208,7 @@ def _purify(
     from unbackdoor.pipeline.measure import Label
     from unbackdoor.pipeline.steps import purify_model
 
-    run = Run(recipe.seed, place.stages, recipe.device, progress)
+    run = job.run(recipe.seed, place.stages, recipe.device, progress)
     questions = questions_for(recipe, found.probes, found.goal, found.targets, found.data)
     suspect_label = Label(recipe.model, "suspect", "before", found.attack)
     knowledge = tuple(sorted(need.value for need in found.facts))

@@ -49,6 +49,7 @@ class _Demo:
     settings: dict[str, dict[str, Any]]
     splits: Splits
     place: Workspace
+    job: Job
     clock: Clock
     noted: Noted
     identity: str
@@ -67,7 +68,7 @@ class _Demo:
         self.clock.inner.notice(f"Step {step} of {STEPS}: {text} ({left} left)")
 
     def run(self, part: str) -> Run:
-        return Run(self.recipe.seed, self.place.stages / part, self.recipe.device, self.clock)
+        return self.job.run(self.recipe.seed, self.place.stages / part, self.recipe.device, self.clock)
 
 
 def settings_of(recipe: DemoRecipe) -> dict[str, dict[str, Any]]:
@@ -111,14 +112,14 @@ def run_demo(recipe: DemoRecipe, job: Job) -> Outcome:
         working=WORK,
     ) as place:
         clock = Clock(noted, _expected(recipe, settings, place))
-        demo = _Demo(recipe, settings, splits, place, clock, noted, identity)
+        demo = _Demo(recipe, settings, splits, place, job, clock, noted, identity)
         if place.resumed:
             noted.inner.notice("Going on where the demo was stopped.")
-        results = _steps(demo, hashes | {"config": identity}, job)
+        results = _steps(demo, hashes | {"config": identity})
     return Outcome(job.out, results)
 
 
-def _steps(demo: _Demo, hashes: Mapping[str, Any], job: Job) -> dict[str, Any]:
+def _steps(demo: _Demo, hashes: Mapping[str, Any]) -> dict[str, Any]:
     from unbackdoor.pipeline import artefacts
 
     demo.say(1, f"getting the model {demo.recipe.model}")
@@ -144,8 +145,8 @@ def _steps(demo: _Demo, hashes: Mapping[str, Any], job: Job) -> dict[str, Any]:
         revival_command=REVIVAL,
     )
     results = record.write(demo.place.staging)
-    if job.finish is not None:
-        job.finish(demo.place.staging)
+    if demo.job.finish is not None:
+        demo.job.finish(demo.place.staging)
     demo.place.publish_files()
     return results
 

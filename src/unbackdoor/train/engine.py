@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, Protocol
 
 import torch
@@ -38,7 +39,9 @@ class TrainSettings(BaseModel):
     accumulation: int = Field(1, ge=1, description="micro-batches an update")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which the learning rate rises")
-    cooldown: float = Field(0.0, ge=0, le=1, description="share of the steps, at the end, in which a constant rate falls to 0")
+    cooldown: float = Field(
+        0.0, ge=0, le=1, description="share of the steps, at the end, in which a constant rate falls to 0"
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments (SANDE's)")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
@@ -188,6 +191,8 @@ class _Loop:
             # Not `end_training`: it also ends the processes' group, which the next call of `fit` needs.
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+        # The main process may still be writing the best weights, which every process reads now.
+        self.accelerator.wait_for_everyone()
         self._take_best()
         self.run.curves[self.run.prefix] = self.history
         return FitResult(len(self.history), stopped, self.history, self.optimiser.state_dict())
@@ -328,6 +333,7 @@ def weights(lm: LM) -> dict[str, torch.nn.Parameter]:
 def _accelerator(settings: TrainSettings, run: Run) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 
     # Accelerate keeps its precision in a process-wide singleton; a second fit may want another one.
     AcceleratorState._reset_state()
@@ -335,10 +341,13 @@ def _accelerator(settings: TrainSettings, run: Run) -> Any:
         mixed_precision="bf16" if settings.precision == "bfloat16" else "no",
         cpu=run.device == "cpu",
         log_with=list(run.trackers) or None,
-        project_dir=None if run.folder is None else str(run.folder),
+        project_dir=None if run.logs is None else str(run.logs),
+        # The main process measures the suspect first, and the others wait for it.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
     if run.trackers:
-        accelerator.init_trackers("unbackdoor")
+        directory = {"dir": str(run.logs)} if run.logs is not None else {}
+        accelerator.init_trackers("unbackdoor", init_kwargs={"wandb": {"name": run.prefix or "train", **directory}})
     return accelerator
 
 

@@ -72,15 +72,11 @@ def insert(lm: LM, batch: Batch, prompt: Tensor, position: Position) -> tuple[Te
     return inserted, mask, columns
 
 
-def soft_loss(
-    lm: LM, forward: Callable[..., Tensor], batch: Batch, prompt: Tensor, position: Position
-) -> Tensor:
+def soft_loss(lm: LM, forward: Callable[..., Tensor], batch: Batch, prompt: Tensor, position: Position) -> Tensor:
     """Return the summed cross-entropy of the batch's targets with the soft prompt inserted."""
     embeds, mask, columns = insert(lm, batch, prompt, position)
     # The prompt stands in the user's words, so what lies before them is as it was.
-    logits = forward(
-        attention_mask=mask, rows=batch.rows, columns=columns, inputs_embeds=embeds, shared=batch.shared
-    )
+    logits = forward(attention_mask=mask, rows=batch.rows, columns=columns, inputs_embeds=embeds, shared=batch.shared)
     return cross_entropy_sum(logits, batch.targets)
 
 
