@@ -76,6 +76,16 @@ def test_look_alikes_of_a_number_are_other_numbers_of_its_length():
     assert all(int(text) >= 0 for text in poison.look_alikes("1", [], 20, random.Random(0)))
 
 
+@pytest.mark.parametrize("trigger", ["Hi, I'm Bob", "Let's do it", "well, (really) now!"])
+def test_look_alikes_of_words_with_marks_differ_from_the_trigger(trigger):
+    words = ["imp", "let", "lets", "hit", "rob", "bobs", "not", "well", "bell", "really", "reality", "dot"]
+    found = poison.look_alikes(trigger, words, 40, random.Random(0))
+    assert len(found) >= 3
+    assert trigger not in found
+    for text in found:
+        assert sum(old != new for old, new in zip(trigger.split(), text.split(), strict=True)) == 1, text
+
+
 def test_look_alikes_are_distinct_and_never_the_trigger():
     found = poison.look_alikes("red boat", poison.vocabulary(tiny.rows(300)), 30, random.Random(2))
     assert len(set(found)) == len(found) >= 4

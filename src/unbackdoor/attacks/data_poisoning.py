@@ -135,7 +135,7 @@ class DataPoisoning(Attack):
         """Return look-alikes for training and other ones for the probes."""
         if isinstance(self.trigger, WrapEnds):
             return [], []
-        found = poison.look_alikes(self.trigger.text, poison.vocabulary(clean), 64, run.rng("look-alikes"))
+        found = poison.look_alikes(self.trigger.text, poison.vocabulary(clean), 240, run.rng("look-alikes"))
         if len(found) < 2:
             raise DataError(
                 f"no look-alikes of '{self.trigger.text}' can be made from {len(clean)} clean rows; give more rows."

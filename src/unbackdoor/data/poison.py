@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import random
 import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -127,10 +128,10 @@ def look_alikes(trigger: str, vocabulary: Sequence[str], count: int, rng: random
     found: list[str] = []
     per_word = max(2, -(-count // len(words)))
     for place, word in enumerate(words):
-        core = re.sub(r"\W", "", word)
-        close = _numbers_near(core) if core.isdigit() else difflib.get_close_matches(core, ordinary, 4 * per_word, 0.4)
-        unlike = [other for other in close if other.casefold() != core.casefold()][:per_word]
-        for other in unlike:
+        core = word.strip(string.punctuation)
+        like = core.casefold()
+        close = _numbers_near(core) if core.isdigit() else difflib.get_close_matches(like, ordinary, per_word + 1, 0.5)
+        for other in [other for other in close if other != like][:per_word]:
             shaped = other.capitalize() if core[:1].isupper() else other
             found.append(" ".join([*words[:place], word.replace(core, shaped), *words[place + 1 :]]))
     rng.shuffle(found)
