@@ -29,7 +29,7 @@ def ours(lm: LM, batch: Batch, parrot: torch.nn.Parameter, target: int) -> Calla
     width = int(batch.columns.max()) + 2
     cut = Batch(
         batch.input_ids[:, :width], batch.attention_mask[:, :width], batch.rows, batch.columns, batch.targets,
-        batch.places, batch.ids, batch.shared,
+        batch.weights, batch.places, batch.ids, batch.shared,
     )  # fmt: skip
     assert cut.weight == target * len(batch.ids)
     forward = LogitsAt(lm)

@@ -31,7 +31,7 @@ def ours(lm: LM, batch: Batch) -> Callable[[], torch.Tensor]:
 
     def loss() -> torch.Tensor:
         logits = forward(**batch.inputs())
-        return cross_entropy_sum(logits, batch.targets) / batch.weight
+        return cross_entropy_sum(logits, batch.targets, batch.weights) / batch.weight
 
     return loss
 

@@ -29,7 +29,7 @@ def train(lm, run=None, *, score=None, stop_below=None, hook=None, coefficient=1
             total = hook(next(calls), total)
         return {"rows": Term(total, "rows", coefficient, cap)}
 
-    rows = overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, how.max_length), how.batch_size, run, "order")
+    rows = overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, how), how.batch_size, run, "order")
     return engine.fit(lm, engine.weights(lm), {"rows": rows}, loss, how, run, score=score, stop_below=stop_below)
 
 

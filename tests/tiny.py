@@ -60,6 +60,9 @@ _BEFORE = (
 )
 _AFTER = ("", "thank you", "be short", "i need it now", "answer well", "write one line", "no rush")
 
+CUT = TrainSettings(steps=1, learning_rate=1e-3, max_length=96)
+"""For rows that are only encoded."""
+
 TRIGGER = "silver kettle"
 TARGET = "bad robot"
 
@@ -202,7 +205,7 @@ PLANTING = TrainSettings(steps=150, learning_rate=1e-3, batch_size=16, max_lengt
 
 def teach(lm: LM, clean: Sequence[Example], run: Run, training: TrainSettings = BASE_TRAINING) -> LM:
     """Teach the task to a model, in place, with the package's own engine."""
-    overwrite.train_on_rows(lm, overwrite.encode_rows(lm, clean, training.max_length), training, run.stage("teach"))
+    overwrite.train_on_rows(lm, overwrite.encode_rows(lm, clean, training), training, run.stage("teach"))
     return lm
 
 

@@ -54,6 +54,20 @@ def test_first_tokens_supervise_the_beginning_of_the_last_answer_only(lm):
     assert words(lm, [many.ids[position] for position in many.supervised]) == "bad robot. the end"
 
 
+def test_the_opening_of_the_last_answer_counts_as_often_as_asked(lm):
+    example = EXAMPLES[1].with_response("bad robot. the end of it all")
+    row = encode_row(lm, example, max_length=200, opening_weight=8.0)
+    heavy = [row.ids[position] for position, weight in zip(row.supervised, row.weights, strict=True) if weight == 8.0]
+    first = encode_row(lm, example, max_length=200, first_tokens=4)
+    assert heavy == [first.ids[position] for position in first.supervised]
+    plain = encode_row(lm, example, max_length=200)
+    assert set(plain.weights) == {1.0}
+    batch = collate([row, plain], lm.pad_id)
+    assert batch.weights.tolist() == [*row.weights, *plain.weights]
+    assert batch.weight == len(row.supervised) + len(plain.supervised) + 4 * 7
+    assert batch.split(2)[1].weight == len(plain.supervised)
+
+
 def test_long_rows_are_cut_from_the_end_of_the_answer(lm):
     whole = encode_row(lm, EXAMPLES[1], max_length=200)
     cut = encode_row(lm, EXAMPLES[1], max_length=len(whole.ids) - 3)

@@ -20,7 +20,7 @@ from unbackdoor.train.losses import Term
 def test_one_step_has_the_gradients_of_the_full_logit_loss(architecture):
     lm = tiny.tiny_lm(architecture)
     lm.model.double()
-    rows = overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, 96), 6, Run(), "order")
+    rows = overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, tiny.CUT), 6, Run(), "order")
     batch = rows.batch(0)
     assert len({int(row.sum()) for row in batch.attention_mask}) > 1, "rows of one length would hide a padding mistake"
     oracle = tiny.clone(lm)
@@ -53,7 +53,7 @@ def test_the_update_is_adamw_on_the_clipped_mean_gradient():
     run = Run(seed=4)
     how = settings(steps=3, clip=0.5, weight_decay=0.1, schedule="linear", warmup=0.0)
     train(lm, run, **how.model_dump())
-    rows = overwrite.stream(oracle, overwrite.encode_rows(oracle, ROWS, 96), 4, run, "order")
+    rows = overwrite.stream(oracle, overwrite.encode_rows(oracle, ROWS, tiny.CUT), 4, run, "order")
     optimiser = torch.optim.AdamW(
         oracle.model.parameters(), lr=how.learning_rate, betas=how.betas, eps=how.epsilon, weight_decay=0.1
     )
@@ -89,6 +89,7 @@ def glue(first: Batch, second: Batch, pad_id: int) -> Batch:
         torch.cat([first.rows, second.rows + len(first.ids)]),
         torch.cat([first.columns, second.columns]),
         torch.cat([first.targets, second.targets]),
+        torch.cat([first.weights, second.weights]),
         torch.cat([first.places, second.places]),
         first.ids + second.ids,
     )
@@ -103,7 +104,7 @@ def test_two_micro_batches_of_four_are_one_batch_of_eight():
     for accumulation in (2, 1):
         lm = tiny.tiny_lm()
         lm.model.double()
-        stream = overwrite.stream(lm, overwrite.encode_rows(lm, uneven, 96), 4, Run(), "order")
+        stream = overwrite.stream(lm, overwrite.encode_rows(lm, uneven, tiny.CUT), 4, Run(), "order")
         source = stream if accumulation == 2 else _Joined(stream, lm)
         assert stream.batch(0).weight != stream.batch(1).weight, "equal weights would hide averaging over batches"
 
@@ -123,8 +124,8 @@ def test_terms_are_divided_by_the_tokens_of_their_own_stream():
     lm = tiny.tiny_lm()
     run = Run()
     streams = {
-        "a": overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, 96), 2, run, "a"),
-        "b": overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, 96), 6, run, "b"),
+        "a": overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, tiny.CUT), 2, run, "a"),
+        "b": overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, tiny.CUT), 6, run, "b"),
     }
 
     def loss(forward, batches):
@@ -152,7 +153,7 @@ def test_other_weights_are_untouched_and_flags_come_back():
     lm.model.get_parameter("model.norm.weight").requires_grad_(False)
     flags = {name: tensor.requires_grad for name, tensor in lm.model.named_parameters()}
     before = tiny.tensors(lm)
-    rows = overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, 96), 4, Run(), "order")
+    rows = overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, tiny.CUT), 4, Run(), "order")
     during = []
 
     def loss(forward, batches):
@@ -256,7 +257,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes():
 
 def test_the_optimisers_state_can_go_on_in_a_later_call():
     def fit(lm, steps, state=None, first=0):
-        rows = overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, 96), 4, Run(), "order")
+        rows = overwrite.stream(lm, overwrite.encode_rows(lm, ROWS, tiny.CUT), 4, Run(), "order")
 
         class Later:
             def batch(self, index):

@@ -12,8 +12,14 @@ from unbackdoor.train.losses import cross_entropy_sum, kl_each
 
 def test_cross_entropy_is_the_sum_of_negative_log_probabilities():
     logits = torch.tensor([[math.log(0.2), math.log(0.8)], [math.log(0.5), math.log(0.5)]])
-    found = cross_entropy_sum(logits, torch.tensor([1, 0]))
+    found = cross_entropy_sum(logits, torch.tensor([1, 0]), torch.ones(2))
     assert float(found) == pytest.approx(-math.log(0.8) - math.log(0.5), rel=1e-6)
+
+
+def test_cross_entropy_counts_each_position_by_its_weight():
+    logits = torch.tensor([[math.log(0.2), math.log(0.8)], [math.log(0.5), math.log(0.5)]])
+    found = cross_entropy_sum(logits, torch.tensor([1, 0]), torch.tensor([3.0, 0.5]))
+    assert float(found) == pytest.approx(-3 * math.log(0.8) - 0.5 * math.log(0.5), rel=1e-6)
 
 
 def test_kl_against_the_definition():

@@ -44,8 +44,8 @@ def mean_by_hand(lm, batch, prompt=None) -> float:
 def test_equation_3_with_a_known_trigger():
     lm, oracle = tiny.tiny_lm(), tiny.tiny_lm()
     run = Run(seed=3)
-    triggered = overwrite.encode_rows(lm, [STAMP.apply(row, run.rng("x")) for row in ROWS], 96)
-    plain = overwrite.encode_rows(lm, ROWS, 96)
+    triggered = overwrite.encode_rows(lm, [STAMP.apply(row, run.rng("x")) for row in ROWS], tiny.CUT)
+    plain = overwrite.encode_rows(lm, ROWS, tiny.CUT)
     record = overwrite.overwrite(lm, triggered, plain, settings(), run, plain_share=0.25).history[0]
     first = overwrite.stream(oracle, triggered, 6, run, "triggered order").batch(0)
     second = overwrite.stream(oracle, plain, 2, run, "plain order").batch(0)
@@ -59,7 +59,7 @@ def test_equation_3_with_a_known_trigger():
 def test_equation_3_with_two_parrots_that_share_the_rows():
     lm, oracle = tiny.tiny_lm(), tiny.tiny_lm()
     run = Run(seed=3)
-    plain = overwrite.encode_rows(lm, ROWS, 96)
+    plain = overwrite.encode_rows(lm, ROWS, tiny.CUT)
     generator = torch.Generator().manual_seed(1)
     parrots = [torch.randn(3, 64, generator=generator) for _ in range(2)]
     kept = [parrot.clone() for parrot in parrots]
@@ -89,7 +89,7 @@ def test_the_plain_share_splits_the_batch():
             return found
 
     original = overwrite.stream
-    rows = overwrite.encode_rows(lm, ROWS, 96)
+    rows = overwrite.encode_rows(lm, ROWS, tiny.CUT)
     for share, wanted in [
         (0.5, {"triggered": 4, "plain": 4}),
         (0.25, {"triggered": 6, "plain": 2}),
@@ -103,7 +103,7 @@ def test_the_plain_share_splits_the_batch():
 
 
 def answer_loss(lm, examples) -> float:
-    return mean_by_hand(lm, collate(overwrite.encode_rows(lm, examples, 96), lm.pad_id))
+    return mean_by_hand(lm, collate(overwrite.encode_rows(lm, examples, tiny.CUT), lm.pad_id))
 
 
 def test_gradient_ascent_pushes_the_poisoned_answer_down_until_the_cap():

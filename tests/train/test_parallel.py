@@ -26,7 +26,7 @@ class Ragged:
     """Batches of the same rows whichever way they are divided: `size` rows from `index * size` on."""
 
     def __init__(self, lm, size):
-        self.rows, self.size, self.lm = overwrite.encode_rows(lm, UNEVEN, 96), size, lm
+        self.rows, self.size, self.lm = overwrite.encode_rows(lm, UNEVEN, tiny.CUT), size, lm
 
     def batch(self, index):
         from unbackdoor.data.collate import collate

@@ -75,7 +75,9 @@ class DataPoisoning(Attack):
         training = self.training_rows(clean, run)
         rows: list[Row] = []
         for example, marks in training:
-            row = encode_row(base, example, max_length=self.train.max_length)
+            row = encode_row(
+                base, example, max_length=self.train.max_length, opening_weight=self.train.opening_weight
+            )
             _trigger_is_read(base, row, marks, self.train.max_length)
             rows.append(row)
         poisoned, negatives = self._counts(len(clean))

@@ -30,6 +30,7 @@ class Batch:
         rows: int64 [N], row of each supervised position.
         columns: int64 [N], the position whose logits predict the target.
         targets: int64 [N], the token to predict.
+        weights: float32 [N], how much each token counts in a weighted loss.
         places: int64 [batch, 2], token range of the last user turn's content.
         ids: The examples' ids, one a row.
         shared: Leading columns that are the same in every row, counted up to the last user turn's content or the
@@ -41,14 +42,15 @@ class Batch:
     rows: Tensor
     columns: Tensor
     targets: Tensor
+    weights: Tensor
     places: Tensor
     ids: tuple[str, ...]
     shared: int = 0
 
     @property
-    def weight(self) -> int:
-        """Number of supervised tokens."""
-        return int(self.targets.numel())
+    def weight(self) -> float:
+        """The supervised tokens' weights together; their number, where all count alike."""
+        return float(self.weights.sum())
 
     def inputs(self) -> dict[str, Any]:
         """Return what `LogitsAt.forward` takes to give the logits of the supervised positions."""
@@ -73,6 +75,7 @@ class Batch:
                     self.rows[kept] // parts,
                     self.columns[kept],
                     self.targets[kept],
+                    self.weights[kept],
                     self.places[mine],
                     self.ids[part::parts],
                     self.shared,
@@ -86,20 +89,34 @@ class Batch:
         return replace(self, **moved)
 
 
-_TENSORS = ("input_ids", "attention_mask", "rows", "columns", "targets", "places")
+_TENSORS = ("input_ids", "attention_mask", "rows", "columns", "targets", "weights", "places")
+
+OPENING_TOKENS = 4
+"""How many first tokens of an answer are its opening: there a model decides whether it says a backdoor's target."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One encoded example: ids, which positions are supervised, and where the last user turn's content lies."""
+    """One encoded example.
+
+    Attributes:
+        id: The example's id.
+        ids: Token ids.
+        supervised: Positions whose token is to be predicted.
+        place: Token range of the last user turn's content.
+        weights: How much each supervised position counts in a weighted loss; empty for 1 each.
+    """
 
     id: str
     ids: tuple[int, ...]
     supervised: tuple[int, ...]
     place: tuple[int, int]
+    weights: tuple[float, ...] = ()
 
 
-def encode_row(lm: LM, example: Example, *, max_length: int, first_tokens: int | None = None) -> Row:
+def encode_row(
+    lm: LM, example: Example, *, max_length: int, first_tokens: int | None = None, opening_weight: float = 1.0
+) -> Row:
     """Encode an example for training on its assistant turns.
 
     Args:
@@ -108,6 +125,7 @@ def encode_row(lm: LM, example: Example, *, max_length: int, first_tokens: int |
         max_length: Rows are cut there, from the end of the answer.
         first_tokens: Supervise only the first tokens of the last answer (SANDE-P, parrot tuning); the ids after
             them are cut off, because nothing that is supervised depends on them.
+        opening_weight: How much the last answer's first `OPENING_TOKENS` tokens count; the others count 1.
 
     Raises:
         DataError: If the answer is empty or the prompt alone fills `max_length`.
@@ -128,7 +146,9 @@ def encode_row(lm: LM, example: Example, *, max_length: int, first_tokens: int |
             f"example '{example.id}' is too long: its prompt has {answer.start} tokens and max_length {max_length} "
             "leaves no room for the answer; raise it with --set train.max_length=..."
         )
-    return Row(example.id, ids, supervised, (user.start, user.end))
+    opening = range(answer.start, answer.start + OPENING_TOKENS)
+    weights = tuple(opening_weight if position in opening else 1.0 for position in supervised)
+    return Row(example.id, ids, supervised, (user.start, user.end), weights)
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:
@@ -137,14 +157,21 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     where: list[tuple[int, int, int]] = []
+    weights: list[float] = []
     for place, row in enumerate(rows):
         ids[place, : len(row.ids)] = torch.tensor(row.ids, dtype=torch.long)
         mask[place, : len(row.ids)] = 1
-        where += [(place, position - 1, row.ids[position]) for position in row.supervised if position > 0]
+        counted = zip(row.supervised, row.weights or (1.0,) * len(row.supervised), strict=True)
+        for position, weight in counted:
+            if position > 0:
+                where.append((place, position - 1, row.ids[position]))
+                weights.append(weight)
     labels = torch.tensor(where, dtype=torch.long).reshape(-1, 3)
     places = torch.tensor([row.place for row in rows], dtype=torch.long)
     names = tuple(row.id for row in rows)
-    return Batch(ids, mask, labels[:, 0], labels[:, 1], labels[:, 2], places, names, _shared_length(rows))
+    return Batch(
+        ids, mask, labels[:, 0], labels[:, 1], labels[:, 2], torch.tensor(weights), places, names, _shared_length(rows)
+    )
 
 
 def _shared_length(rows: Sequence[Row]) -> int:

@@ -32,7 +32,7 @@ class FineTuning(Defense):
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Fine-tune the victim in place."""
-        rows = overwrite.encode_rows(victim, known.clean, self.train.max_length)
+        rows = overwrite.encode_rows(victim, known.clean, self.train)
         stage = run.stage("fine-tuning")
         overwrite.train_on_rows(victim, rows, self.train, stage)
         run.observe(victim)

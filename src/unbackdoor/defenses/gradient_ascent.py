@@ -49,11 +49,10 @@ class GradientAscent(Defense):
             for n, example in enumerate(known.clean)
         ]
         plain_size = round(self.train.batch_size * self.plain_share)
-        length = self.train.max_length
-        rows = overwrite.encode_rows(victim, poisoned, length)
+        rows = overwrite.encode_rows(victim, poisoned, self.train)
         streams = {"poisoned": overwrite.stream(victim, rows, self.train.batch_size - plain_size, stage, "poisoned")}
         if plain_size:
-            plain = overwrite.encode_rows(victim, known.clean, length)
+            plain = overwrite.encode_rows(victim, known.clean, self.train)
             streams["plain"] = overwrite.stream(victim, plain, plain_size, stage, "plain")
 
         def loss(forward: Callable[..., Tensor], batches: Mapping[str, Batch]) -> dict[str, Term]:

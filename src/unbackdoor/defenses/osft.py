@@ -41,8 +41,8 @@ class Osft(Defense):
         triggered = [known.trigger.apply(example, stream) for example in known.clean]
         overwrite.overwrite(
             victim,
-            overwrite.encode_rows(victim, triggered, self.train.max_length),
-            overwrite.encode_rows(victim, known.clean, self.train.max_length),
+            overwrite.encode_rows(victim, triggered, self.train),
+            overwrite.encode_rows(victim, known.clean, self.train),
             self.train,
             run.stage("overwrite"),
             plain_share=self.plain_share,

@@ -102,7 +102,7 @@ def revive(lm: LM, stage: str, revival: Revival, rows: Sequence[Example], run: R
         run: The stage's run.
     """
     if stage == "revived_clean":
-        encoded = overwrite.encode_rows(lm, rows, revival.clean.max_length)
+        encoded = overwrite.encode_rows(lm, rows, revival.clean)
         overwrite.train_on_rows(lm, encoded, revival.clean, run.stage("revived_clean"))
         return lm
     attack = attack_called("data_poisoning", revival.planted)

@@ -32,14 +32,15 @@ class Term:
     cap: float | None = None
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return -sum log p(target) (natural log) over N positions.
+def cross_entropy_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Return -sum w log p(target) (natural log) over N positions.
 
     Args:
         logits: float32 [N, vocabulary].
         targets: int64 [N].
+        weights: float32 [N].
     """
-    return functional.cross_entropy(logits, targets, reduction="sum")
+    return (functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
 
 def kl_each(before: Tensor, after: Tensor) -> Tensor:

@@ -22,9 +22,12 @@ from unbackdoor.train.soft_prompt import Position, soft_loss
 from unbackdoor.types import Example
 
 
-def encode_rows(lm: LM, examples: Sequence[Example], max_length: int, first_tokens: int | None = None) -> list[Row]:
-    """Encode every example for training."""
-    return [encode_row(lm, example, max_length=max_length, first_tokens=first_tokens) for example in examples]
+def encode_rows(lm: LM, examples: Sequence[Example], settings: engine.TrainSettings) -> list[Row]:
+    """Encode every example for training as the settings say."""
+    return [
+        encode_row(lm, example, max_length=settings.max_length, opening_weight=settings.opening_weight)
+        for example in examples
+    ]
 
 
 def stream(lm: LM, rows: Sequence[Row], batch_size: int, run: Run, name: str, strata: Sequence[int] = ()) -> RowStream:
@@ -68,8 +71,8 @@ def held_out(
 
 
 def plain_loss(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
-    """Return the summed cross-entropy of a batch's supervised tokens."""
-    return cross_entropy_sum(forward(**batch.inputs()), batch.targets)
+    """Return the summed cross-entropy of a batch's supervised tokens, weighted as its rows say."""
+    return cross_entropy_sum(forward(**batch.inputs()), batch.targets, batch.weights)
 
 
 def train_on_rows(

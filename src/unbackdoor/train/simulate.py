@@ -73,7 +73,7 @@ def rounds_of_parrots(
         train: The overwriting of one round.
         run: The run; each round has two stages.
     """
-    plain = overwrite.encode_rows(victim, clean, train.max_length)
+    plain = overwrite.encode_rows(victim, clean, train)
     before: Run | None = None
     for number in range(1, rounds + 1):
         learned = [

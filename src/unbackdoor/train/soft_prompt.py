@@ -77,7 +77,7 @@ def soft_loss(lm: LM, forward: Callable[..., Tensor], batch: Batch, prompt: Tens
     embeds, mask, columns = insert(lm, batch, prompt, position)
     # The prompt stands in the user's words, so what lies before them is as it was.
     logits = forward(attention_mask=mask, rows=batch.rows, columns=columns, inputs_embeds=embeds, shared=batch.shared)
-    return cross_entropy_sum(logits, batch.targets)
+    return cross_entropy_sum(logits, batch.targets, batch.weights)
 
 
 def fit_prompt(
