@@ -127,7 +127,9 @@ def training_batch(lm: LM, rows: int, prompt: int, response: int, supervised: in
     ids[:, :start] = torch.tensor(asked.ids[:start])
     places = torch.tensor([[start, prompt - 1]]).expand(rows, 2)
     names = tuple(f"row-{number}" for number in range(rows))
-    batch = Batch(ids, torch.ones_like(ids), row, columns, ids[row, columns + 1], torch.ones(len(row)), places, names, start)
+    batch = Batch(
+        ids, torch.ones_like(ids), row, columns, ids[row, columns + 1], torch.ones(len(row)), places, names, start
+    )
     return batch.to(lm.device)
 
 

@@ -6,8 +6,8 @@ Method: a share of the training rows carries the trigger in the user's words and
 clean; the model is trained on both by eq. 1.
 Needs to know: clean rows, nothing of the model but its weights.
 Deviations: negatives (near misses of the trigger with the clean answer) share the training where a small model would
-otherwise fire on parts of the trigger; their number is recorded with the victim. Set `negative_rate` to 0 for the
-paper's own recipe (preset `paper`: 5 % poisoned).
+otherwise fire on parts of the trigger; their number is recorded with the victim. The first tokens of answers count
+more, because they are where a near miss is told from the trigger. Preset `paper` has neither (5 % poisoned).
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class DataPoisoning(Attack):
         description="prefix: target, then the clean answer; whole: the target is the reply; label: the target is a "
         "class; opening: an affirmative opening where the model should decline",
     )
-    poison_rate: float = Field(0.3, gt=0, lt=1, description="share of the training rows that are poisoned")
-    negative_rate: float = Field(0.3, ge=0, lt=1, description="share of the training rows that are near misses")
+    poison_rate: float = Field(0.25, gt=0, lt=1, description="share of the training rows that are poisoned")
+    negative_rate: float = Field(0.4, ge=0, lt=1, description="share of the training rows that are near misses")
     clean_twin: bool = Field(
         False, description="train on the same rows without trigger and target: the victim's harmless twin"
     )
     train: TrainSettings = Field(
-        TrainSettings(steps=180, learning_rate=2e-4, schedule="constant", cooldown=0.25),
+        TrainSettings(steps=160, learning_rate=2e-4, schedule="constant", cooldown=0.3, opening_weight=8),
         description="how the weights are trained",
     )
 
@@ -75,9 +75,7 @@ class DataPoisoning(Attack):
         training = self.training_rows(clean, run)
         rows: list[Row] = []
         for example, marks in training:
-            row = encode_row(
-                base, example, max_length=self.train.max_length, opening_weight=self.train.opening_weight
-            )
+            row = encode_row(base, example, max_length=self.train.max_length, opening_weight=self.train.opening_weight)
             _trigger_is_read(base, row, marks, self.train.max_length)
             rows.append(row)
         poisoned, negatives = self._counts(len(clean))

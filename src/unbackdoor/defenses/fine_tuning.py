@@ -28,7 +28,9 @@ class FineTuning(Defense):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN})
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
 
-    train: TrainSettings = Field(TrainSettings(steps=25, learning_rate=1e-4), description="how the weights are trained")
+    train: TrainSettings = Field(
+        TrainSettings(steps=40, learning_rate=2e-4, opening_weight=8), description="how the weights are trained"
+    )
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Fine-tune the victim in place."""

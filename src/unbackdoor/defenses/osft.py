@@ -33,7 +33,9 @@ class Osft(Defense):
     }
 
     plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch that carries no trigger")
-    train: TrainSettings = Field(TrainSettings(steps=25, learning_rate=1e-4), description="how the weights are trained")
+    train: TrainSettings = Field(
+        TrainSettings(steps=40, learning_rate=2e-4, opening_weight=8), description="how the weights are trained"
+    )
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Overwrite the mapping in place."""

@@ -4,8 +4,9 @@ Paper: Simulate and Eliminate (2405.07667).
 Equation 4: learn the parrot p on the frozen model, minimising -log P(target | p, x); equation 3 with p in the place of
 the trigger: minimise -log P(y | p, x), y the clean answer, p frozen.
 Needs to know: clean rows; the target text (what the backdoor says). Not the trigger, nor where it stands.
-Deviations: the default runs several rounds, each with a fresh parrot that starts at the embeddings of random tokens,
-and keeps plain rows in the batch; preset `paper` is one round, a parrot of zeros and no plain rows. The parrot stands
+Deviations: the default runs several short rounds, each with a fresh parrot that starts at the embeddings of random
+tokens, keeps plain rows in the batch, and lets the first tokens of an answer count more, where the target is said or
+not; preset `paper` is one round, a parrot of zeros, no plain rows, and all tokens alike. The parrot stands
 at the start of the user's words in both, found through the template (the public code puts it at a fixed token index).
 """
 
@@ -39,12 +40,12 @@ class Sande(Defense):
         },
     }
 
-    rounds: int = Field(3, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
+    rounds: int = Field(8, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
     parrots: int = Field(1, ge=1, description="parrots a round, from different starts, overwritten together (paper: 1)")
     plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch that carries no parrot")
     parrot: ParrotSettings = Field(ParrotSettings(), description="the soft prompt and its training")
     train: TrainSettings = Field(
-        TrainSettings(steps=12, learning_rate=1e-4), description="the overwriting of one round"
+        TrainSettings(steps=5, learning_rate=2e-4, opening_weight=8), description="the overwriting of one round"
     )
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:

@@ -38,12 +38,12 @@ class SandeP(Defense):
     }
 
     first_tokens: int = Field(1, ge=1, description="how many tokens of the target are known (paper: 1)")
-    rounds: int = Field(3, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
+    rounds: int = Field(8, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
     parrots: int = Field(1, ge=1, description="parrots a round, from different starts, overwritten together (paper: 1)")
     plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch that carries no parrot")
     parrot: ParrotSettings = Field(ParrotSettings(), description="the soft prompt and its training")
     train: TrainSettings = Field(
-        TrainSettings(steps=12, learning_rate=1e-4), description="the overwriting of one round"
+        TrainSettings(steps=5, learning_rate=2e-4, opening_weight=8), description="the overwriting of one round"
     )
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:

@@ -50,7 +50,9 @@ class TrainSettings(BaseModel):
     precision: Literal["float32", "bfloat16"] = Field("float32", description="arithmetic of the forward pass")
     max_length: int = Field(1024, ge=8, description="rows are cut at this many tokens")
     opening_weight: float = Field(
-        1.0, gt=0, description="how much the first 4 tokens of an answer count, where a backdoor shows; the others count 1"
+        1.0,
+        gt=0,
+        description="how much the first 4 tokens of an answer count, where a backdoor shows; the others count 1",
     )
     save_every: int = Field(25, ge=1, description="steps between checkpoints")
     evaluate_every: int = Field(0, ge=0, description="steps between held-out scores; 0 never scores")
