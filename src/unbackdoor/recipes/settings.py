@@ -63,7 +63,7 @@ SANDE_ONE_ROUND: dict[str, Any] = {
     "parrot": {"tokens": 6, "initialisation": "zeros", "stop_below": 0.0},
     "train": train(UPDATES, opening_weight=1.0),
 }
-"""As the paper has it: one round, a parrot of zeros, no plain rows, all tokens alike; this recipe's updates and rate."""
+"""As the paper has it: one round, a parrot of zeros, no plain rows, all tokens alike; our updates and rate."""
 GRADIENT_ASCENT: dict[str, Any] = {"train": train(UPDATES, 1e-5, opening_weight=1.0)}
 
 
