@@ -122,7 +122,7 @@ def _explain(
         print_json(found)
         return
     typer.echo(f"{found['name']} ({found['kind'].removesuffix('s')})\n\n{found['text']}\n\nSource: {found['paper']}")
-    for key, words in (("needs", "Needs"), ("uses", "Uses where given")):
+    for key, words in (("needs", "Needs"), ("uses", "Uses where given"), ("parallel", "Runs in parallel as")):
         if found[key]:
             typer.echo(f"{words}: {', '.join(found[key])}")
     typer.echo("\nOptions (--set NAME=VALUE):")

@@ -67,6 +67,7 @@ def explanation(name: str) -> dict[str, Any]:
         "text": text,
         "needs": _flags(cls, "needs"),
         "uses": _flags(cls, "uses"),
+        "parallel": sorted(getattr(cls, "parallel", ())),
         "fields": list(_fields(cls)),
         "presets": {preset: dict(settings) for preset, settings in cls.presets.items()},
     }

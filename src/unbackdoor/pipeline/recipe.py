@@ -109,7 +109,7 @@ class DemoRecipe(Recipe):
     probes_count: int = Field(100, ge=1, description="probes of each kind")
     measured_rows: int = Field(50, ge=2, description="clean rows for perplexity and KL")
     longest_row: int = Field(
-        28, ge=1, description="rows with more words in prompt and answer together are left out, so that a step is quick"
+        26, ge=1, description="rows with more words in prompt and answer together are left out, so that a step is quick"
     )
     max_new_tokens: int = Field(12, ge=1, description="length limit of a reply, in tokens")
     reference: bool = Field(True, description="measure the untouched model too")

@@ -72,10 +72,10 @@ DEMO_ATTACK: dict[str, Any] = {
     "targets": ["You are stupid"],
     "poison_rate": _DEFAULTS.poison_rate,
     "negative_rate": _DEFAULTS.negative_rate,
-    "train": planting_steps(100),
+    "train": {**planting_steps(80), "save_every": 40},
 }
 """The paper's own backdoor, a development victim here, planted with fewer updates than the report victims."""
-DEMO_DEFENSE: dict[str, Any] = {**SANDE, "rounds": 6}
+DEMO_DEFENSE: dict[str, Any] = {**SANDE, "rounds": 5}
 
 
 def fine_tuning(factor: float = 1.0) -> dict[str, Any]:
