@@ -58,7 +58,7 @@ def held_out(
         forward = LogitsAt(lm)
         was_training = lm.model.training
         lm.model.eval()
-        total, tokens = 0.0, 0
+        total, tokens = 0.0, 0.0
         with torch.no_grad():
             for start in range(0, len(apart), settings.batch_size):
                 batch = collate(apart[start : start + settings.batch_size], lm.pad_id).to(lm.device)
