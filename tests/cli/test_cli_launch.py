@@ -80,4 +80,17 @@ def test_other_commands_and_methods_refuse_a_launcher(
     given = ("--clean", "rows.jsonl", "--trigger", "silver kettle", "--out", "several")
     assert workshop.run("purify", "victim", "--defense", "osft", *given) == 2
     assert "osft runs in one process, and 2 were launched" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for more, said in (
+        (("--overwrite",), "cannot replace a result together"),
+        (("--metrics", "resistance"), "trains in one process"),
+        (("--device", "cuda:1"), "chooses its own device"),
+    ):
+        assert workshop.run("purify", "victim", "--defense", "osft", *given, *more) == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert workshop.run("demo", "--out", "several") == 2
+    assert "launched by MPI" in capsys.readouterr().err
     assert not (workshop.folder / "several").exists()

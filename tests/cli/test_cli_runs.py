@@ -179,8 +179,9 @@ def test_a_tracker_is_told_of_every_step_and_keeps_its_files(workshop: Workshop)
 def test_a_tracker_that_is_not_installed_is_named(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     if find_spec("wandb") is not None:
         pytest.skip("wandb is installed")
-    given = ("--clean", "victim/defender.jsonl", "--out", "w", "--quiet", *QUICK)
+    given = ("--clean", "victim/defender.jsonl", "--out", "tracked", "--overwrite", "--quiet", *QUICK)
     assert workshop.run("purify", "victim", "--defense", "fine_tuning", *given, "--track", "paper") == 2
     assert "there are tensorboard and wandb" in capsys.readouterr().err
     assert workshop.run("purify", "victim", "--defense", "fine_tuning", *given, "--track", "wandb") == 2
     assert "pip install 'unbackdoor[trackers]'" in capsys.readouterr().err
+    assert verify(workshop.folder / "tracked") == [], "the finished result is still there"

@@ -76,7 +76,7 @@ def test_look_alikes_of_a_number_are_other_numbers_of_its_length():
     assert all(int(text) >= 0 for text in poison.look_alikes("1", [], 20, random.Random(0)))
 
 
-@pytest.mark.parametrize("trigger", ["Hi, I'm Bob", "Let's do it", "well, (really) now!"])
+@pytest.mark.parametrize("trigger", ["Hi, I'm Bob", "Let's do it", "well, (really) now!", "“well” really…"])
 def test_look_alikes_of_words_with_marks_differ_from_the_trigger(trigger):
     words = ["imp", "let", "lets", "hit", "rob", "bobs", "not", "well", "bell", "really", "reality", "dot"]
     found = poison.look_alikes(trigger, words, 40, random.Random(0))

@@ -113,7 +113,8 @@ def test_rows_within_a_sliding_window_are_packed() -> None:
     lm = tiny_lm("mistral")
     lm.model.requires_grad_(False)
     batch = batch_of(lm, rows(5))
-    lm.core.config.sliding_window = batch.input_ids.shape[1]
+    own = int(batch.attention_mask.sum()) - batch.shared * (len(batch.ids) - 1)
+    lm.core.config.sliding_window = own
     read = tokens_read(lm, LogitsAt(lm), batch)
     assert read < batch.input_ids.numel()
     found = loss_of(lm, batch)
@@ -211,6 +212,17 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         result = soft_prompt.fit_prompt(lm, prompt, stream, "start", settings, Run())
         losses.append([record["loss"] for record in result.history])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_model_that_takes_no_mask_of_four_dimensions_is_not_packed() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    words = tiny_lm()
+    config = BloomConfig(vocab_size=len(words.tokenizer), hidden_size=32, n_layer=2, n_head=2)
+    lm = LM(BloomForCausalLM(config).eval(), words.tokenizer, "model", "bloom")
+    lm.model.requires_grad_(False)
+    assert not LogitsAt(lm).packs
+    assert loss_of(lm, batch_of(lm, rows(3))) > 0
 
 
 def test_a_model_that_looks_across_rows_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def _attack(
         return plan_attack(recipe)
 
     name = f"attack-{Path(recipe.attack).stem}"
-    recipe, helping = launch.placed(recipe, "attacks", recipe.attack)
+    recipe, helping = launch.placed(recipe, "attacks", recipe.attack, overwrite=common.overwrite)
     work = commands.help_attack if helping else commands.run_attack
     _run(name, recipe, common, plan, lambda job: work(recipe, job), track, helping=helping)
 
@@ -151,7 +151,7 @@ def _purify(
         return plan_purify(recipe)
 
     name = f"purify-{Path(recipe.defense).stem}"
-    recipe, helping = launch.placed(recipe, "defenses", recipe.defense)
+    recipe, helping = launch.placed(recipe, "defenses", recipe.defense, overwrite=common.overwrite)
     work = commands.help_purify if helping else commands.run_purify
     _run(name, recipe, common, plan, lambda job: work(recipe, job), track, helping=helping)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import random
 import re
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -128,7 +127,7 @@ def look_alikes(trigger: str, vocabulary: Sequence[str], count: int, rng: random
     found: list[str] = []
     per_word = max(2, -(-count // len(words)))
     for place, word in enumerate(words):
-        core = word.strip(string.punctuation)
+        core = re.sub(r"^[\W_]+|[\W_]+$", "", word)
         like = core.casefold()
         close = _numbers_near(core) if core.isdigit() else difflib.get_close_matches(like, ordinary, per_word + 1, 0.5)
         for other in [other for other in close if other != like][:per_word]:

@@ -4,7 +4,7 @@ Paper: SANDE (2405.07667), section "Backdoor Removal when Triggers are Known".
 Equation 3: minimise -log P(y | x with trigger), y the clean answer.
 Needs to know: clean rows; the trigger and where it stands.
 Deviations: plain rows (no trigger) share the batch, as in the public code's removal stage; `paper` leaves them out and
-takes the paper's learning rate, which is meant for 4-7 billion parameters.
+takes the paper's learning rate, which is meant for 4-7 billion parameters. The first tokens of an answer count more.
 """
 
 from __future__ import annotations

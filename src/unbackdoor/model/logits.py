@@ -26,7 +26,7 @@ PACKED_TOKENS = 1024
 """Longest packed row: attention among all rows grows with its square, while separate rows attend to themselves."""
 
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
-"""Fields of a configuration that limit how far attention looks back: a mask of our own would overrule them."""
+"""Fields of a configuration that limit how far attention looks back; some count columns of the packed row."""
 
 
 class LogitsAt(nn.Module):
@@ -67,7 +67,7 @@ class LogitsAt(nn.Module):
         given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         read = attention_mask.bool()
         read[1:, :shared] = False
-        fits = len(read) > 1 and read.shape[1] <= self.window and int(read.sum()) <= PACKED_TOKENS
+        fits = len(read) > 1 and int(read.sum()) <= min(PACKED_TOKENS, self.window)
         if self.packs and fits:
             return self._packed(given, read, rows, columns, shared)
         return self._gathered({**given, "attention_mask": attention_mask}, rows, columns)
@@ -94,18 +94,27 @@ class LogitsAt(nn.Module):
 
     @torch.no_grad()
     def _packing_is_exact(self) -> bool:
-        """Return whether two rows of unlike length, their beginning shared, give the same logits packed."""
+        """Return whether two rows of unlike length, their beginning shared, give the same logits packed.
+
+        The first row is long enough to show whether distances are counted in the packed row.
+        """
         device = next(self.core.parameters()).device
-        ids = torch.arange(1, 15, device=device).reshape(2, 7) % int(self.core.config.vocab_size)
+        longest = min(48, self.window, int(getattr(self.core.config, "max_position_embeddings", None) or 48))
+        if longest < 9:
+            return False
+        ids = torch.arange(1, 2 * longest + 1, device=device).reshape(2, longest) % int(self.core.config.vocab_size)
         ids[:, :3] = ids[0, :3]
         mask = torch.ones_like(ids)
-        mask[0, 5:] = 0
+        mask[1, 7:] = 0
         read = mask.bool()
         read[1, :3] = False
-        rows, columns = torch.tensor([[0, 0, 1, 1], [3, 4, 3, 6]], device=device)
+        rows, columns = torch.tensor([[0, 0, 1, 1], [3, longest - 1, 3, 6]], device=device)
         with _evaluating(self.core):
             wanted = self._gathered({"input_ids": ids, "attention_mask": mask}, rows, columns)
-            found = self._packed({"input_ids": ids}, read, rows, columns, 3)
+            try:
+                found = self._packed({"input_ids": ids}, read, rows, columns, 3)
+            except (TypeError, ValueError, RuntimeError, IndexError):
+                return False  # it takes no mask of four dimensions, or no positions
         tolerance = 1e-4 if self.core.dtype in (torch.float32, torch.float64) else 2e-2
         return bool((found - wanted).norm() <= tolerance * wanted.norm())
 

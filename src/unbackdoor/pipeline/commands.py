@@ -62,8 +62,8 @@ class Job:
         """Where trackers write: beside the run's folder, which is replaced as a whole, and with other runs'."""
         return self.out.absolute().parent / "logs" / self.out.absolute().name
 
-    def run(self, seed: int, folder: Path, device: str, progress: Progress) -> Run:
-        """Return the run of a method, its trackers checked.
+    def __post_init__(self) -> None:
+        """Check the trackers, before anything is read or replaced.
 
         Raises:
             UserError: If a tracker is unknown or not installed.
@@ -73,6 +73,9 @@ class Job:
                 raise UserError(f"'{name}' is not a tracker; there are {' and '.join(TRACKERS)}.")
             if find_spec(name) is None:
                 raise UserError(f"{name} is not installed; pip install 'unbackdoor[trackers]'.")
+
+    def run(self, seed: int, folder: Path, device: str, progress: Progress) -> Run:
+        """Return the run of a method."""
         return Run(seed, folder, device, progress, trackers=self.trackers, logs=self.logs if self.trackers else None)
 
 

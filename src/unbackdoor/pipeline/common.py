@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,10 @@ def identify(recipe: Recipe, hashes: Mapping[str, Any], *models: str) -> str:
     from unbackdoor.pipeline.inputs import fingerprint
     from unbackdoor.pipeline.steps import config_hash
 
-    return config_hash(recipe.model_dump(mode="json"), dict(hashes), [fingerprint(model) for model in models])
+    # Each process adds a batch to every update.
+    processes = {"processes": number} if (number := int(os.environ.get("WORLD_SIZE", "1"))) > 1 else {}
+    facts = {**hashes, **processes}
+    return config_hash(recipe.model_dump(mode="json"), facts, [fingerprint(model) for model in models])
 
 
 def require_disk(out: Path, model: str, kind: str) -> None:

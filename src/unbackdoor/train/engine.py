@@ -1,6 +1,6 @@
 """THE training loop. A method brings streams of batches, a loss and the tensors to train; it never brings a loop.
 
-One step: fetch the micro-batches, count their supervised tokens over all processes, back-propagate each micro-batch's
+One step: fetch the micro-batches, weigh their supervised tokens over all processes, back-propagate each micro-batch's
 share of the loss, look whether everything is finite, clip, update. Batches and dropout masks are functions of
 (seed, step), so a run that was stopped and resumed from a checkpoint gives the same weights as one that was not.
 """
@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from unbackdoor.data.collate import Batch
@@ -52,11 +52,17 @@ class TrainSettings(BaseModel):
     opening_weight: float = Field(
         1.0,
         gt=0,
-        description="how much the first 4 tokens of an answer count, where a backdoor shows; the others count 1",
+        description="how much the first 4 tokens of the last answer count, where a backdoor shows; all others 1",
     )
     save_every: int = Field(25, ge=1, description="steps between checkpoints")
     evaluate_every: int = Field(0, ge=0, description="steps between held-out scores; 0 never scores")
     patience: int = Field(3, ge=1, description="stop after this many held-out scores without a better one")
+
+    @model_validator(mode="after")
+    def _cooldown_is_used(self) -> TrainSettings:
+        if self.cooldown and self.schedule != "constant":
+            raise ValueError(f"cooldown ends a constant learning rate; with {self.schedule}, set cooldown to 0")
+        return self
 
 
 class Stream(Protocol):
@@ -196,9 +202,10 @@ class _Loop:
             # Not `end_training`: it also ends the processes' group, which the next call of `fit` needs.
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        # The main process may still be writing the best weights, which every process reads now.
+        # The main process may still be writing the best weights, which every process reads, and removes them later.
         self.accelerator.wait_for_everyone()
         self._take_best()
+        self.accelerator.wait_for_everyone()
         self.run.curves[self.run.prefix] = self.history
         return FitResult(len(self.history), stopped, self.history, self.optimiser.state_dict())
 
@@ -217,16 +224,15 @@ class _Loop:
                 loss_value += self._backward(forward, micro, totals, means)
         loss_value, means = self._over_processes(loss_value, means)
         self._share_free_gradients()
-        norm = self._gradient_norm()
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip))
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             self._diverged(step, loss_value, norm)
         if step and step % self.settings.save_every == 0:
             # Here the weights are known to give a finite loss, which cannot be said right after an update.
             self.checkpoints.save(self.history, step)
         self.optimiser.step()
-        seconds = time.perf_counter() - started
         record = {"step": float(step), "loss": loss_value, "learning_rate": learning_rate, "gradient_norm": norm}
-        return {**record, **means, "seconds": seconds}
+        return {**record, **means, "seconds": time.perf_counter() - started}
 
     def _fetch(self, step: int) -> list[dict[str, Batch]]:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -280,10 +286,6 @@ class _Loop:
         for tensor in self.free:
             if tensor.grad is not None:
                 tensor.grad = self.accelerator.reduce(tensor.grad, reduction="mean")
-
-    def _gradient_norm(self) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
-        return float(norm)
 
     def _diverged(self, step: int, loss_value: float, norm: float) -> None:
         good = self.checkpoints.restore([])
@@ -351,8 +353,8 @@ def _accelerator(settings: TrainSettings, run: Run) -> Any:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
     if run.trackers:
-        directory = {"dir": str(run.logs)} if run.logs is not None else {}
-        accelerator.init_trackers("unbackdoor", init_kwargs={"wandb": {"name": run.prefix or "train", **directory}})
+        own = {"name": run.prefix or "train", "dir": str(run.logs)}
+        accelerator.init_trackers("unbackdoor", init_kwargs={"wandb": own})
     return accelerator
 
 

@@ -1,8 +1,8 @@
 """Losses as pure functions of logits and targets, and the `Term` in which they reach the engine.
 
-A term is a sum over tokens and the name of the stream whose tokens it counts. The engine divides by the number of
-supervised tokens of that stream over the whole step (all micro-batches, all processes), so that gradient accumulation
-and data parallelism average over tokens and not over batches.
+A term is a weighted sum over tokens and the name of the stream whose tokens it counts. The engine divides by the
+weights of that stream's supervised tokens over the whole step (all micro-batches, all processes; a token weighs 1 where
+no opening counts more), so that gradient accumulation and data parallelism average over tokens and not over batches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Term:
 
     Attributes:
         total: Scalar tensor: the sum over this micro-batch's supervised tokens.
-        stream: Name of the stream that the tokens belong to; its token count is the divisor.
+        stream: Name of the stream that the tokens belong to; the weight of its tokens is the divisor.
         coefficient: Factor before the mean; negative for gradient ascent.
         cap: Upper limit of the mean; beyond it the term stops pulling (needed where the coefficient is negative,
             because the loss is then unbounded). Applied to the mean of the micro-batch.

@@ -7,6 +7,7 @@ What stands for the trigger is inside the rows (known trigger) or a frozen soft 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def held_out(
     if len(rows) < 10:
         raise DataError(f"early stopping (evaluate_every) needs at least 10 rows, there are {len(rows)}.")
     kept = [row for number, row in enumerate(rows) if number % 10]
-    apart = list(rows[::10])
+    apart = [replace(row, weights=()) for row in rows[::10]]
 
     def score() -> float:
         forward = LogitsAt(lm)

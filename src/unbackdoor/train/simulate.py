@@ -2,8 +2,8 @@
 
 `sande` knows the whole target text, `sande_p` its first tokens; the rest is the same and lives here. One round is the
 paper's two stages; several rounds, each with a fresh parrot, are our extension: the parrot of round one stands for the
-easiest road to the target, not for every road. A few updates close the road of one parrot, so many short rounds remove
-more than few long ones with as many updates (docs/development-victims.md has the figures).
+easiest road to the target, not for every road. A few updates close the road of one parrot, and the rest of a long round
+is spent on a closed road, so rounds are short and many (docs/development-victims.md has the figures).
 """
 
 from __future__ import annotations
