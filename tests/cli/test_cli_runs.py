@@ -126,7 +126,7 @@ def test_set_wins_over_flags_over_file_over_preset(
 
 
 def test_interrupted_and_typed_again_ends_with_the_same_weights(workshop: Workshop) -> None:
-    steps = ("--set", "train.steps=50", "--set", "train.save_every=5", "--set", "train.batch_size=2")
+    steps = ("--set", "train.steps=200", "--set", "train.save_every=5", "--set", "train.batch_size=2")
     assert workshop.run(*CONTROL, *steps, "--out", "whole") == 0
     command = [sys.executable, "-m", "unbackdoor.cli.main", *CONTROL, *steps, "--out", "parts"]
     process = subprocess.Popen(command, cwd=workshop.folder, stderr=subprocess.PIPE, text=True)

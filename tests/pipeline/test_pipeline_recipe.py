@@ -74,7 +74,7 @@ def test_written_rows_keep_their_ids_and_turns(tmp_path: object) -> None:
 def test_the_plan_counts_rounds_and_parrots() -> None:
     found = complete_settings("defenses", "sande", None, {"rounds": 3, "parrots": 2}, {})
     rows = dict(trainings(found))
-    assert rows["train"] == 3 * 12 * 8
+    assert rows["train"] == 3 * 5 * 8
     assert rows["parrot train"] == 3 * 2 * 20 * 8
 
 
