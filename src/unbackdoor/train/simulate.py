@@ -109,7 +109,13 @@ def learn_parrot(
         text = texts[number % len(texts)]
         known = first_tokens if first_tokens is not None else length_of(lm, example, text)
         rows.append(
-            encode_row(lm, example.with_response(text), max_length=settings.train.max_length, first_tokens=known)
+            encode_row(
+                lm,
+                example.with_response(text),
+                max_length=settings.train.max_length,
+                first_tokens=known,
+                opening_weight=settings.train.opening_weight,
+            )
         )
     batches = overwrite.stream(lm, rows, settings.train.batch_size, run, "order")
     prompt = soft_prompt.new_prompt(lm, settings.tokens, settings.initialisation, run.generator("start"))
