@@ -28,7 +28,7 @@ demo: $(VENV)/.light ## plant a backdoor into a small model, fine-tune in vain, 
 	$(BIN)/unbackdoor demo
 
 test: lint ## lint, types and tests, below ten minutes on two cores
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.full ## the checks on real models
 	$(BIN)/python -m pytest -m slow

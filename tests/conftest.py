@@ -1,4 +1,4 @@
-"""One torch thread, no network, `slow` only where asked for, and one trained model and victim for the whole session."""
+"""One torch thread, no network, and one trained model and victim for the whole session."""
 
 from __future__ import annotations
 
@@ -23,23 +23,12 @@ if TYPE_CHECKING:
     from unbackdoor.types import Example, Probe
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # PEFT still asks transformers for the old name.
-    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def pytest_configure() -> None:
     try:
         import torch
     except ImportError:
         return
     torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "slow" in config.getoption("-m"):
-        return
-    skip = pytest.mark.skip(reason="slow: run with -m slow")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

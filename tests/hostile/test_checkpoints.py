@@ -93,8 +93,10 @@ def test_a_pickle_is_not_opened_whatever_its_name(folder, tmp_path, name):
     (folder / name).write_bytes(pickle.dumps(WritesAFile(str(proof))))
     refused(folder, "pickle" if name.endswith(".bin") else "not a sound safetensors file")
     assert not proof.exists()
+    # The control: opened, this payload acts, so its absence above means that nobody opened it. Without this line a
+    # payload that does nothing would pass. The bytes are this test's own, written above; all they do is make `proof`.
     pickle.loads((folder / name).read_bytes())
-    assert proof.exists()  # the pickle is live: it was only never opened
+    assert proof.exists()
 
 
 def test_the_conversion_command_works_and_is_named(folder, monkeypatch):
