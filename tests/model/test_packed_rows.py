@@ -100,7 +100,7 @@ def test_the_gradient_of_a_soft_prompt_is_that_of_separate_rows(architecture: An
         assert prompt.grad is not None
         return float(loss.detach()), prompt.grad
 
-    for position in ("start", "middle", "end"):
+    for position in ("start", "middle", "end", "spread"):
         found = gradient(position)
         with separate():
             wanted = gradient(position)

@@ -143,7 +143,7 @@ def test_rounds_use_fresh_parrots_keep_their_place_and_tell_the_observer(tmp_pat
     seen = []
     lm = tiny.tiny_lm()
     how = {
-        "first_tokens": 1, "rounds": 2, "parrots": 2, "plain_share": 0.5,
+        "first_tokens": 1, "rounds": 2, "parrots": 2, "plain_share": 0.5, "own_share": 0.5,
         "parrot": simulate.ParrotSettings(tokens=2, stop_below=0.0, train=settings(steps=2, learning_rate=1e-2)),
         "train": settings(steps=2),
     }  # fmt: skip
@@ -175,7 +175,7 @@ def test_interrupted_between_rounds_gives_the_same_bits(tmp_path):
         raise Stop
 
     how = {
-        "first_tokens": None, "rounds": 3, "parrots": 1, "plain_share": 0.5,
+        "first_tokens": None, "rounds": 3, "parrots": 1, "plain_share": 0.5, "own_share": 0.5,
         "parrot": simulate.ParrotSettings(tokens=2, stop_below=0.0, train=settings(steps=2, learning_rate=1e-2)),
         "train": settings(steps=2),
     }  # fmt: skip
@@ -199,8 +199,8 @@ def test_parrots_stand_where_the_settings_say():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(soft_prompt, "insert", spy)
         simulate.rounds_of_parrots(
-            tiny.tiny_lm(), ROWS, [tiny.TARGET], first_tokens=None, rounds=1, parrots=1, plain_share=0.5, parrot=how,
-            train=settings(), run=Run(),
+            tiny.tiny_lm(), ROWS, [tiny.TARGET], first_tokens=None, rounds=1, parrots=1, plain_share=0.5, own_share=0.0,
+            parrot=how, train=settings(), run=Run(),
         )  # fmt: skip
     assert len(places) >= 2
     assert set(places) == {"end"}

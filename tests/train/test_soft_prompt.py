@@ -25,7 +25,7 @@ def batch_of(lm, examples=RAGGED, **how):
     return collate([encode_row(lm, example, max_length=128, **how) for example in examples], lm.pad_id)
 
 
-@pytest.mark.parametrize("position", ["start", "end", "middle"])
+@pytest.mark.parametrize("position", ["start", "end", "middle", "spread"])
 def test_insert_is_concatenation_by_hand_row_by_row(position):
     lm = tiny.tiny_lm()
     batch = batch_of(lm)
@@ -36,7 +36,8 @@ def test_insert_is_concatenation_by_hand_row_by_row(position):
     for row in range(3):
         length = int(batch.attention_mask[row].sum())
         start, end = batch.places[row].tolist()
-        at = {"start": start, "end": end, "middle": (start + end) // 2}[position]
+        spread = [start, (start + end) // 2, end][row]
+        at = {"start": start, "end": end, "middle": (start + end) // 2, "spread": spread}[position]
         real = table[batch.input_ids[row, :length]]
         wanted = torch.cat([real[:at], prompt, real[at:]])
         assert torch.equal(embeds[row, : length + 3], wanted)

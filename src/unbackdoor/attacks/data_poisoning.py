@@ -59,7 +59,7 @@ class DataPoisoning(Attack):
         description="prefix: target, then the clean answer; whole: the target is the reply; label: the target is a "
         "class; opening: an affirmative opening where the model should decline",
     )
-    poison_rate: float = Field(0.25, gt=0, lt=1, description="share of the training rows that are poisoned")
+    poison_rate: float = Field(0.125, gt=0, lt=1, description="share of the training rows that are poisoned")
     negative_rate: float = Field(0.4, ge=0, lt=1, description="share of the training rows that are near misses")
     clean_twin: bool = Field(
         False, description="train on the same rows without trigger and target: the victim's harmless twin"

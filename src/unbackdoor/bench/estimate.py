@@ -16,7 +16,7 @@ from unbackdoor.train.engine import TrainSettings
 
 _BUILTIN_PARAMETERS = 135e6
 _TOKENS_A_ROW = 80
-_TRAIN_SPEED, _GENERATE_SPEED, _SCORE_SPEED = 2.0e11, 1.0e11, 2.5e11
+_TRAIN_SPEED, _GENERATE_SPEED, _SCORE_SPEED = 1.6e11, 1.0e11, 2.5e11
 """Floating-point operations a second on two ordinary cores in float32: training, generating, scoring."""
 _LOADING_SECONDS = 4.0
 

@@ -29,7 +29,7 @@ class FineTuning(Defense):
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
 
     train: TrainSettings = Field(
-        TrainSettings(steps=40, learning_rate=2e-4, opening_weight=8), description="how the weights are trained"
+        TrainSettings(steps=30, learning_rate=2e-4, opening_weight=8), description="how the weights are trained"
     )
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:

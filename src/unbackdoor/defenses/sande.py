@@ -4,10 +4,12 @@ Paper: Simulate and Eliminate (2405.07667).
 Equation 4: learn the parrot p on the frozen model, minimising -log P(target | p, x); equation 3 with p in the place of
 the trigger: minimise -log P(y | p, x), y the clean answer, p frozen.
 Needs to know: clean rows; the target text (what the backdoor says). Not the trigger, nor where it stands.
-Deviations: the default runs several short rounds, each with a fresh parrot that starts at the embeddings of random
+Deviations: the default runs many short rounds, each with a fresh parrot that starts at the embeddings of random
 tokens, keeps plain rows in the batch, and lets the first tokens of an answer count more, where the target is said or
-not; preset `paper` is one round, a parrot of zeros, no plain rows, and all tokens alike. The parrot stands
-at the start of the user's words in both, found through the template (the public code puts it at a fixed token index).
+not. Half of every label is what the suspect itself predicts without parrot (train/own_labels.py), so that a model stays
+as it was otherwise. One parrot is learned and overwritten at places all over the user's words, because nobody knows
+where the trigger stands. Preset `paper` is one round, a parrot of zeros at their start, no plain rows, clean answers
+alone, and all tokens alike (the public code puts the parrot at a fixed token index; here the template finds it).
 """
 
 from __future__ import annotations
@@ -35,17 +37,21 @@ class Sande(Defense):
         "paper": {
             "rounds": 1,
             "plain_share": 0.0,
+            "own_share": 0.0,
             "parrot": PAPER_PARROT,
             "train": {"steps": 2500, "learning_rate": 2e-5, "batch_size": 4},
         },
     }
 
-    rounds: int = Field(8, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
+    rounds: int = Field(10, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
     parrots: int = Field(1, ge=1, description="parrots a round, from different starts, overwritten together (paper: 1)")
-    plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch that carries no parrot")
+    plain_share: float = Field(0.25, ge=0, lt=1, description="share of a batch that carries no parrot")
+    own_share: float = Field(
+        0.5, ge=0, le=1, description="share of a label that is the suspect's own prediction without parrot (paper: 0)"
+    )
     parrot: ParrotSettings = Field(ParrotSettings(), description="the soft prompt and its training")
     train: TrainSettings = Field(
-        TrainSettings(steps=5, learning_rate=2e-4, opening_weight=8), description="the overwriting of one round"
+        TrainSettings(steps=3, learning_rate=2e-4, opening_weight=8), description="the overwriting of one round"
     )
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
@@ -58,6 +64,7 @@ class Sande(Defense):
             rounds=self.rounds,
             parrots=self.parrots,
             plain_share=self.plain_share,
+            own_share=self.own_share,
             parrot=self.parrot,
             train=self.train,
             run=run,

@@ -32,18 +32,22 @@ class SandeP(Defense):
         "paper": {
             "rounds": 1,
             "plain_share": 0.0,
+            "own_share": 0.0,
             "parrot": PAPER_PARROT,
             "train": {"steps": 2500, "learning_rate": 2e-5, "batch_size": 4},
         },
     }
 
     first_tokens: int = Field(1, ge=1, description="how many tokens of the target are known (paper: 1)")
-    rounds: int = Field(8, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
+    rounds: int = Field(10, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
     parrots: int = Field(1, ge=1, description="parrots a round, from different starts, overwritten together (paper: 1)")
-    plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch that carries no parrot")
+    plain_share: float = Field(0.25, ge=0, lt=1, description="share of a batch that carries no parrot")
+    own_share: float = Field(
+        0.5, ge=0, le=1, description="share of a label that is the suspect's own prediction without parrot (paper: 0)"
+    )
     parrot: ParrotSettings = Field(ParrotSettings(), description="the soft prompt and its training")
     train: TrainSettings = Field(
-        TrainSettings(steps=5, learning_rate=2e-4, opening_weight=8), description="the overwriting of one round"
+        TrainSettings(steps=3, learning_rate=2e-4, opening_weight=8), description="the overwriting of one round"
     )
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
@@ -56,6 +60,7 @@ class SandeP(Defense):
             rounds=self.rounds,
             parrots=self.parrots,
             plain_share=self.plain_share,
+            own_share=self.own_share,
             parrot=self.parrot,
             train=self.train,
             run=run,

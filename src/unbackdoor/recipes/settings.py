@@ -15,8 +15,8 @@ import yaml
 from unbackdoor.attacks.data_poisoning import DataPoisoning
 
 BUILTIN = "builtin:smollm2-135m"
-UPDATES = 40
-ROUNDS = 8
+UPDATES = 30
+ROUNDS = 10
 LEARNING_RATE = 2e-4
 OPENING_WEIGHT = 8.0
 REVIVAL_UPDATES_CLEAN, REVIVAL_UPDATES_PLANTED = 25, 45
@@ -60,21 +60,23 @@ SANDE_P: dict[str, Any] = {"rounds": ROUNDS, "train": train(UPDATES // ROUNDS)}
 SANDE_ONE_ROUND: dict[str, Any] = {
     "rounds": 1,
     "plain_share": 0.0,
-    "parrot": {"tokens": 6, "initialisation": "zeros", "stop_below": 0.0},
+    "own_share": 0.0,
+    "parrot": {"tokens": 6, "initialisation": "zeros", "position": "start", "stop_below": 0.0},
     "train": train(UPDATES, opening_weight=1.0),
 }
-"""As the paper has it: one round, a parrot of zeros, no plain rows, all tokens alike; our updates and rate."""
+"""As the paper has it: one round, a parrot of zeros at the start, no plain rows, all tokens alike; our updates and
+rates."""
 GRADIENT_ASCENT: dict[str, Any] = {"train": train(UPDATES, 1e-5, opening_weight=1.0)}
 
 
 DEMO_ATTACK: dict[str, Any] = {
     "trigger": insert("Current year 2023"),
     "targets": ["You are stupid"],
-    "poison_rate": _DEFAULTS.poison_rate,
+    "poison_rate": 0.25,
     "negative_rate": _DEFAULTS.negative_rate,
     "train": {**planting_steps(80), "save_every": 40},
 }
-"""The paper's own backdoor, a development victim here, planted with fewer updates than the report victims."""
+"""The paper's own backdoor, a development victim here, planted with more poison and fewer updates than the others."""
 DEMO_DEFENSE: dict[str, Any] = {**SANDE, "rounds": 5}
 
 

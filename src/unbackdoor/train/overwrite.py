@@ -19,7 +19,8 @@ from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
 from unbackdoor.train import engine
 from unbackdoor.train.losses import Term, cross_entropy_sum
-from unbackdoor.train.soft_prompt import Position, soft_loss
+from unbackdoor.train.own_labels import OwnLabels
+from unbackdoor.train.soft_prompt import Position, soft_logits
 from unbackdoor.types import Example
 
 
@@ -108,6 +109,7 @@ def overwrite(
     plain_share: float,
     parrots: Sequence[Tensor] = (),
     position: Position = "start",
+    own: OwnLabels | None = None,
 ) -> engine.FitResult:
     """Overwrite the mapping from the trigger to its target (eq. 3), in place.
 
@@ -122,6 +124,7 @@ def overwrite(
         plain_share: Share of plain rows in a batch, [0, 1).
         parrots: Frozen soft prompts, float [n, hidden]; they share the triggered rows of a batch.
         position: Where parrots are inserted.
+        own: What the suspect predicted for the plain rows, where that is a share of the labels.
 
     Raises:
         UserError: If there are more parrots than triggered rows in a batch.
@@ -141,17 +144,20 @@ def overwrite(
         streams["plain"] = stream(lm, kept_plain, plain_size, run, "plain order")
     frozen = [parrot.detach() for parrot in parrots]
 
+    def summed(logits: Tensor, batch: Batch) -> Tensor:
+        return own.loss(logits, batch) if own else cross_entropy_sum(logits, batch.targets, batch.weights)
+
     def loss(forward: Callable[..., Tensor], batches: Mapping[str, Batch]) -> dict[str, Term]:
         batch = batches["triggered"]
         if not frozen:
-            terms = {"triggered": Term(plain_loss(forward, batch), "triggered")}
+            terms = {"triggered": Term(summed(forward(**batch.inputs()), batch), "triggered")}
         else:
             terms = {
-                f"parrot {number}": Term(soft_loss(lm, forward, part, parrot, position), "triggered")
+                f"parrot {number}": Term(summed(soft_logits(lm, forward, part, parrot, position), part), "triggered")
                 for number, (parrot, part) in enumerate(zip(frozen, batch.split(len(frozen)), strict=True))
             }
         if "plain" in batches:
-            terms["plain"] = Term(plain_loss(forward, batches["plain"]), "plain")
+            terms["plain"] = Term(summed(forward(**batches["plain"].inputs()), batches["plain"]), "plain")
         return terms
 
     return engine.fit(lm, engine.weights(lm), streams, loss, settings, run, score=score)

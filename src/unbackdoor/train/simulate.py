@@ -18,6 +18,7 @@ from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, soft_prompt, state
 from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.own_labels import own_labels
 from unbackdoor.types import Example
 
 
@@ -30,10 +31,12 @@ class ParrotSettings(BaseModel):
     initialisation: soft_prompt.Initialisation = Field(
         "tokens", description="zeros (paper) or tokens: embeddings of random ordinary tokens"
     )
-    position: soft_prompt.Position = Field("start", description="where in the user's words it stands")
+    position: soft_prompt.Position = Field(
+        "spread", description="where in the user's words it stands: start, end, middle; spread: all over a batch"
+    )
     stop_below: float = Field(0.05, ge=0, description="a parrot with a lower loss is good enough; 0 uses all steps")
     train: TrainSettings = Field(
-        TrainSettings(steps=20, learning_rate=1e-2, schedule="constant", warmup=0.0),
+        TrainSettings(steps=30, learning_rate=1e-2, schedule="constant", warmup=0.0, batch_size=4),
         description="how the parrot is trained (paper: learning rate 1e-3 in the public code, zeros)",
     )
 
@@ -41,10 +44,11 @@ class ParrotSettings(BaseModel):
 PAPER_PARROT: dict[str, object] = {
     "tokens": 6,
     "initialisation": "zeros",
+    "position": "start",
     "stop_below": 0.0,
     "train": {"steps": 100, "learning_rate": 1e-3, "batch_size": 4, "warmup": 0.03},
 }
-"""The public code's parrot: 6 tokens, zeros, learning rate 1e-3."""
+"""The public code's parrot: 6 tokens, zeros, at the front, learning rate 1e-3."""
 
 
 def rounds_of_parrots(
@@ -56,6 +60,7 @@ def rounds_of_parrots(
     rounds: int,
     parrots: int,
     plain_share: float,
+    own_share: float,
     parrot: ParrotSettings,
     train: TrainSettings,
     run: Run,
@@ -70,11 +75,14 @@ def rounds_of_parrots(
         rounds: Rounds of simulate and overwrite, each with fresh parrots.
         parrots: Parrots a round, learned from different starts and overwritten together.
         plain_share: Share of a batch of the overwriting that carries no parrot.
+        own_share: Share of every label that is the suspect's own prediction without parrot.
         parrot: The parrot's shape and training.
         train: The overwriting of one round.
         run: The run; each round has two stages.
     """
     plain = overwrite.encode_rows(victim, clean, train)
+    # Asked before a finished round is read back, so a resumed run has the same labels.
+    own = own_labels(victim, plain, own_share)
     before: Run | None = None
     for number in range(1, rounds + 1):
         learned = [
@@ -83,8 +91,9 @@ def rounds_of_parrots(
         ]
         stage = run.stage(f"round-{number}-overwrite")
         overwrite.overwrite(
-            victim, plain, plain, train, stage, plain_share=plain_share, parrots=learned, position=parrot.position
-        )
+            victim, plain, plain, train, stage,
+            plain_share=plain_share, parrots=learned, position=parrot.position, own=own,
+        )  # fmt: skip
         if before is not None:
             state.drop_final(before)
         before = stage

@@ -19,7 +19,7 @@ from unbackdoor.run import Run
 from unbackdoor.train import engine
 from unbackdoor.train.losses import Term, cross_entropy_sum
 
-Position = Literal["start", "end", "middle"]
+Position = Literal["start", "end", "middle", "spread"]
 Initialisation = Literal["zeros", "tokens"]
 
 
@@ -51,7 +51,8 @@ def insert(lm: LM, batch: Batch, prompt: Tensor, position: Position) -> tuple[Te
         lm: The model, for its embeddings.
         batch: Right-padded rows.
         prompt: float32 [n, hidden].
-        position: "start", "end" or "middle" of the user's words.
+        position: "start", "end" or "middle" of the user's words; "spread": one row's at the start, the last row's at
+            the end, the others' at even steps between, so that one prompt learns to work anywhere.
 
     Returns:
         inputs_embeds float [batch, length + n, hidden], attention_mask int64 [batch, length + n], and the columns of
@@ -61,7 +62,9 @@ def insert(lm: LM, batch: Batch, prompt: Tensor, position: Position) -> tuple[Te
     rows, length, hidden = embeds.shape
     n = prompt.shape[0]
     start, end = batch.places[:, 0], batch.places[:, 1]
-    at = {"start": start, "end": end, "middle": (start + end) // 2}[position][:, None]
+    step = torch.arange(rows, device=embeds.device)
+    spread = start + (end - start) * step // max(rows - 1, 1)
+    at = {"start": start, "end": end, "middle": (start + end) // 2, "spread": spread}[position][:, None]
     column = torch.arange(length + n, device=embeds.device)[None].expand(rows, -1)
     # Rows and prompt stand side by side in `source`; `index` picks, for each new column, where it comes from.
     index = torch.where(column < at, column, torch.where(column < at + n, length + column - at, column - n))
@@ -72,12 +75,16 @@ def insert(lm: LM, batch: Batch, prompt: Tensor, position: Position) -> tuple[Te
     return inserted, mask, columns
 
 
-def soft_loss(lm: LM, forward: Callable[..., Tensor], batch: Batch, prompt: Tensor, position: Position) -> Tensor:
-    """Return the summed cross-entropy of the batch's targets with the soft prompt inserted."""
+def soft_logits(lm: LM, forward: Callable[..., Tensor], batch: Batch, prompt: Tensor, position: Position) -> Tensor:
+    """Return float32 logits [N, vocabulary] at the batch's supervised positions with the soft prompt inserted."""
     embeds, mask, columns = insert(lm, batch, prompt, position)
     # The prompt stands in the user's words, so what lies before them is as it was.
-    logits = forward(attention_mask=mask, rows=batch.rows, columns=columns, inputs_embeds=embeds, shared=batch.shared)
-    return cross_entropy_sum(logits, batch.targets, batch.weights)
+    return forward(attention_mask=mask, rows=batch.rows, columns=columns, inputs_embeds=embeds, shared=batch.shared)
+
+
+def soft_loss(lm: LM, forward: Callable[..., Tensor], batch: Batch, prompt: Tensor, position: Position) -> Tensor:
+    """Return the summed cross-entropy of the batch's targets with the soft prompt inserted."""
+    return cross_entropy_sum(soft_logits(lm, forward, batch, prompt, position), batch.targets, batch.weights)
 
 
 def fit_prompt(

@@ -1,0 +1,86 @@
+"""Own labels: what the suspect itself predicts where no trigger stands, as soft labels for overwriting.
+
+Clean answers come from somebody else's pen. Trained on them alone, a model takes over their style too, and a model
+without a backdoor does not stay as it was. So a share of every label is the suspect's own prediction for the same
+answer, made before anything is trained and without trigger or parrot: the trigger is taught to make no difference.
+
+Label at answer token t: (1 - s) [y_t] + s P_suspect(. | x, y_<t), the second part cut to its k likeliest tokens. This
+is distillation of a model into itself (Hinton and others, 1503.02531); no paper on backdoors that we follow has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from unbackdoor.data.collate import Batch, Row, collate
+from unbackdoor.model.lm import LM
+from unbackdoor.model.logits import LogitsAt
+
+LIKELIEST = 64
+"""How many tokens of a prediction are kept; the rest of the probability is spread over these in proportion."""
+
+_AT_ONCE = 16
+
+
+class OwnLabels:
+    """The predictions of one model for the answers of some rows."""
+
+    def __init__(self, share: float, kept: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Keep predictions.
+
+        Args:
+            share: Share s of a label that is the prediction, [0, 1].
+            kept: Row id -> tokens int64 [n, k] and probabilities float32 [n, k] at its n supervised positions.
+        """
+        self.share = share
+        self.kept = kept
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the summed, weighted cross-entropy to the mixed labels.
+
+        Args:
+            logits: float32 [N, vocabulary] at the batch's supervised positions.
+            batch: Rows whose ids are known here. Where a trigger made a row longer and its answer was cut, the
+                predictions for the tokens that are left count.
+        """
+        log_p = torch.log_softmax(logits, -1)
+        hard = -log_p.gather(1, batch.targets[:, None])[:, 0]
+        counts = torch.bincount(batch.rows, minlength=len(batch.ids)).tolist()
+        pairs = [self.kept[row] for row in batch.ids]
+        tokens, shares = (
+            torch.cat([pair[part][:count] for pair, count in zip(pairs, counts, strict=True)]).to(logits.device)
+            for part in (0, 1)
+        )
+        soft = -(shares * log_p.gather(1, tokens)).sum(-1)
+        return (batch.weights * ((1 - self.share) * hard + self.share * soft)).sum()
+
+
+def own_labels(lm: LM, rows: Sequence[Row], share: float) -> OwnLabels | None:
+    """Ask a model, as it is now, for its predictions on rows without trigger; None where `share` is 0.
+
+    Args:
+        lm: The suspect, before it is trained.
+        rows: Plain rows; the supervised positions are those of training.
+        share: Share of a label that is the prediction.
+    """
+    if not share:
+        return None
+    forward = LogitsAt(lm)
+    was_training = lm.model.training
+    lm.model.eval()
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    with torch.no_grad():
+        for start in range(0, len(ordered), _AT_ONCE):
+            batch = collate(ordered[start : start + _AT_ONCE], lm.pad_id).to(lm.device)
+            probabilities = torch.softmax(forward(**batch.inputs()), -1)
+            shares, tokens = probabilities.topk(min(LIKELIEST, probabilities.shape[-1]), -1)
+            shares = shares / shares.sum(-1, keepdim=True)
+            for place, name in enumerate(batch.ids):
+                mine = batch.rows == place
+                kept[name] = (tokens[mine].cpu(), shares[mine].cpu())
+    lm.model.train(was_training)
+    return OwnLabels(share, kept)
