@@ -33,6 +33,7 @@ def ours(lm: LM, batch: Batch, parrot: torch.nn.Parameter, target: int) -> Calla
     )  # fmt: skip
     assert cut.weight == target * len(batch.ids)
     forward = LogitsAt(lm)
+    # Where the parrot stands does not change what a step costs: what is shared lies before the user's words.
     return lambda: soft_loss(lm, forward, cut, parrot, "start") / cut.weight
 
 

@@ -67,6 +67,13 @@ def test_the_planted_backdoor_fires_and_the_base_does_not(finished: Path) -> Non
     assert set(references) == {0.0}
 
 
+def test_a_revival_by_planting_notes_whether_it_planted_anything(finished: Path) -> None:
+    cells = [json.loads(path.read_text()) for path in (finished / "cells").glob("*.json")]
+    noted = [cell["notes"]["unrelated backdoor"] for cell in cells if "unrelated backdoor" in cell["notes"]]
+    assert len(noted) == 2
+    assert all(note["asked"] > 0 and 0 <= note["fired"] <= note["asked"] for note in noted)
+
+
 def test_kl_is_measured_against_the_victim(finished: Path) -> None:
     kl = {(r["role"], r["stage"]): r for r in figures_of(finished) if r["metric"] == "kl" and r["group"] == ""}
     assert kl["suspect", "before"]["status"] == "not_applicable"

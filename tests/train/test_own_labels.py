@@ -7,11 +7,14 @@ import torch
 
 import tiny
 from unbackdoor.data.collate import collate, encode_row
+from unbackdoor.errors import DataError
 from unbackdoor.model.logits import LogitsAt
+from unbackdoor.run import Run
 from unbackdoor.stamps import InsertText
 from unbackdoor.train import own_labels as module
+from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.losses import cross_entropy_sum
-from unbackdoor.train.own_labels import own_labels
+from unbackdoor.train.own_labels import own_labels, rows_needed
 
 ROWS = tiny.rows(6, seed=11)
 
@@ -31,7 +34,7 @@ def test_the_mixed_label_by_hand_in_float64(monkeypatch, kept):
     with torch.no_grad():
         other.model.get_input_embeddings().weight.add_(0.3)
     rows = encoded(lm)
-    found = own_labels(lm, rows, 0.3)
+    found = own_labels(lm, rows, 0.3, 4)
     assert found is not None
     batch = collate(rows[1:5], lm.pad_id)
     with torch.no_grad():
@@ -52,7 +55,7 @@ def test_a_share_of_one_does_not_move_a_model_from_its_own_predictions(monkeypat
     monkeypatch.setattr(module, "LIKELIEST", 10_000)
     lm = tiny.tiny_lm()
     rows = encoded(lm)
-    found = own_labels(lm, rows, 1.0)
+    found = own_labels(lm, rows, 1.0, 4)
     batch = collate(rows, lm.pad_id)
     assert found is not None
     logits = logits_of(lm, batch).detach().requires_grad_()
@@ -66,7 +69,7 @@ def test_a_share_of_one_does_not_move_a_model_from_its_own_predictions(monkeypat
 def test_a_triggered_row_takes_the_predictions_made_without_trigger_also_where_its_answer_is_cut():
     lm = tiny.tiny_lm()
     plain = encoded(lm)
-    found = own_labels(lm, plain, 1.0)
+    found = own_labels(lm, plain, 1.0, 4)
     assert found is not None
     stamped = InsertText(text=tiny.TRIGGER, place="start").apply(ROWS[0], None)
     whole = encoded(lm, [stamped])[0]
@@ -84,7 +87,22 @@ def test_no_share_asks_nothing_and_asking_changes_nothing():
     lm = tiny.tiny_lm()
     before = tiny.tensors(lm)
     lm.model.train()
-    assert own_labels(lm, encoded(lm), 0.0) is None
-    assert own_labels(lm, encoded(lm), 0.5) is not None
+    assert own_labels(lm, encoded(lm), 0.0, 4) is None
+    assert own_labels(lm, encoded(lm), 0.5, 4) is not None
     assert lm.model.training
     assert tiny.same_weights(before, tiny.tensors(lm))
+
+
+def test_two_rows_with_one_id_are_refused():
+    lm = tiny.tiny_lm()
+    with pytest.raises(DataError, match="two clean rows have the id"):
+        own_labels(lm, encoded(lm, [ROWS[0], ROWS[0]]), 0.5, 4)
+
+
+def test_only_rows_that_training_can_draw_are_asked_for():
+    lm = tiny.tiny_lm()
+    rows = encoded(lm, tiny.rows(40, seed=11))
+    brief = TrainSettings(steps=2, learning_rate=1e-3, batch_size=4, accumulation=2)
+    assert len(rows_needed(rows, brief, Run(seed=1))) == 16
+    assert rows_needed(rows, brief, Run(seed=1)) == rows_needed(rows, brief, Run(seed=1)) != rows[:16]
+    assert rows_needed(rows, brief, Run(seed=1), rounds=3) == rows

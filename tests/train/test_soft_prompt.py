@@ -36,7 +36,7 @@ def test_insert_is_concatenation_by_hand_row_by_row(position):
     for row in range(3):
         length = int(batch.attention_mask[row].sum())
         start, end = batch.places[row].tolist()
-        spread = [start, (start + end) // 2, end][row]
+        spread = start + (end - start) * [2, 1, 0][row] // 4  # crc32 of "a", "b", "c" modulo 5
         at = {"start": start, "end": end, "middle": (start + end) // 2, "spread": spread}[position]
         real = table[batch.input_ids[row, :length]]
         wanted = torch.cat([real[:at], prompt, real[at:]])

@@ -150,7 +150,8 @@ def _revived(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
     key = shop.material.revive_key(cell)
     run = _run(cell, key, "revive", shop)
     started = time.perf_counter()
-    lm = revive(lm, cell.stage, shop.material.grid.revival.settings, shop.material.revival_rows(), run)
+    rows, held_out = shop.material.revival_rows(), shop.material.splits.test
+    lm = revive(lm, cell.stage, shop.material.grid.revival.settings, rows, held_out, run)
     made = _made(run, started, {})
     shop.store.remove(shop.store.work(key))
     return lm, made

@@ -1,7 +1,7 @@
 """Batches for training and scoring: right-padded ids, and the positions whose next token is supervised.
 
-`columns[i]` is the position whose logits predict `targets[i]`, so the shift by one is made here, once. `places` says
-where the last user turn's content begins in each row: a soft prompt is put there.
+`columns[i]` is the position whose logits predict `targets[i]`, so the shift by one is made here, once. `places` is
+the range of the last user turn's content in each row: a soft prompt is put into it.
 """
 
 from __future__ import annotations

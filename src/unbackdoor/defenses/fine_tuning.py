@@ -4,7 +4,8 @@ Paper: SFT in SANDE (2405.07667, Table 1: 94-99.9 % ASR left); fine-tuning in th
 Equation: eq. 1 on clean pairs only.
 Needs to know: clean rows. Nothing about trigger or target, which is why it does not remove the backdoor at moderate
 learning rates; at high ones it may, at a price, so its learning rate is swept in the tables.
-Deviations: the first tokens of an answer count more, as in the defenses that it is compared with.
+Deviations: the first tokens of an answer count more, as in the defenses that it is compared with. Labels are the clean
+answers alone, while those defenses take half of theirs from the suspect: a reason why this control drifts more.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Equation 3: minimise -log P(y | x with trigger), y the clean answer.
 Needs to know: clean rows; the trigger and where it stands.
 Deviations: plain rows (no trigger) share the batch, as in the public code's removal stage; half of every label is what
 the suspect itself predicts without trigger (train/own_labels.py), so that a model stays as it was otherwise; the first
-tokens of an answer count more. `paper` leaves the first two out and takes the paper's learning rate, which is meant for
+tokens of an answer count more. `paper` leaves all three out and takes the paper's learning rate, which is meant for
 4-7 billion parameters.
 """
 
@@ -22,7 +22,7 @@ from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite
 from unbackdoor.train.engine import TrainSettings
-from unbackdoor.train.own_labels import own_labels
+from unbackdoor.train.own_labels import own_labels, rows_needed
 
 
 class Osft(Defense):
@@ -51,15 +51,14 @@ class Osft(Defense):
         """Overwrite the mapping in place."""
         stream = run.rng("trigger places")
         triggered = [known.trigger.apply(example, stream) for example in known.clean]
+        rows = overwrite.encode_rows(victim, triggered, self.train)
         plain = overwrite.encode_rows(victim, known.clean, self.train)
-        overwrite.overwrite(
-            victim,
-            overwrite.encode_rows(victim, triggered, self.train),
-            plain,
-            self.train,
-            run.stage("overwrite"),
-            plain_share=self.plain_share,
-            own=own_labels(victim, plain, self.own_share),
-        )
+        if self.own_share:
+            plain = rows_needed(plain, self.train, run)
+            chosen = {row.id for row in plain}
+            rows = [row for row in rows if row.id in chosen]
+        own = own_labels(victim, plain, self.own_share, self.train.batch_size)
+        stage = run.stage("overwrite")
+        overwrite.overwrite(victim, rows, plain, self.train, stage, plain_share=self.plain_share, own=own)
         run.observe(victim)
         return victim

@@ -72,6 +72,9 @@ def purify_model(victim: LM, defense: Defense, facts: Mapping[Need, Any], run: R
     return defense.apply(victim, knowledge_for(defense, facts), run)
 
 
+_UNRELATED_PROBES = 40
+
+
 class Revival(BaseModel):
     """What a purified model is put through before the original trigger is asked for again (DESIGN 1).
 
@@ -91,7 +94,7 @@ class Revival(BaseModel):
     )
 
 
-def revive(lm: LM, stage: str, revival: Revival, rows: Sequence[Example], run: Run) -> LM:
+def revive(lm: LM, stage: str, revival: Revival, rows: Sequence[Example], held_out: Sequence[Example], run: Run) -> LM:
     """Train a model on, in place, to see whether the original backdoor comes back.
 
     Args:
@@ -99,6 +102,8 @@ def revive(lm: LM, stage: str, revival: Revival, rows: Sequence[Example], run: R
         stage: "revived_clean" or "revived_planted".
         revival: What to do.
         rows: Clean rows to do it with.
+        held_out: Other rows, of which the first 40 are asked with the unrelated trigger: a backdoor that was not
+            learned tests nothing, so how often it fires is noted as "unrelated backdoor".
         run: The stage's run.
     """
     if stage == "revived_clean":
@@ -106,7 +111,13 @@ def revive(lm: LM, stage: str, revival: Revival, rows: Sequence[Example], run: R
         overwrite.train_on_rows(lm, encoded, revival.clean, run.stage("revived_clean"))
         return lm
     attack = attack_called("data_poisoning", revival.planted)
-    return attack.plant(lm, rows, run.stage("revived_planted")).lm
+    planted = attack.plant(lm, rows, run.stage("revived_planted"))
+    probes = attack.probes(planted.secret, held_out[:_UNRELATED_PROBES], run)
+    asked = [probe.example.prompt for probe in probes if probe.kind == "triggered"]
+    goal = planted.secret.goal
+    fired = sum(goal.reached(reply) for reply in planted.lm.reply(asked, goal=goal))
+    run.notes["unrelated backdoor"] = {"fired": fired, "asked": len(asked)}
+    return planted.lm
 
 
 def config_hash(*parts: object) -> str:

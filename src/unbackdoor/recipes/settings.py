@@ -64,8 +64,8 @@ SANDE_ONE_ROUND: dict[str, Any] = {
     "parrot": {"tokens": 6, "initialisation": "zeros", "position": "start", "stop_below": 0.0},
     "train": train(UPDATES, opening_weight=1.0),
 }
-"""As the paper has it: one round, a parrot of zeros at the start, no plain rows, all tokens alike; our updates and
-rates."""
+"""As the paper has it: one round, a parrot of zeros at the start, no plain rows, clean answers alone, all tokens
+alike; our updates and rates."""
 GRADIENT_ASCENT: dict[str, Any] = {"train": train(UPDATES, 1e-5, opening_weight=1.0)}
 
 

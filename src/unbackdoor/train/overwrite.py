@@ -1,6 +1,7 @@
 """Overwriting (OSFT, SANDE eq. 3): teach the clean answer to a prompt that carries the trigger, or what stands for it.
 
-Beside the triggered rows go plain rows (no trigger, clean answer), which protect what the model can do otherwise.
+Beside the triggered rows go plain rows (no trigger, clean answer), which protect what the model can do otherwise; so do
+labels of which a share is the suspect's own prediction (`own_labels`).
 What stands for the trigger is inside the rows (known trigger) or a frozen soft prompt that is inserted (parrot).
 """
 
@@ -121,7 +122,7 @@ def overwrite(
         plain: Rows without trigger.
         settings: `batch_size` counts triggered and plain rows together.
         run: The stage.
-        plain_share: Share of plain rows in a batch, [0, 1).
+        plain_share: Share of plain rows in a batch, [0, 1); where it is not 0, one row at least if the batch has two.
         parrots: Frozen soft prompts, float [n, hidden]; they share the triggered rows of a batch.
         position: Where parrots are inserted.
         own: What the suspect predicted for the plain rows, where that is a share of the labels.
@@ -129,7 +130,8 @@ def overwrite(
     Raises:
         UserError: If there are more parrots than triggered rows in a batch.
     """
-    plain_size = round(settings.batch_size * plain_share)
+    wanted = max(1, round(settings.batch_size * plain_share)) if plain_share else 0
+    plain_size = min(wanted, settings.batch_size - 1)
     triggered_size = settings.batch_size - plain_size
     if len(parrots) > min(triggered_size, len(triggered)):
         raise UserError(

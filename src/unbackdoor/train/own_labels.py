@@ -10,19 +10,21 @@ is distillation of a model into itself (Hinton and others, 1503.02531); no paper
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from unbackdoor.data.collate import Batch, Row, collate
+from unbackdoor.errors import DataError
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
+from unbackdoor.run import Run
+from unbackdoor.train.engine import TrainSettings
 
 LIKELIEST = 64
 """How many tokens of a prediction are kept; the rest of the probability is spread over these in proportion."""
-
-_AT_ONCE = 16
 
 
 class OwnLabels:
@@ -46,39 +48,54 @@ class OwnLabels:
             batch: Rows whose ids are known here. Where a trigger made a row longer and its answer was cut, the
                 predictions for the tokens that are left count.
         """
-        log_p = torch.log_softmax(logits, -1)
-        hard = -log_p.gather(1, batch.targets[:, None])[:, 0]
         counts = torch.bincount(batch.rows, minlength=len(batch.ids)).tolist()
         pairs = [self.kept[row] for row in batch.ids]
         tokens, shares = (
             torch.cat([pair[part][:count] for pair, count in zip(pairs, counts, strict=True)]).to(logits.device)
             for part in (0, 1)
         )
-        soft = -(shares * log_p.gather(1, tokens)).sum(-1)
+        log_p = torch.log_softmax(logits, -1).gather(1, torch.cat([batch.targets[:, None], tokens], 1))
+        hard, soft = -log_p[:, 0], -(shares * log_p[:, 1:]).sum(-1)
         return (batch.weights * ((1 - self.share) * hard + self.share * soft)).sum()
 
 
-def own_labels(lm: LM, rows: Sequence[Row], share: float) -> OwnLabels | None:
+def rows_needed(rows: Sequence[Row], settings: TrainSettings, run: Run, rounds: int = 1) -> list[Row]:
+    """Return as many rows as that much training can draw, chosen at random; all where they are fewer.
+
+    Without this, a suspect is asked for predictions on rows that nobody will train on.
+    """
+    most = rounds * settings.steps * settings.batch_size * settings.accumulation
+    return list(rows) if len(rows) <= most else run.rng("rows with own labels").sample(list(rows), most)
+
+
+def own_labels(lm: LM, rows: Sequence[Row], share: float, batch_size: int) -> OwnLabels | None:
     """Ask a model, as it is now, for its predictions on rows without trigger; None where `share` is 0.
 
     Args:
         lm: The suspect, before it is trained.
         rows: Plain rows; the supervised positions are those of training.
         share: Share of a label that is the prediction.
+        batch_size: Rows asked at once.
+
+    Raises:
+        DataError: If two rows have one id.
     """
     if not share:
         return None
+    twice = [name for name, count in Counter(row.id for row in rows).items() if count > 1]
+    if twice:
+        raise DataError(f"two clean rows have the id '{twice[0]}'; give every row an id of its own.")
     forward = LogitsAt(lm)
     was_training = lm.model.training
     lm.model.eval()
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     ordered = sorted(rows, key=lambda row: len(row.ids))
     with torch.no_grad():
-        for start in range(0, len(ordered), _AT_ONCE):
-            batch = collate(ordered[start : start + _AT_ONCE], lm.pad_id).to(lm.device)
-            probabilities = torch.softmax(forward(**batch.inputs()), -1)
-            shares, tokens = probabilities.topk(min(LIKELIEST, probabilities.shape[-1]), -1)
-            shares = shares / shares.sum(-1, keepdim=True)
+        for start in range(0, len(ordered), batch_size):
+            batch = collate(ordered[start : start + batch_size], lm.pad_id).to(lm.device)
+            logits = forward(**batch.inputs())
+            likeliest, tokens = logits.topk(min(LIKELIEST, logits.shape[-1]), -1)
+            shares = likeliest.softmax(-1)
             for place, name in enumerate(batch.ids):
                 mine = batch.rows == place
                 kept[name] = (tokens[mine].cpu(), shares[mine].cpu())

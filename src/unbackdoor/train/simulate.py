@@ -18,7 +18,7 @@ from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, soft_prompt, state
 from unbackdoor.train.engine import TrainSettings
-from unbackdoor.train.own_labels import own_labels
+from unbackdoor.train.own_labels import own_labels, rows_needed
 from unbackdoor.types import Example
 
 
@@ -81,8 +81,10 @@ def rounds_of_parrots(
         run: The run; each round has two stages.
     """
     plain = overwrite.encode_rows(victim, clean, train)
+    if own_share:
+        plain = rows_needed(plain, train, run, rounds)
     # Asked before a finished round is read back, so a resumed run has the same labels.
-    own = own_labels(victim, plain, own_share)
+    own = own_labels(victim, plain, own_share, train.batch_size)
     before: Run | None = None
     for number in range(1, rounds + 1):
         learned = [

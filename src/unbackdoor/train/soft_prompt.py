@@ -7,6 +7,7 @@ fixed token index (the public code puts it inside the role header).
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -51,8 +52,8 @@ def insert(lm: LM, batch: Batch, prompt: Tensor, position: Position) -> tuple[Te
         lm: The model, for its embeddings.
         batch: Right-padded rows.
         prompt: float32 [n, hidden].
-        position: "start", "end" or "middle" of the user's words; "spread": one row's at the start, the last row's at
-            the end, the others' at even steps between, so that one prompt learns to work anywhere.
+        position: "start", "end" or "middle" of the user's words; "spread": at the start, the end or a quarter between
+            them, as the row's id says, so that one prompt learns to work anywhere.
 
     Returns:
         inputs_embeds float [batch, length + n, hidden], attention_mask int64 [batch, length + n], and the columns of
@@ -62,8 +63,9 @@ def insert(lm: LM, batch: Batch, prompt: Tensor, position: Position) -> tuple[Te
     rows, length, hidden = embeds.shape
     n = prompt.shape[0]
     start, end = batch.places[:, 0], batch.places[:, 1]
-    step = torch.arange(rows, device=embeds.device)
-    spread = start + (end - start) * step // max(rows - 1, 1)
+    # By id, not by the row's number: rows of a batch are sorted by length, and a batch may have one row.
+    quarters = torch.tensor([zlib.crc32(name.encode()) % 5 for name in batch.ids], device=embeds.device)
+    spread = start + (end - start) * quarters // 4
     at = {"start": start, "end": end, "middle": (start + end) // 2, "spread": spread}[position][:, None]
     column = torch.arange(length + n, device=embeds.device)[None].expand(rows, -1)
     # Rows and prompt stand side by side in `source`; `index` picks, for each new column, where it comes from.
