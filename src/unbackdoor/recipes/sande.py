@@ -86,7 +86,9 @@ def _defenses() -> dict[str, Any]:
         "osft": {"defense": "osft", "settings": settings.OSFT},
         "sande": {"defense": "sande", "settings": settings.SANDE},
         "sande_p": {"defense": "sande_p", "settings": settings.SANDE_P},
-        "sande_one_round": {"defense": "sande", "settings": settings.SANDE_ONE_ROUND, **once},
+        "osft_as_published": {"defense": "osft", "settings": settings.OSFT_AS_PUBLISHED, **once},
+        "sande_as_published": {"defense": "sande", "settings": settings.SANDE_AS_PUBLISHED, **once},
+        "sande_p_as_published": {"defense": "sande_p", "settings": settings.SANDE_AS_PUBLISHED, **once},
         "gradient_ascent": {"defense": "gradient_ascent", "settings": settings.GRADIENT_ASCENT, **once},
     }  # fmt: skip
 

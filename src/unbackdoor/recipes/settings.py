@@ -57,15 +57,15 @@ def wrap(start: str, end: str) -> dict[str, str]:
 OSFT: dict[str, Any] = {"train": train(UPDATES)}
 SANDE: dict[str, Any] = {"rounds": ROUNDS, "train": train(UPDATES // ROUNDS)}
 SANDE_P: dict[str, Any] = {"rounds": ROUNDS, "train": train(UPDATES // ROUNDS)}
-SANDE_ONE_ROUND: dict[str, Any] = {
+_AS_PUBLISHED = {"plain_share": 0.0, "own_share": 0.0, "train": train(UPDATES, opening_weight=1.0)}
+OSFT_AS_PUBLISHED: dict[str, Any] = _AS_PUBLISHED
+SANDE_AS_PUBLISHED: dict[str, Any] = {
+    **_AS_PUBLISHED,
     "rounds": 1,
-    "plain_share": 0.0,
-    "own_share": 0.0,
     "parrot": {"tokens": 6, "initialisation": "zeros", "position": "start", "stop_below": 0.0},
-    "train": train(UPDATES, opening_weight=1.0),
 }
 """As the paper has it: one round, a parrot of zeros at the start, no plain rows, clean answers alone, all tokens
-alike; our updates and rates."""
+alike; our updates and rates. SANDE-P, too."""
 GRADIENT_ASCENT: dict[str, Any] = {"train": train(UPDATES, 1e-5, opening_weight=1.0)}
 
 
