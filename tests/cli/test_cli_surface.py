@@ -84,7 +84,7 @@ def test_explain_names_needs_as_flags_and_every_field(capsys: pytest.CaptureFixt
     assert "2405.07667" in found["paper"]
     fields = {field["name"]: field for field in found["fields"]}
     assert fields["plain_share"]["default"] == 0.25
-    assert fields["train.steps"]["default"] == 40
+    assert fields["train.steps"]["default"] == 30
     assert all(field["description"] for field in found["fields"])
     assert found["presets"]["paper"]["plain_share"] == 0.0
 

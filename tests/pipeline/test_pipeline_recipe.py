@@ -74,8 +74,8 @@ def test_written_rows_keep_their_ids_and_turns(tmp_path: object) -> None:
 def test_the_plan_counts_rounds_and_parrots() -> None:
     found = complete_settings("defenses", "sande", None, {"rounds": 3, "parrots": 2}, {})
     rows = dict(trainings(found))
-    assert rows["train"] == 3 * 5 * 8
-    assert rows["parrot train"] == 3 * 2 * 20 * 8
+    assert rows["train"] == 3 * 3 * 8
+    assert rows["parrot train"] == 3 * 2 * 30 * 4
 
 
 def test_lines_come_at_most_every_five_seconds_and_only_there_where_no_terminal_is() -> None:

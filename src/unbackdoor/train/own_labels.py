@@ -10,6 +10,7 @@ is distillation of a model into itself (Hinton and others, 1503.02531); no paper
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -64,7 +65,8 @@ def rows_needed(rows: Sequence[Row], settings: TrainSettings, run: Run, rounds: 
 
     Without this, a suspect is asked for predictions on rows that nobody will train on.
     """
-    most = rounds * settings.steps * settings.batch_size * settings.accumulation
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    most = rounds * settings.steps * settings.batch_size * settings.accumulation * processes
     return list(rows) if len(rows) <= most else run.rng("rows with own labels").sample(list(rows), most)
 
 
