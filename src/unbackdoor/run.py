@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def processes() -> int:
+    """Return how many processes train together, as `accelerate launch` or torchrun tells each of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class Progress(Protocol):
     """Where a long piece of work reports how far it is; the command line draws it, the default ignores it."""
 

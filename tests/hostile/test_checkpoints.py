@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import pickletools
 import struct
 
 import pytest
@@ -93,9 +94,12 @@ def test_a_pickle_is_not_opened_whatever_its_name(folder, tmp_path, name):
     (folder / name).write_bytes(pickle.dumps(WritesAFile(str(proof))))
     refused(folder, "pickle" if name.endswith(".bin") else "not a sound safetensors file")
     assert not proof.exists()
-    # The control: opened, this payload acts, so its absence above means that nobody opened it. Without this line a
-    # payload that does nothing would pass. The bytes are this test's own, written above; all they do is make `proof`.
-    pickle.loads((folder / name).read_bytes())
+    # The control, without opening it: the file on the disk does hold a call of mkdir, and that call can be made.
+    opcodes = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops((folder / name).read_bytes())]
+    assert "REDUCE" in [opcode for opcode, _ in opcodes]
+    assert {"mkdir", str(proof)} <= {argument for _, argument in opcodes if isinstance(argument, str)}
+    call, arguments = WritesAFile(str(proof)).__reduce__()
+    call(*arguments)
     assert proof.exists()
 
 

@@ -14,7 +14,7 @@ from unbackdoor.stamps import InsertText
 from unbackdoor.train import own_labels as module
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.losses import cross_entropy_sum
-from unbackdoor.train.own_labels import own_labels, rows_needed
+from unbackdoor.train.own_labels import own_labels
 
 ROWS = tiny.rows(6, seed=11)
 
@@ -27,6 +27,10 @@ def logits_of(lm, batch):
     return LogitsAt(lm)(**batch.inputs())
 
 
+def labels(lm, rows, share):
+    return own_labels(lm, rows, share, TrainSettings(steps=9, learning_rate=1e-3, batch_size=4), Run(seed=1))[1]
+
+
 @pytest.mark.parametrize("kept", [5, 10_000])
 def test_the_mixed_label_by_hand_in_float64(monkeypatch, kept):
     monkeypatch.setattr(module, "LIKELIEST", kept)
@@ -34,7 +38,7 @@ def test_the_mixed_label_by_hand_in_float64(monkeypatch, kept):
     with torch.no_grad():
         other.model.get_input_embeddings().weight.add_(0.3)
     rows = encoded(lm)
-    found = own_labels(lm, rows, 0.3, 4)
+    found = labels(lm, rows, 0.3)
     assert found is not None
     batch = collate(rows[1:5], lm.pad_id)
     with torch.no_grad():
@@ -55,7 +59,7 @@ def test_a_share_of_one_does_not_move_a_model_from_its_own_predictions(monkeypat
     monkeypatch.setattr(module, "LIKELIEST", 10_000)
     lm = tiny.tiny_lm()
     rows = encoded(lm)
-    found = own_labels(lm, rows, 1.0, 4)
+    found = labels(lm, rows, 1.0)
     batch = collate(rows, lm.pad_id)
     assert found is not None
     logits = logits_of(lm, batch).detach().requires_grad_()
@@ -69,7 +73,7 @@ def test_a_share_of_one_does_not_move_a_model_from_its_own_predictions(monkeypat
 def test_a_triggered_row_takes_the_predictions_made_without_trigger_also_where_its_answer_is_cut():
     lm = tiny.tiny_lm()
     plain = encoded(lm)
-    found = own_labels(lm, plain, 1.0, 4)
+    found = labels(lm, plain, 1.0)
     assert found is not None
     stamped = InsertText(text=tiny.TRIGGER, place="start").apply(ROWS[0], None)
     whole = encoded(lm, [stamped])[0]
@@ -87,8 +91,8 @@ def test_no_share_asks_nothing_and_asking_changes_nothing():
     lm = tiny.tiny_lm()
     before = tiny.tensors(lm)
     lm.model.train()
-    assert own_labels(lm, encoded(lm), 0.0, 4) is None
-    assert own_labels(lm, encoded(lm), 0.5, 4) is not None
+    assert labels(lm, encoded(lm), 0.0) is None
+    assert labels(lm, encoded(lm), 0.5) is not None
     assert lm.model.training
     assert tiny.same_weights(before, tiny.tensors(lm))
 
@@ -96,13 +100,22 @@ def test_no_share_asks_nothing_and_asking_changes_nothing():
 def test_two_rows_with_one_id_are_refused():
     lm = tiny.tiny_lm()
     with pytest.raises(DataError, match="two clean rows have the id"):
-        own_labels(lm, encoded(lm, [ROWS[0], ROWS[0]]), 0.5, 4)
+        labels(lm, encoded(lm, [ROWS[0], ROWS[0]]), 0.5)
 
 
-def test_only_rows_that_training_can_draw_are_asked_for():
+def test_only_rows_that_training_can_draw_are_asked_for(monkeypatch):
     lm = tiny.tiny_lm()
     rows = encoded(lm, tiny.rows(40, seed=11))
-    brief = TrainSettings(steps=2, learning_rate=1e-3, batch_size=4, accumulation=2)
-    assert len(rows_needed(rows, brief, Run(seed=1))) == 16
-    assert rows_needed(rows, brief, Run(seed=1)) == rows_needed(rows, brief, Run(seed=1)) != rows[:16]
-    assert rows_needed(rows, brief, Run(seed=1), rounds=3) == rows
+
+    def chosen(share=0.5, **how):
+        brief = TrainSettings(steps=2, learning_rate=1e-3, batch_size=4, accumulation=2)
+        found, own = own_labels(lm, rows, share, brief, Run(seed=1), **how)
+        assert own is None or own.kept.keys() == {row.id for row in found}
+        return found
+
+    assert len(chosen()) == 16
+    assert chosen() == chosen() != rows[:16]
+    assert chosen(rounds=3) == rows
+    assert chosen(share=0.0) == rows
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(chosen()) == 32, "two processes draw twice as many"

@@ -11,6 +11,7 @@ from typing import TypeVar
 from unbackdoor import registry
 from unbackdoor.errors import UserError
 from unbackdoor.pipeline.recipe import Recipe
+from unbackdoor.run import processes
 
 R = TypeVar("R", bound=Recipe)
 
@@ -29,17 +30,17 @@ def placed(recipe: R, kind: registry.Kind, name: str, *, overwrite: bool) -> tup
     Raises:
         UserError: If there are several processes and the method runs in one only, or something asked for does.
     """
-    processes = _processes()
-    if processes == 1:
+    launched = _processes()
+    if launched == 1:
         return recipe, False
     if "ddp" not in registry.find(kind, name).parallel:
-        raise UserError(f"{name} runs in one process, and {processes} were launched; call it without a launcher.")
+        raise UserError(f"{name} runs in one process, and {launched} were launched; call it without a launcher.")
     if "resistance" in (getattr(recipe, "metrics", None) or ()):
         raise UserError("the metric resistance trains in one process; ask for it with `evaluate`, without a launcher.")
     if overwrite:
         raise UserError("several processes cannot replace a result together; remove the folder, or name another --out.")
     if recipe.device not in ("cpu", "cuda"):
-        raise UserError(f"each of {processes} processes chooses its own device; give --device cuda or cpu.")
+        raise UserError(f"each of {launched} processes chooses its own device; give --device cuda or cpu.")
     helping = os.environ.get("RANK", "0") != "0"
     if recipe.device == "cuda" and helping:
         recipe = recipe.model_copy(update={"device": f"cuda:{os.environ.get('LOCAL_RANK', '0')}"})
@@ -64,4 +65,4 @@ def _processes() -> int:
     """
     if any(int(os.environ.get(name, "1")) > 1 for name in _MPI) and "RANK" not in os.environ:
         raise UserError("several processes were launched by MPI; launch them with `accelerate launch` or torchrun.")
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return processes()

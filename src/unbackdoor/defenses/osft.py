@@ -22,7 +22,7 @@ from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite
 from unbackdoor.train.engine import TrainSettings
-from unbackdoor.train.own_labels import own_labels, rows_needed
+from unbackdoor.train.own_labels import own_labels
 
 
 class Osft(Defense):
@@ -51,13 +51,10 @@ class Osft(Defense):
         """Overwrite the mapping in place."""
         stream = run.rng("trigger places")
         triggered = [known.trigger.apply(example, stream) for example in known.clean]
-        rows = overwrite.encode_rows(victim, triggered, self.train)
         plain = overwrite.encode_rows(victim, known.clean, self.train)
-        if self.own_share:
-            plain = rows_needed(plain, self.train, run)
-            chosen = {row.id for row in plain}
-            rows = [row for row in rows if row.id in chosen]
-        own = own_labels(victim, plain, self.own_share, self.train.batch_size)
+        plain, own = own_labels(victim, plain, self.own_share, self.train, run)
+        chosen = {row.id for row in plain}
+        rows = [row for row in overwrite.encode_rows(victim, triggered, self.train) if row.id in chosen]
         stage = run.stage("overwrite")
         overwrite.overwrite(victim, rows, plain, self.train, stage, plain_share=self.plain_share, own=own)
         run.observe(victim)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unbackdoor.errors import UserError
 from unbackdoor.pipeline.recipe import AttackRecipe, Recipe, complete_settings
 from unbackdoor.registry import Kind
-from unbackdoor.run import Progress
+from unbackdoor.run import Progress, processes
 
 if TYPE_CHECKING:
     from unbackdoor.goals import Goal
@@ -92,8 +91,7 @@ def identify(recipe: Recipe, hashes: Mapping[str, Any], *models: str) -> str:
     from unbackdoor.pipeline.steps import config_hash
 
     # Each process adds a batch to every update.
-    processes = {"processes": number} if (number := int(os.environ.get("WORLD_SIZE", "1"))) > 1 else {}
-    facts = {**hashes, **processes}
+    facts = {**hashes, **({"processes": processes()} if processes() > 1 else {})}
     return config_hash(recipe.model_dump(mode="json"), facts, [fingerprint(model) for model in models])
 
 

@@ -73,6 +73,7 @@ def purify_model(victim: LM, defense: Defense, facts: Mapping[Need, Any], run: R
 
 
 _UNRELATED_PROBES = 40
+"""Held-out rows that are asked with the trigger of the unrelated backdoor."""
 
 
 class Revival(BaseModel):

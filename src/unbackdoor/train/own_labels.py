@@ -10,7 +10,6 @@ is distillation of a model into itself (Hinton and others, 1503.02531); no paper
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +20,7 @@ from unbackdoor.data.collate import Batch, Row, collate
 from unbackdoor.errors import DataError
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
-from unbackdoor.run import Run
+from unbackdoor.run import Run, processes
 from unbackdoor.train.engine import TrainSettings
 
 LIKELIEST = 64
@@ -60,30 +59,34 @@ class OwnLabels:
         return (batch.weights * ((1 - self.share) * hard + self.share * soft)).sum()
 
 
-def rows_needed(rows: Sequence[Row], settings: TrainSettings, run: Run, rounds: int = 1) -> list[Row]:
-    """Return as many rows as that much training can draw, chosen at random; all where they are fewer.
-
-    Without this, a suspect is asked for predictions on rows that nobody will train on.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    most = rounds * settings.steps * settings.batch_size * settings.accumulation * processes
-    return list(rows) if len(rows) <= most else run.rng("rows with own labels").sample(list(rows), most)
-
-
-def own_labels(lm: LM, rows: Sequence[Row], share: float, batch_size: int) -> OwnLabels | None:
-    """Ask a model, as it is now, for its predictions on rows without trigger; None where `share` is 0.
+def own_labels(
+    lm: LM, rows: Sequence[Row], share: float, settings: TrainSettings, run: Run, rounds: int = 1
+) -> tuple[list[Row], OwnLabels | None]:
+    """Ask a model, as it is now, for its predictions on rows without trigger.
 
     Args:
         lm: The suspect, before it is trained.
         rows: Plain rows; the supervised positions are those of training.
-        share: Share of a label that is the prediction.
-        batch_size: Rows asked at once.
+        share: Share of a label that is the prediction, [0, 1].
+        settings: How it will be trained; its batch size is that of asking, too.
+        run: The run, for the choice of rows.
+        rounds: How often it will be trained so.
+
+    Returns:
+        The rows to train on, and the labels. Of more rows than training can draw, as many as it can are chosen at
+        random and the others not asked. All rows and None where `share` is 0.
 
     Raises:
         DataError: If two rows have one id.
     """
     if not share:
-        return None
+        return list(rows), None
+    most = rounds * settings.steps * settings.batch_size * settings.accumulation * processes()
+    chosen = list(rows) if len(rows) <= most else run.rng("rows with own labels").sample(list(rows), most)
+    return chosen, OwnLabels(share, _predictions(lm, chosen, settings.batch_size))
+
+
+def _predictions(lm: LM, rows: Sequence[Row], batch_size: int) -> dict[str, tuple[Tensor, Tensor]]:
     twice = [name for name, count in Counter(row.id for row in rows).items() if count > 1]
     if twice:
         raise DataError(f"two clean rows have the id '{twice[0]}'; give every row an id of its own.")
@@ -102,4 +105,4 @@ def own_labels(lm: LM, rows: Sequence[Row], share: float, batch_size: int) -> Ow
                 mine = batch.rows == place
                 kept[name] = (tokens[mine].cpu(), shares[mine].cpu())
     lm.model.train(was_training)
-    return OwnLabels(share, kept)
+    return kept

@@ -18,7 +18,7 @@ from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, soft_prompt, state
 from unbackdoor.train.engine import TrainSettings
-from unbackdoor.train.own_labels import own_labels, rows_needed
+from unbackdoor.train.own_labels import own_labels
 from unbackdoor.types import Example
 
 
@@ -32,7 +32,7 @@ class ParrotSettings(BaseModel):
         "tokens", description="zeros (paper) or tokens: embeddings of random ordinary tokens"
     )
     position: soft_prompt.Position = Field(
-        "spread", description="where in the user's words it stands: start, end, middle; spread: all over a batch"
+        "spread", description="where in the user's words it stands: start, end, middle; spread: elsewhere in every row"
     )
     stop_below: float = Field(0.05, ge=0, description="a parrot with a lower loss is good enough; 0 uses all steps")
     train: TrainSettings = Field(
@@ -81,10 +81,8 @@ def rounds_of_parrots(
         run: The run; each round has two stages.
     """
     plain = overwrite.encode_rows(victim, clean, train)
-    if own_share:
-        plain = rows_needed(plain, train, run, rounds)
     # Asked before a finished round is read back, so a resumed run has the same labels.
-    own = own_labels(victim, plain, own_share, train.batch_size)
+    plain, own = own_labels(victim, plain, own_share, train, run, rounds)
     before: Run | None = None
     for number in range(1, rounds + 1):
         learned = [
