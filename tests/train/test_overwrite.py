@@ -9,6 +9,7 @@ import tiny
 from unbackdoor.data.collate import collate
 from unbackdoor.defenses.base import Need, knowledge_for
 from unbackdoor.defenses.gradient_ascent import GradientAscent
+from unbackdoor.errors import UserError
 from unbackdoor.run import Run
 from unbackdoor.stamps import InsertText
 from unbackdoor.train import overwrite, simulate, soft_prompt
@@ -204,3 +205,37 @@ def test_parrots_stand_where_the_settings_say():
         )  # fmt: skip
     assert len(places) >= 2
     assert set(places) == {"end"}
+
+
+@pytest.mark.parametrize("parrots", [0, 2, 3])
+def test_early_stopping_scores_triggered_rows_that_are_held_out(tmp_path, parrots):
+    lm, oracle = tiny.tiny_lm(), tiny.tiny_lm()
+    rows = tiny.rows(24, seed=8)
+    triggered = rows if parrots else [STAMP.apply(row, None) for row in rows]
+    prompts = [torch.randn(3, 64, generator=torch.Generator().manual_seed(number)) for number in range(parrots)]
+    run = Run(seed=3, folder=tmp_path).stage("overwrite")
+    result = overwrite.overwrite(
+        lm, overwrite.encode_rows(lm, triggered, tiny.CUT), overwrite.encode_rows(lm, rows, tiny.CUT),
+        settings(learning_rate=1e-12, evaluate_every=1, batch_size=4), run, plain_share=0.25, parrots=prompts,
+    )  # fmt: skip
+    apart = [collate(overwrite.encode_rows(oracle, examples[::10], tiny.CUT), 0) for examples in (triggered, rows)]
+    assert len(apart[0].ids) == 3
+    wanted = mean_by_hand(oracle, apart[1])
+    if parrots:
+        parts = apart[0].split(parrots)
+        by_hand = [
+            mean_by_hand(oracle, part, prompt) * part.weight for part, prompt in zip(parts, prompts, strict=True)
+        ]
+        wanted += sum(by_hand) / apart[0].weight
+    else:
+        wanted += mean_by_hand(oracle, apart[0])
+    assert result.history[0]["held_out"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_early_stopping_that_would_never_score_is_refused():
+    with pytest.raises(ValueError, match="never scores in 1 steps"):
+        settings(evaluate_every=2)
+    facts = {Need.CLEAN: tuple(ROWS), Need.TRIGGER: STAMP, Need.TARGET: (tiny.TARGET,)}
+    defense = GradientAscent(train=settings(evaluate_every=1))
+    with pytest.raises(UserError, match="ascent has no held-out score"):
+        defense.apply(tiny.tiny_lm(), knowledge_for(defense, facts), Run())

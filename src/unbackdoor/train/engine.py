@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from unbackdoor.data.collate import Batch
-from unbackdoor.errors import Diverged
+from unbackdoor.errors import Diverged, UserError
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
@@ -59,9 +59,11 @@ class TrainSettings(BaseModel):
     patience: int = Field(3, ge=1, description="stop after this many held-out scores without a better one")
 
     @model_validator(mode="after")
-    def _cooldown_is_used(self) -> TrainSettings:
+    def _every_option_does_something(self) -> TrainSettings:
         if self.cooldown and self.schedule != "constant":
             raise ValueError(f"cooldown ends a constant learning rate; with {self.schedule}, set cooldown to 0")
+        if self.evaluate_every > self.steps:
+            raise ValueError(f"evaluate_every={self.evaluate_every} never scores in {self.steps} steps; lower it")
         return self
 
 
@@ -124,7 +126,10 @@ def fit(
 
     Raises:
         Diverged: If the loss or the gradient is not finite; the weights are back at the last good state.
+        UserError: If early stopping is asked for where there is no held-out score.
     """
+    if settings.evaluate_every and score is None:
+        raise UserError(f"{run.prefix or 'this training'} has no held-out score to stop on; set evaluate_every to 0.")
     restored = state.restore_finished(run, parameters)
     if restored is not None:
         run.curves[run.prefix] = restored["history"]
@@ -176,7 +181,7 @@ class _Loop:
         first = restored or 0
         if restored is None:
             self.checkpoints.save(self.history, 0)
-        self.best = _best_of(self.history)
+        self.best = state.best_of(self.history)
         # Data parallelism refuses a module in which nothing trains, as while a parrot is learned.
         frozen = len(self.free) == len(self.parameters)
         forward = self.accelerator.prepare_model(LogitsAt(self.lm), evaluation_mode=frozen)
@@ -310,12 +315,6 @@ class _Loop:
     def _take_best(self) -> None:
         if self.best is not None:
             state.restore_best(self.run, self.parameters)
-
-
-def _best_of(history: list[dict[str, float]]) -> tuple[float, int] | None:
-    """Return the best held-out score of the steps done before an interruption, and its step."""
-    scored = [(record["held_out"], int(record["step"])) for record in history if "held_out" in record]
-    return min(scored, default=None)
 
 
 def schedule(step: int, settings: TrainSettings) -> float:

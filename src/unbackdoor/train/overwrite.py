@@ -8,7 +8,6 @@ What stands for the trigger is inside the rows (known trigger) or a frozen soft 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,39 +37,43 @@ def stream(lm: LM, rows: Sequence[Row], batch_size: int, run: Run, name: str, st
     return RowStream(rows, batch_size=batch_size, seed=run.stream_seed(name), pad_id=lm.pad_id, strata=strata)
 
 
-def held_out(
-    lm: LM, rows: Sequence[Row], settings: engine.TrainSettings
-) -> tuple[list[Row], Callable[[], float] | None]:
-    """Set every tenth row apart for early stopping, where the settings ask for it.
-
-    Returns:
-        The rows to train on, and the held-out score (mean cross-entropy in nats a token, lower is better); all rows
-        and None where `settings.evaluate_every` is 0.
+def set_apart(rows: Sequence[Row], settings: engine.TrainSettings) -> tuple[list[Row], list[Row]]:
+    """Return the rows to train on, and every tenth row for early stopping; none where `evaluate_every` is 0.
 
     Raises:
         DataError: If there are fewer than 10 rows to hold some out of.
     """
     if not settings.evaluate_every:
-        return list(rows), None
+        return list(rows), []
     if len(rows) < 10:
         raise DataError(f"early stopping (evaluate_every) needs at least 10 rows, there are {len(rows)}.")
-    kept = [row for number, row in enumerate(rows) if number % 10]
-    apart = [replace(row, weights=()) for row in rows[::10]]
+    return [row for number, row in enumerate(rows) if number % 10], list(rows[::10])
+
+
+def score_on(
+    lm: LM, loss: engine.Loss, apart: Mapping[str, Sequence[Row]], settings: engine.TrainSettings
+) -> Callable[[], float] | None:
+    """Return the held-out score: the training loss on rows set apart, its streams' means added; None without rows."""
+    if not any(apart.values()):
+        return None
+
+    def mean(stream: str) -> float:
+        total, weight = 0.0, 0.0
+        for start in range(0, len(apart[stream]), settings.batch_size):
+            batch = collate(apart[stream][start : start + settings.batch_size], lm.pad_id).to(lm.device)
+            total += sum(float(term.total) for term in loss(LogitsAt(lm), {stream: batch}).values())
+            weight += batch.weight
+        return total / weight
 
     def score() -> float:
-        forward = LogitsAt(lm)
         was_training = lm.model.training
         lm.model.eval()
-        total, tokens = 0.0, 0.0
         with torch.no_grad():
-            for start in range(0, len(apart), settings.batch_size):
-                batch = collate(apart[start : start + settings.batch_size], lm.pad_id).to(lm.device)
-                total += float(plain_loss(forward, batch))
-                tokens += batch.weight
+            found = sum(mean(stream) for stream in apart)
         lm.model.train(was_training)
-        return total / tokens
+        return found
 
-    return kept, score
+    return score
 
 
 def plain_loss(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
@@ -94,9 +97,10 @@ def train_on_rows(
     def loss(forward: Callable[..., Tensor], batches: Mapping[str, Batch]) -> dict[str, Term]:
         return {"rows": Term(plain_loss(forward, batches["rows"]), "rows")}
 
-    kept, score = held_out(lm, rows, settings)
-    strata = [strata[number] for number in range(len(rows)) if number % 10] if strata and score else strata
+    kept, apart = set_apart(rows, settings)
+    strata = [strata[number] for number in range(len(rows)) if number % 10] if strata and apart else strata
     batches = stream(lm, kept, settings.batch_size, run, "order", strata)
+    score = score_on(lm, loss, {"rows": apart}, settings)
     return engine.fit(lm, engine.weights(lm), {"rows": batches}, loss, settings, run, score=score)
 
 
@@ -114,7 +118,7 @@ def overwrite(
 ) -> engine.FitResult:
     """Overwrite the mapping from the trigger to its target (eq. 3), in place.
 
-    With `settings.evaluate_every` it stops early on plain rows held out, which no trigger and no target is in.
+    With `settings.evaluate_every` it stops early on the same loss over rows held out, the triggered ones among them.
 
     Args:
         lm: The model; its weights (or its adapter) are trained.
@@ -138,28 +142,36 @@ def overwrite(
             f"{len(parrots)} parrots cannot share {min(triggered_size, len(triggered))} triggered rows of a batch; "
             "lower parrots, or raise train.batch_size."
         )
-    kept_plain, score = held_out(lm, plain, settings)
-    apart = {row.id for row in plain} - {row.id for row in kept_plain}
-    kept = [row for row in triggered if row.id not in apart]
-    streams = {"triggered": stream(lm, kept, triggered_size, run, "triggered order")}
+    kept_plain, plain_apart = set_apart(plain, settings)
+    apart = {row.id for row in plain_apart}
+    streams = {
+        "triggered": stream(
+            lm, [row for row in triggered if row.id not in apart], triggered_size, run, "triggered order"
+        )
+    }
+    held_out = {"triggered": [row for row in triggered if row.id in apart]}
     if plain_size:
         streams["plain"] = stream(lm, kept_plain, plain_size, run, "plain order")
+        held_out["plain"] = plain_apart
     frozen = [parrot.detach() for parrot in parrots]
 
     def summed(logits: Tensor, batch: Batch) -> Tensor:
         return own.loss(logits, batch) if own else cross_entropy_sum(logits, batch.targets, batch.weights)
 
     def loss(forward: Callable[..., Tensor], batches: Mapping[str, Batch]) -> dict[str, Term]:
-        batch = batches["triggered"]
-        if not frozen:
-            terms = {"triggered": Term(summed(forward(**batch.inputs()), batch), "triggered")}
-        else:
-            terms = {
-                f"parrot {number}": Term(summed(soft_logits(lm, forward, part, parrot, position), part), "triggered")
-                for number, (parrot, part) in enumerate(zip(frozen, batch.split(len(frozen)), strict=True))
-            }
+        terms = {}
+        if "triggered" in batches:
+            batch = batches["triggered"]
+            if not frozen:
+                terms["triggered"] = Term(summed(forward(**batch.inputs()), batch), "triggered")
+            for number, (parrot, part) in enumerate(zip(frozen, batch.split(len(frozen)), strict=True)):
+                # The last held-out batch may have fewer rows than there are parrots.
+                if part.ids:
+                    logits = soft_logits(lm, forward, part, parrot, position)
+                    terms[f"parrot {number}"] = Term(summed(logits, part), "triggered")
         if "plain" in batches:
             terms["plain"] = Term(summed(forward(**batches["plain"].inputs()), batches["plain"]), "plain")
         return terms
 
+    score = score_on(lm, loss, held_out, settings)
     return engine.fit(lm, engine.weights(lm), streams, loss, settings, run, score=score)

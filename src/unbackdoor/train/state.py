@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,12 @@ def save_best(run: Run, parameters: Mapping[str, Tensor]) -> None:
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     _save(run.folder / "best.safetensors", parameters)
+
+
+def best_of(history: Sequence[Mapping[str, float]]) -> tuple[float, int] | None:
+    """Return the best held-out score of the steps done before an interruption, and its step."""
+    scored = [(record["held_out"], int(record["step"])) for record in history if "held_out" in record]
+    return min(scored, default=None)
 
 
 def restore_best(run: Run, parameters: Mapping[str, Tensor]) -> None:
