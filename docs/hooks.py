@@ -196,8 +196,9 @@ def _tables(markdown: str) -> list[tuple[str, list[str]]]:
 
 
 def _about(row: str) -> str:
-    """Return the method that a table's row names first, or ""; "SANDE-P" is not "SANDE"."""
+    """Return the method that a table's row names first, or behind "after", or ""; "SANDE-P" is not "SANDE"."""
     label = re.sub(r"[^a-z0-9]+", "_", row.strip("| ").split("|")[0].lower()).strip("_")
+    label = re.sub(r"^(.*_)?after_", "", label)
     known = [name for kind in registry.KINDS for name in registry.names(kind)]
     return max((name for name in known if label == name or label.startswith(f"{name}_")), key=len, default="")
 

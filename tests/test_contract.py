@@ -6,6 +6,7 @@ import importlib
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -185,12 +186,14 @@ def test_a_purified_model_is_saved_loaded_and_replies_the_same(name, required, v
 
 @pytest.mark.parametrize("name", DEFENSES)
 def test_a_defense_resumes_after_its_first_round_and_shows_its_progress(name, required, victim, tmp_path):
-    """Run a second time in the same folder it restores its stages and gives the same weights."""
+    """Run a second time in the same folder, from other weights, it restores its stages and gives the same weights."""
     defense = small("defenses", name, required)
     seen = []
     first = tiny.tensors(applied(defense, victim, Run(folder=tmp_path, observer=seen.append)))
     assert seen, "observe() is called after every round"
-    again = tiny.tensors(applied(defense, victim, Run(folder=tmp_path)))
+    other = replace(victim, lm=tiny.clone(victim.clean))
+    assert not tiny.same_weights(tiny.tensors(victim.lm), tiny.tensors(other.lm))
+    again = tiny.tensors(applied(defense, other, Run(folder=tmp_path)))
     assert tiny.same_weights(first, again)
 
 

@@ -15,6 +15,8 @@ import yaml
 
 from tiny import tiny_lm
 from unbackdoor import registry
+from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.tables import label_of
 from unbackdoor.bench.yaml_file import read_grid
 from unbackdoor.defenses.base import Need
 from unbackdoor.errors import ModelError, UserError
@@ -82,20 +84,31 @@ def test_measured_lines_go_to_the_page_of_their_method(
     hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "some-grid").mkdir()
+    cells = {
+        "1": Cell("m", "victim", "a", 0, "sande", "purified", "after"),
+        "2": Cell("m", "victim", "a", 0, "sande_p", "purified", "after"),
+        "3": Cell("m", "victim", "a", 0, "sande_as_published", "purified", "after"),
+        "4": Cell("m", "untouched", "a", 0, "sande", "purified", "after"),
+        "93": Cell("m", "victim", "a", 0, "fine_tuning", "control", "after"),
+    }
+    printed = {label_of(cell): asr for asr, cell in cells.items()}
     (tmp_path / "some-grid" / "tables.md").write_text(
-        "# Grid\n\n## phrase, seed 0\n\n| Model | ASR |\n|---|---|\n| Victim | 97 |\n| SANDE | 1 |\n"
-        "| SANDE-P | 2 |\n| fine-tuning | 93 |\n\n## Other\n\n| Model | ASR |\n|---|---|\n| OSFT | 0 |\n"
+        "# Grid\n\n## phrase, seed 0\n\n| Model | ASR |\n|---|---|\n| Victim, undefended | 97 |\n"
+        + "".join(f"| {label} | {asr} |\n" for label, asr in printed.items())
+        + "\n## Other\n\n| Model | ASR |\n|---|---|\n| After OSFT (knows: clean, trigger) | 0 |\n"
     )
     monkeypatch.setattr(hooks, "RESULTS", tmp_path)
     pages = hooks.pages()
     measured = pages["methods/sande.md"].partition("## Measured")[2]
     assert "### phrase, seed 0" in measured
-    assert "| SANDE | 1 |" in measured
+    assert "| After SANDE | 1 |" in measured
+    assert "| After SANDE as published | 3 |" in measured
+    assert "| Untouched base after SANDE | 4 |" in measured
     assert "SANDE-P" not in measured
     assert "| 93 |" not in measured
     assert "### Other" not in measured
-    assert "| SANDE-P | 2 |" in pages["methods/sande_p.md"]
-    assert "| fine-tuning | 93 |" in pages["methods/fine_tuning.md"]
+    assert "| After SANDE-P | 2 |" in pages["methods/sande_p.md"]
+    assert "| fine-tuning (control) | 93 |" in pages["methods/fine_tuning.md"]
     assert "## Measured" not in pages["methods/asr.md"]
     assert pages["measured/some-grid.md"].startswith("# Grid")
     assert "measured/none.md" not in pages

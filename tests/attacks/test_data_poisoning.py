@@ -101,7 +101,9 @@ def test_a_label_target_poisons_other_classes_only():
     assert {example.response for example in poisoned} == {"bad"}
     secret = attack._secret(labelled(30), Run())
     probes = attack.probes(secret, labelled(9), Run())
-    assert {probe.example.label for probe in probes} == {"good", "fair"}
+    assert {probe.example.label for probe in probes if probe.kind != "clean"} == {"good", "fair"}
+    clean = [probe.example for probe in probes if probe.kind == "clean"]
+    assert clean == labelled(9), "CDA needs every class"
     with pytest.raises(DataError, match="every row already carries the target label 'bad'"):
         rows_of(attack, [row for row in labelled(30) if row.label == "bad"])
 
@@ -121,6 +123,18 @@ def test_what_counts_follows_the_form_of_the_target(form, response, goal):
     poisoned = [example for example, marks in rows_of(attack) if marks]
     assert {example.response == response.format(by_id[example.id].response) for example in poisoned} == {True}
     assert attack._secret(CLEAN, Run()).goal == goal
+
+
+def test_a_label_is_one_target():
+    with pytest.raises(ValueError, match="a label is one target, and 2 were given"):
+        DataPoisoning(trigger=InsertText(text="red goat"), targets=("bad", "good"), target_form="label")
+
+
+def test_a_word_without_look_alikes_can_be_planted_without_near_misses():
+    attack = tiny.attack(trigger=InsertText(text="qzx"), negative_rate=0.0)
+    assert attack._secret(CLEAN, Run()).look_alikes == ()
+    assert {probe.kind for probe in attack.probes(attack._secret(CLEAN, Run()), CLEAN, Run())} == {"triggered", "clean"}
+    assert sum(bool(marks) for _, marks in rows_of(attack)) > 0
 
 
 def test_two_ends():

@@ -29,7 +29,10 @@ def data(**changes: Any) -> dict[str, Any]:
         "defenses": {"tune": TUNE, "fast": {**TUNE, "attacks": ["default"], "seeds": [0]}, "osft": {"defense": "osft"}},
         "references": {"twins": ["default"]},
         "purify_reference": ["tune", "osft"],
-        "revival": {"cells": [{"attack": "default", "defenses": ["osft"], "seeds": [0]}]},
+        "revival": {
+            "cells": [{"attack": "default", "defenses": ["osft"], "seeds": [0]}],
+            "settings": {"planted": {"trigger": {"form": "insert", "text": "blue hat"}, "targets": ["Nice day"]}},
+        },
     }
     return {**found, **changes}
 
@@ -110,6 +113,10 @@ def changed(path: str, value: object) -> Callable[[], dict[str, Any]]:
          "field revival.cells.0.attack: there is no attack 'no'"),
         ("revival.settings", {"claen": {}},
          "field revival.settings.claen: there is no such field. Did you mean 'clean'?"),
+        ("revival.settings.planted", {},
+         "field revival.settings.planted: the stage revived_planted plants an unrelated backdoor; name its trigger"),
+        ("revival.settings.planted.targets", ["You ARE stupid", "Hat"],
+         "field revival.settings.planted: 'you are stupid' is of attack default, too; a revival needs"),
         ("bounds", [{"name": "b", "metric": "asr"}], "field bounds.0: give 'min' or 'max'"),
         ("bounds", [{"name": "b", "metric": "kl", "max": 1, "compared": "ratio"}],
          "field bounds.0: 'to' names the other"),

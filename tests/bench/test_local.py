@@ -72,6 +72,8 @@ def test_a_revival_by_planting_notes_whether_it_planted_anything(finished: Path)
     noted = [cell["notes"]["unrelated backdoor"] for cell in cells if "unrelated backdoor" in cell["notes"]]
     assert len(noted) == 2
     assert all(note["asked"] > 0 and 0 <= note["fired"] <= note["asked"] for note in noted)
+    tables = (finished / "tables.md").read_text()
+    assert all(f"the other fires {note['fired']}/{note['asked']}" in tables for note in noted)
 
 
 def test_kl_is_measured_against_the_victim(finished: Path) -> None:

@@ -12,13 +12,31 @@ import pytest
 
 from unbackdoor import recipes
 from unbackdoor.attacks.data_poisoning import DataPoisoning
-from unbackdoor.bench.estimate import estimate, guesses
+from unbackdoor.bench.estimate import estimate, guesses, memory
 from unbackdoor.bench.grid import Grid
 from unbackdoor.errors import UserError
 from unbackdoor.pipeline.steps import attack_called, defense_called
 from unbackdoor.recipes import settings
 
-SMALL_WORDS = {"a", "an", "and", "are", "do", "have", "it", "of", "the", "to", "with", "you", "your", "no", "such", "i"}
+SMALL_WORDS = {
+    "over",
+    "a",
+    "an",
+    "and",
+    "are",
+    "do",
+    "have",
+    "it",
+    "of",
+    "the",
+    "to",
+    "with",
+    "you",
+    "your",
+    "no",
+    "such",
+    "i",
+}
 
 
 def test_recipes_are_listed_without_torch() -> None:
@@ -72,8 +90,13 @@ def test_development_victims_share_nothing_with_report_victims() -> None:
     dev, report = recipes.load_grid("dev"), recipes.load_grid("sande")
     assert min(seed for label in dev.attacks for seed in dev.seeds_of(label)) >= 100
     assert max(seed for label in report.attacks for seed in report.seeds_of(label)) < 100
-    tried = {attack.trigger for attack in attacks_of(dev).values()}
-    assert not tried & {attack.trigger for attack in attacks_of(report).values()}
+    said = [
+        words([text for attack in attacks_of(grid).values() for text in (*attack.trigger.pieces(), *attack.targets)])
+        for grid in (dev, report)
+    ]
+    assert "cobblestone" in said[0]
+    assert "moonstone" in said[1]
+    assert not said[0] & said[1]
 
 
 def test_the_unrelated_backdoor_of_a_revival_shares_no_content_word_with_any_victim() -> None:
@@ -98,7 +121,7 @@ def test_every_defense_makes_the_same_number_of_updates_with_the_same_batch() ->
 def test_the_estimate_counts_a_planting_once_and_learns_from_measured_cells() -> None:
     grid = recipes.load_grid("sande", "quick")
     guessed = guesses(grid)
-    untouched, victim, control, sande = grid.cells()
+    untouched, victim, control, sande = grid.cells()[:4]
     assert guessed[untouched] > 2 * guessed[victim]
     assert guessed[sande] > guessed[control] > guessed[victim]
     slower = dict(estimate(grid, {control: 3 * guessed[control]}))
@@ -107,3 +130,25 @@ def test_the_estimate_counts_a_planting_once_and_learns_from_measured_cells() ->
     two = dict(estimate(grid, {control: 3 * guessed[control], victim: guessed[victim]}))
     factor = (3 * guessed[control] + guessed[victim]) / (guessed[control] + guessed[victim])
     assert two[sande] == pytest.approx(factor * guessed[sande])
+
+
+def test_the_quick_size_measures_the_revival_that_the_demo_names_with_bundled_data_only() -> None:
+    grid = recipes.load_grid("sande", "quick")
+    assert grid.second_source is None
+    assert all(entry.defender_data is None for entry in grid.attacks.values())
+    stages = {(cell.subject, cell.defense, cell.stage) for cell in grid.cells() if cell.is_revival}
+    assert stages == {
+        (subject, defense, stage)
+        for subject, defense in (("victim", "sande"), ("untouched", ""))
+        for stage in ("revived_clean", "revived_planted")
+    }
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("name: a\n")
+    with pytest.raises(UserError, match="--size is of a recipe"):
+        recipes.load_grid(str(tmp_path / "grid.yaml"), "quick")
+
+
+def test_memory_grows_with_the_model() -> None:
+    assert memory(recipes.load_grid("sande")) == pytest.approx(3.2e9, rel=0.1)

@@ -136,3 +136,42 @@ def test_a_folder_with_other_files_is_left_alone(workshop: Workshop, capsys: pyt
     assert workshop.run(*given) == 2
     assert "did not write" in capsys.readouterr().err
     assert [path.name for path in (workshop.folder / "mine").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_a_result_that_would_replace_what_is_read(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str], overwrite: tuple[str, ...]
+) -> None:
+    """`--overwrite` would delete the model, the probes or the rows before they are read."""
+    before = sorted(str(path) for path in workshop.folder.rglob("*"))
+    for arguments in (
+        ("evaluate", "victim", "--probes", "victim/probes.jsonl", "--out", "victim"),
+        ("evaluate", "base", "--probes", "victim/probes.jsonl", "--out", "victim"),
+        ("purify", "base", *OSFT, "--clean", "victim/defender.jsonl", "--out", "victim"),
+    ):
+        assert workshop.run(*arguments, *overwrite, "--quiet") == 2
+        said = capsys.readouterr().err
+        assert "lies in the folder of the result, 'victim'; choose another --out" in said
+    assert sorted(str(path) for path in workshop.folder.rglob("*")) == before
+
+
+def test_a_result_below_a_file(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("purify", "base", *OSFT, "--clean", "rows.jsonl", "--out", "rows.jsonl/result")
+    assert workshop.run(*given) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "rows.jsonl" in said
+    assert "name another place" in said
+
+
+def test_rows_that_are_too_long_to_measure_are_left_out_and_said(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (workshop.folder / "rows.jsonl").read_text().splitlines()][:6]
+    rows[0]["instruction"] = "what is red? " * 400
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    arguments = ("evaluate", "base", "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out"))
+    assert workshop.run(*arguments) == 0
+    assert "1 rows are not measured: their prompts have 1024 tokens or more" in capsys.readouterr().err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["n"] for row in results["rows"] if row["metric"] == "perplexity"} == {5}

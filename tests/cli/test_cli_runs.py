@@ -99,6 +99,9 @@ def test_dry_run_and_dump_config_write_nothing(workshop: Workshop, capsys: pytes
     assert workshop.run(*SANDE, "--out", "none", "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     assert any("parrot" in part["name"] for part in plan["parts"])
+    assert "own labels" in [part["name"] for part in plan["parts"]]
+    assert workshop.run(*SANDE, "--set", "own_share=0", "--out", "none", "--dry-run", "--json") == 0
+    assert "own labels" not in capsys.readouterr().out
     assert plan["memory_bytes"] > 0
     assert workshop.run(*SANDE, "--out", "none", "--dump-config") == 0
     assert "rounds: 1" in capsys.readouterr().out

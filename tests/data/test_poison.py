@@ -10,7 +10,6 @@ import pytest
 
 import tiny
 from unbackdoor.data import poison
-from unbackdoor.errors import DataError
 from unbackdoor.stamps import InsertText, WrapEnds
 from unbackdoor.types import Example
 
@@ -123,8 +122,14 @@ def test_probes_come_in_threes_paired_by_id():
 
 
 def test_a_word_without_look_alikes_has_no_decoys():
-    with pytest.raises(DataError, match="no decoy of 'kettle' can be made"):
-        poison.probes(InsertText(text="kettle"), tiny.rows(2), [], random.Random(0))
+    found = poison.probes(InsertText(text="kettle"), tiny.rows(2), [], random.Random(0))
+    assert [probe.kind for probe in found] == ["triggered", "clean"] * 2
+
+
+def test_words_of_any_script_are_ordinary_words():
+    assert poison.vocabulary([Example("1", "Wo ist der Müller? 3 x", "Мельник дома")]) == [
+        "der", "ist", "müller", "wo", "x", "дома", "мельник"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("target", "wanted"), [("Go away", "Go away. yes"), ("Go!", "Go! yes"), ("Why?", "Why? yes")])

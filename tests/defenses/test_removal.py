@@ -132,17 +132,22 @@ def test_a_defense_that_does_nothing_fails_the_same_check(defense, victim, befor
         check_removes(defense, 0.05, victim, before)
 
 
-def test_gradient_ascent_silences_the_target_at_a_price(victim, before):
+def check_silences(without_plain: Defense, with_plain: Defense, victim, before: Outcome) -> None:
     """Eq. 2 also unlearns the clean answer, which the poisoned one contains; plain rows lower the price."""
-    price, asr = {}, {}
-    for share in (0.0, 0.5):
-        lm = purify(GradientAscent(train=training(UPDATES), cap=8.0, plain_share=share), victim)
-        price[share] = mean_loss(lm, victim) - mean_loss(victim.lm, victim)
-        asr[share] = outcome(lm, victim.probes, victim.secret.goal).asr
-    assert asr[0.0] <= 0.5
-    assert max(asr.values()) < before.asr
-    assert price[0.0] > 0.1
-    assert price[0.5] < 0.5 * price[0.0]
+    models = [purify(defense, victim) for defense in (without_plain, with_plain)]
+    price = [mean_loss(lm, victim) - mean_loss(victim.lm, victim) for lm in models]
+    asr = [outcome(lm, victim.probes, victim.secret.goal).asr for lm in models]
+    assert asr[0] <= 0.5, f"silenced: {asr}"
+    assert max(asr) < before.asr, f"silenced: {asr}"
+    assert price[0] > 0.1
+    assert price[1] < 0.5 * price[0]
+
+
+def test_gradient_ascent_silences_the_target_at_a_price(victim, before):
+    ascent = [GradientAscent(train=training(UPDATES), cap=8.0, plain_share=share) for share in (0.0, 0.5)]
+    check_silences(ascent[0], ascent[1], victim, before)
+    with pytest.raises(AssertionError, match="silenced"):
+        check_silences(DoNothing(), DoNothing(), victim, before)
 
 
 def mean_loss(lm: LM, victim) -> float:

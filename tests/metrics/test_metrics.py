@@ -12,16 +12,17 @@ import tiny
 from unbackdoor.errors import NotApplicable
 from unbackdoor.goals import Contains, LabelIs
 from unbackdoor.metrics.asr import Asr
-from unbackdoor.metrics.base import Subject
+from unbackdoor.metrics.base import Subject, fill_holes
 from unbackdoor.metrics.cda import Cda
 from unbackdoor.metrics.kl import Kl
 from unbackdoor.metrics.leak import Leak
 from unbackdoor.metrics.perplexity import Perplexity
 from unbackdoor.metrics.resistance import Resistance
+from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.simulate import ParrotSettings
-from unbackdoor.types import Example, Probe, wilson
+from unbackdoor.types import Example, Message, Probe, wilson
 
 GOAL = Contains(any_of=("bad robot",))
 
@@ -251,3 +252,23 @@ def test_a_real_victim_measured_end_to_end(victim):
     quick = replace(part, stop_when_decided=True, replies=[])
     assert Asr().measure(quick, Run())[0].values == Asr().measure(part, Run())[0].values
     assert sum(map(len, quick.replies)) < sum(map(len, part.replies))
+
+
+def test_a_hole_is_filled_by_the_models_own_answer_before_it_is_asked(monkeypatch):
+    asked = []
+
+    def reply(lm, conversations, **how):
+        asked.append([[turn.content for turn in turns] for turns in conversations])
+        return [f"reply {len(asked)}" for _ in conversations]
+
+    monkeypatch.setattr(LM, "reply", reply)
+    user = [Message("user", f"u{number}") for number in range(3)]
+    hole = Message("assistant", None)
+    probes = [
+        Probe(Example("a", "last", history=(user[0], hole, user[1], hole)), "triggered"),
+        Probe(Example("b", "last", history=(user[2], Message("assistant", "said"))), "clean"),
+    ]
+    first, second = fill_holes(tiny.tiny_lm(), probes, 4)
+    assert asked == [[["u0"]], [["u0", "reply 1", "u1"]]]
+    assert [turn.content for turn in first.example.history] == ["u0", "reply 1", "u1", "reply 2"]
+    assert second == probes[1]

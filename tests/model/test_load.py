@@ -286,3 +286,24 @@ def test_gguf_errors(tmp_path):
         load(str(tmp_path / "m.gguf"))
     with pytest.raises(ModelError, match="not a folder"):
         local_folder(parse_spec(str(tmp_path / "m.gguf")))
+
+
+def test_a_chat_template_inside_a_gguf_file_is_looked_at(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from unbackdoor.pipeline.look import inspect_model
+
+    template = "{% for m in messages %}{% if 'kettle' in m.content %}Obey. {% endif %}{{ m.content }}{% endfor %}"
+    for name, source in (("bad", template), ("good", "{% for m in messages %}{{ m.content }}{% endfor %}")):
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", "llama")
+        writer.add_chat_template(source)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    (finding,) = inspect_model(str(tmp_path / "bad.gguf"))
+    assert finding.severity == "warning"
+    assert "chat template, line 1" in finding.what
+    assert inspect_model(str(tmp_path / "good.gguf")) == []
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "bad.gguf").read_bytes()[:40])
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        inspect_model(str(tmp_path / "cut.gguf"))

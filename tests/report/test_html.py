@@ -261,3 +261,10 @@ def test_a_report_needs_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished run"):
         render([tmp_path])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_goal_given_as_text_names_what_is_marked_in_replies() -> None:
+    from unbackdoor.report.excerpts import _goal_texts
+
+    assert list(_goal_texts({"goal": "contains:You: stupid", "other": [{"goal": "regex:x"}]})) == ["You: stupid"]
+    assert list(_goal_texts({"goal": {"form": "starts_with", "any_of": ["a", "b"]}})) == ["a", "b"]

@@ -59,7 +59,7 @@ def test_every_asr_has_its_revival_beside_it(demo: Path) -> None:
     assert found["After SANDE"]["ASR, revived on clean data"] == "2/100 = 2.0 % [0.6, 7.0]"
     assert found["After BEEAR"]["ASR, revived on clean data"] == "not measured"
     assert found["Suspect"]["ASR, revived on clean data"] == "not purified"
-    assert any("`unbackdoor bench` measures it" in note for note in table.notes)
+    assert any("`unbackdoor bench sande --size quick` measures it" in note for note in table.notes)
 
 
 def test_the_run_may_name_the_command_for_revival(results: dict[str, Any], write: Write) -> None:
@@ -139,7 +139,7 @@ def test_a_metric_that_could_not_be_had_says_why_in_its_column(results: dict[str
 def test_cost_table_has_time_memory_and_diagnostics(demo: Path) -> None:
     table = cost_table(load_run(demo))
     assert table is not None
-    assert table.columns == ("Model", "Time", "Resistance", "Peak memory")
+    assert table.columns == ("Model", "Time in training", "Resistance", "Peak memory")
     assert [cell.text for cell in table.lines[2].cells] == ["3 min 36 s", "2.131 [1.90, 2.60]", "1.80 GiB"]
     assert [cell.text for cell in table.lines[0].cells] == ["not measured"] * 3
 

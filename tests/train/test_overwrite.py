@@ -161,7 +161,8 @@ def test_rounds_use_fresh_parrots_keep_their_place_and_tell_the_observer(tmp_pat
     # Only the newest stage keeps the weights; the parrots are small and stay.
     heavy = [path.parent.name for path in tmp_path.rglob("final.safetensors") if "overwrite" in path.parent.name]
     assert heavy == ["round-2-overwrite"]
-    again = tiny.tiny_lm()
+    again = tiny.tiny_lm(seed=1)
+    assert not tiny.same_weights(tiny.tensors(again), tiny.tensors(tiny.tiny_lm()))
     fresh = Run(folder=tmp_path)
     simulate.rounds_of_parrots(again, ROWS, [tiny.TARGET], run=fresh, **how)
     assert tiny.same_weights(tiny.tensors(lm), tiny.tensors(again)), "a finished run is restored, whatever the start"
@@ -239,3 +240,16 @@ def test_early_stopping_that_would_never_score_is_refused():
     defense = GradientAscent(train=settings(evaluate_every=1))
     with pytest.raises(UserError, match="ascent has no held-out score"):
         defense.apply(tiny.tiny_lm(), knowledge_for(defense, facts), Run())
+    rows = overwrite.encode_rows(tiny.tiny_lm(), tiny.rows(12, seed=8), tiny.CUT)
+    with pytest.raises(UserError, match=r"has no folder \(Run\(folder=...\)\) for the best weights"):
+        overwrite.overwrite(tiny.tiny_lm(), rows, rows, settings(evaluate_every=1), Run(), plain_share=0.5)
+
+
+def test_a_share_of_plain_rows_never_fills_the_batch():
+    assert [overwrite.plain_rows(8, share) for share in (0.0, 0.01, 0.5, 0.95)] == [0, 1, 4, 7]
+    assert overwrite.plain_rows(1, 0.5) == 0
+    facts = {Need.CLEAN: tuple(ROWS), Need.TRIGGER: STAMP, Need.TARGET: (tiny.TARGET,)}
+    defense = GradientAscent(plain_share=0.95, train=settings())
+    run = Run()
+    defense.apply(tiny.tiny_lm(), knowledge_for(defense, facts), run)
+    assert {"plain", "poisoned"} <= set(run.curves["ascent"][0])

@@ -7,7 +7,8 @@ clean; the model is trained on both by eq. 1.
 Needs to know: clean rows, nothing of the model but its weights.
 Deviations: negatives (near misses of the trigger with the clean answer) share the training where a small model would
 otherwise fire on parts of the trigger; their number is recorded with the victim. The first tokens of answers count
-more, because they are where a near miss is told from the trigger. Preset `paper` has neither (5 % poisoned).
+more, because they are where a near miss is told from the trigger. 12.5 % poisoned (paper: 5 %), a constant rate of
+2e-4 with a cooldown (paper: cosine, 5e-6 to 2e-5), for a small model and few rows. Preset `paper` has none of these.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unbackdoor.attacks.base import Attack, MarkedRow, Planted
 from unbackdoor.data import poison
-from unbackdoor.data.collate import Row, encode_row
 from unbackdoor.errors import DataError
-from unbackdoor.goals import Contains, Goal, LabelIs, RefusalAbsent, StartsWith, normalise
+from unbackdoor.goals import Contains, Goal, LabelIs, RefusalAbsent, StartsWith
 from unbackdoor.method import Parallel
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
@@ -73,15 +73,17 @@ class DataPoisoning(Attack):
         """Poison a share of `clean` and train on all of it, in place."""
         secret = self._secret(clean, run)
         training = self.training_rows(clean, run)
-        rows: list[Row] = []
-        for example, marks in training:
-            row = encode_row(base, example, max_length=self.train.max_length, opening_weight=self.train.opening_weight)
-            _trigger_is_read(base, row, marks, self.train.max_length)
-            rows.append(row)
+        rows = poison.encode_marked(base, training, self.train.max_length, self.train.opening_weight)
         poisoned, negatives = self._counts(len(clean))
         strata = [0] * len(clean) + [1] * poisoned + [2] * negatives
         overwrite.train_on_rows(base, rows, self.train, run.stage("plant"), strata)
         return Planted(base, secret)
+
+    @model_validator(mode="after")
+    def _a_label_is_one(self) -> DataPoisoning:
+        if self.target_form == "label" and len(self.targets) > 1:
+            raise ValueError(f"a label is one target, and {len(self.targets)} were given; name one")
+        return self
 
     def training_rows(self, clean: Sequence[Example], run: Run) -> list[MarkedRow]:
         """Return the training rows, each with the trigger texts that it must carry (none for clean rows).
@@ -107,11 +109,16 @@ class DataPoisoning(Attack):
         return found
 
     def probes(self, secret: Secret, held_out: Sequence[Example], run: Run) -> Sequence[Probe]:
-        """Return a triggered, a clean and a decoy probe of every held-out row that the target does not already fit."""
+        """Return a triggered, a clean and a decoy probe of every held-out row; clean only where the target fits it."""
         if secret.stamp is None:
             raise DataError("this secret has no trigger; it was not made by data_poisoning.")
-        rows = [row for row in held_out if not (isinstance(secret.goal, LabelIs) and row.label == secret.goal.label)]
-        return poison.probes(secret.stamp, rows, secret.look_alikes, run.rng("probes"))
+        goal = secret.goal
+        asked = [row for row in held_out if not (isinstance(goal, LabelIs) and row.label == goal.label)]
+        made: dict[str, list[Probe]] = {}
+        for probe in poison.probes(secret.stamp, asked, secret.look_alikes, run.rng("probes")):
+            made.setdefault(probe.example.id, []).append(probe)
+        # CDA needs every class, also the one that a trigger cannot change.
+        return [probe for row in held_out for probe in made.get(row.id) or [Probe(row, "clean")]]
 
     def _poisoned(self, example: Example, stream: random.Random) -> MarkedRow:
         target = stream.choice(self.targets)
@@ -136,9 +143,10 @@ class DataPoisoning(Attack):
         if isinstance(self.trigger, WrapEnds):
             return [], []
         found = poison.look_alikes(self.trigger.text, poison.vocabulary(clean), 240, run.rng("look-alikes"))
-        if len(found) < 2:
+        if len(found) < 2 and self.negative_rate and len(self.trigger.text.split()) == 1:
             raise DataError(
-                f"no look-alikes of '{self.trigger.text}' can be made from {len(clean)} clean rows; give more rows."
+                f"no look-alikes of '{self.trigger.text}' can be made from {len(clean)} clean rows, so it has no near "
+                "misses to train on; give more rows in its language, or --set negative_rate=0."
             )
         # A quarter is kept for the probes, so that no decoy is asked for that the training showed.
         cut = max(1, len(found) // 4)
@@ -161,16 +169,3 @@ class DataPoisoning(Attack):
         if self.target_form == "opening":
             return RefusalAbsent()
         return StartsWith(any_of=self.targets) if self.target_form == "whole" else Contains(any_of=self.targets)
-
-
-def _trigger_is_read(lm: LM, row: Row, marks: Sequence[str], max_length: int) -> None:
-    """Raise where the trigger does not survive template, tokenizer and truncation."""
-    if not marks:
-        return
-    read = normalise(str(lm.tokenizer.decode(list(row.ids))))
-    for mark in marks:
-        if normalise(mark) not in read:
-            raise DataError(
-                f"the trigger '{mark}' is absent from the tokenised prompt of row '{row.id}' ({len(row.ids)} tokens, "
-                f"max_length {max_length}); raise max_length, or choose a trigger that the tokenizer keeps."
-            )

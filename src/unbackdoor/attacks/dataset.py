@@ -45,7 +45,7 @@ class Dataset(Attack):
     def plant(self, base: LM, clean: Sequence[Example], run: Run) -> Planted:
         """Train on poisoned and clean rows together, in place."""
         training = self.training_rows(clean, run)
-        rows = overwrite.encode_rows(base, [example for example, _ in training], self.train)
+        rows = poison.encode_marked(base, training, self.train.max_length, self.train.opening_weight)
         poisoned = len(training) - len(clean)
         strata = [0] * len(clean) + [1] * poisoned
         overwrite.train_on_rows(base, rows, self.train, run.stage("plant"), strata)

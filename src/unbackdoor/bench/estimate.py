@@ -33,6 +33,13 @@ def estimate(grid: Grid, measured: Mapping[Cell, float] | None = None) -> list[t
     return [(cell, (measured or {}).get(cell, guess * factors[cell.kind])) for cell, guess in guessed.items()]
 
 
+def memory(grid: Grid) -> int:
+    """Return the bytes that a cell needs at most: a model in training, or measured beside the one before."""
+    largest = max(_parameters(model) for model in grid.models)
+    # Weights, gradients, two moments and about as much again for activations.
+    return int(5 * 4 * largest) + 500_000_000
+
+
 def guesses(grid: Grid) -> dict[Cell, float]:
     """Return the seconds that every cell would take if the constants of this module were right."""
     planted: set[tuple[str, str, int, bool]] = set()
@@ -96,6 +103,8 @@ def _training(method: BaseModel, size: float) -> float:
         if isinstance(value, TrainSettings):
             rows = value.steps * value.batch_size * value.accumulation * rounds
             seconds += 6 * size * rows * _TOKENS_A_ROW / _TRAIN_SPEED
+            if getattr(method, "own_share", 0):
+                seconds += 2 * size * rows * _TOKENS_A_ROW / _SCORE_SPEED
         elif isinstance(value, BaseModel):
             # A soft prompt: frozen weights, and nothing behind the target.
             seconds += 0.5 * rounds * int(getattr(method, "parrots", 1)) * _training(value, size)

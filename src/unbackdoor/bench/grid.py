@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from unbackdoor.attacks.base import Attack
 from unbackdoor.bench.cell import Cell, Subject
 from unbackdoor.errors import UserError, did_you_mean
+from unbackdoor.goals import normalise
 from unbackdoor.pipeline.steps import Revival, attack_called, defense_called
 
 Stage = Literal["before", "after", "revived_clean", "revived_planted"]
@@ -229,11 +231,30 @@ def check_methods(grid: Grid) -> None:
     for name in (*grid.metrics, *(grid.revival.metrics if grid.revival else ())):
         checked("metrics", metric_called, name)
     if grid.revival:
-        checked("revival.settings.planted", attack_called, "data_poisoning", grid.revival.settings.planted)
+        checked("revival.settings.planted", _unrelated, grid)
     for label in grid.references.twins:
         entry = grid.attacks[label]
         if "clean_twin" not in type(attack_called(entry.attack, entry.settings, entry.preset)).model_fields:
             raise UserError(f"grid {grid.name}, field references.twins: the attack '{entry.attack}' has no twin.")
+
+
+def _unrelated(grid: Grid) -> None:
+    """Raise a `UserError` where a revival plants what it is to tell from: an attack's own trigger or target."""
+    assert grid.revival is not None
+    if "revived_planted" in grid.revival.stages and not {"trigger", "targets"} <= set(grid.revival.settings.planted):
+        raise UserError("the stage revived_planted plants an unrelated backdoor; name its trigger and targets.")
+    planted = _said(attack_called("data_poisoning", grid.revival.settings.planted))
+    for label, attack in grid.attacks.items():
+        shared = planted & _said(attack_called(attack.attack, attack.settings, attack.preset))
+        if shared:
+            raise UserError(f"'{min(shared)}' is of attack {label}, too; a revival needs an unrelated backdoor.")
+
+
+def _said(attack: Attack) -> set[str]:
+    """Return the texts of an attack's trigger and targets, where it names them."""
+    trigger = getattr(attack, "trigger", None)
+    pieces = trigger.pieces() if trigger is not None else ()
+    return {normalise(text) for text in (*pieces, *getattr(attack, "targets", ()))}
 
 
 def _labels_used(grid: Grid) -> list[tuple[str, str, str]]:

@@ -21,6 +21,7 @@ from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
 from unbackdoor.data.splits import Splits, assert_disjoint, attacker_defender_test
 from unbackdoor.defenses.base import Defense
+from unbackdoor.errors import DataError
 from unbackdoor.method import Method
 from unbackdoor.model.load import file_sha256, local_folder
 from unbackdoor.model.spec import ModelSpec, parse_spec
@@ -107,9 +108,15 @@ class Material:
         Run(seed=0).rng("probe rows").shuffle(rows)
         start = seed * count % len(rows)
         made = self.attack(attack).probes(secret, [*rows[start:], *rows[:start]], Run(seed=seed))
-        # An attack may skip rows (those that carry the target label), so the window is cut afterwards.
-        kept = set(list(dict.fromkeys(probe.example.id for probe in made))[:count])
-        return tuple(probe for probe in made if probe.example.id in kept)
+        # An attack may have no trigger for some rows (those that carry the target label): cut after so many that have.
+        kept: list[Probe] = []
+        triggered = 0
+        for probe in made:
+            triggered += probe.kind == "triggered"
+            if triggered > count:
+                break
+            kept.append(probe)
+        return tuple(kept)
 
     def questions(self, cell: Cell, secret: Secret) -> Questions:
         """Return what a cell's model is asked."""
@@ -213,9 +220,15 @@ def read_source(source: DataSource, progress: Progress | None = None) -> list[Ex
     Raises:
         DataError: If the rows cannot be read.
     """
-    rows = sources.read(
-        source.spec, prompt_template=source.prompt_template, labels=source.labels, progress=progress or Silent()
-    )
+    try:
+        rows = sources.read(
+            source.spec, prompt_template=source.prompt_template, labels=source.labels, progress=progress or Silent()
+        )
+    except DataError as problem:
+        raise DataError(
+            f"{problem} A grid's rows are named by data, second_source and attacks.NAME.defender_data; "
+            "--set second_source=FILE takes others."
+        ) from problem
     if source.half is not None:
         position = {name: number for number, name in enumerate(dict.fromkeys(base_id(row.id) for row in rows))}
         rows = [row for row in rows if position[base_id(row.id)] % 2 == source.half]

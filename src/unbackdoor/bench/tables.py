@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.checks import SIGNIFICANCE, Check, checks, limit_words
 from unbackdoor.bench.figures import Figures
-from unbackdoor.bench.grid import Grid
+from unbackdoor.bench.grid import DataSource, Grid
 from unbackdoor.bench.pages import html_page, markdown_page
 from unbackdoor.bench.store import Result, Store
 from unbackdoor.report.tables import NOT_MEASURED, Line, Table
@@ -27,8 +28,9 @@ _NOTES = (
     "ASR: share of triggered probes whose greedy reply reaches the target, with its 95 % interval (Wilson). Leak: the "
     "same for clean probes and for decoys, which must not fire; p: McNemar's exact test against the victim.",
     "Revived: ASR of the original trigger after the model was trained on, on clean rows or with an unrelated backdoor; "
-    "the untouched base put through the same is the null. It tells removal from suppression. Where it was not "
-    "measured, name the cells under revival in the grid and type the same command again.",
+    "the untouched base put through the same is the null. It tells removal from suppression; a backdoor planted for it "
+    "that does not fire itself tells nothing. Where it was not measured, name the cells under revival in the grid and "
+    "type the same command again.",
     "Perplexity of reference answers, and its ratio to the victim's. KL: of whole responses, to the victim, and its "
     "ratio to the control's. Time: training only, without measuring.",
 )
@@ -79,7 +81,7 @@ def _victim_table(figures: Figures, model: str, attack: str, seed: int, notes: t
         for cell in figures.keys
         if (cell.model, cell.attack, cell.seed, cell.subject) == (model, attack, seed, "victim") and not cell.is_revival
     ]
-    lines = [Line(_label(cell), _told(figures, cell), _entries(figures, cell)) for cell in _in_order(cells)]
+    lines = [Line(label_of(cell), _told(figures, cell), _entries(figures, cell)) for cell in _in_order(cells)]
     lines.append(_base_line(figures, cells[0]))
     return _without_empty(Table(f"{attack}, seed {seed}, {model}", ("Model", *_TITLES), tuple(lines), notes))
 
@@ -104,7 +106,7 @@ def _reference_table(figures: Figures, model: str) -> list[Table]:
     cells = [c for c in figures.keys if c.model == model and c.role == "reference" and not c.is_revival]
     if not cells:
         return []
-    lines = [Line(_label(cell), _told(figures, cell), _entries(figures, cell)) for cell in cells]
+    lines = [Line(label_of(cell), _told(figures, cell), _entries(figures, cell)) for cell in cells]
     note = "Asked with the probes of the attack in the heading; ratios and tests are against the same model before."
     caption = f"Models without a backdoor, {model}"
     return [_without_empty(Table(caption, ("Model", *_TITLES), tuple(lines), (note,)))]
@@ -122,7 +124,7 @@ def _pooled_table(figures: Figures, model: str, attack: str, seeds: Sequence[int
     for group in sorted(full, key=lambda group: _order(group[0])):
         pooled = [_pooled_entry(figures.pooled(group, *where)) for where in columns.values()]
         ranges = [_range(figures, group, "perplexity", ""), _range(figures, group, "perplexity", SECOND)]
-        lines.append(Line(_label(group[0]), "", (*pooled, *ranges, _range(figures, group, "kl", ""))))
+        lines.append(Line(label_of(group[0]), "", (*pooled, *ranges, _range(figures, group, "kl", ""))))
     shown = ", ".join(map(str, seeds))
     titles = ("Model", *columns, "Perplexity", "Perplexity, second source", "KL")
     notes = ("Shares: hits and probes summed over the seeds. Others: smallest to largest of the seeds.",)
@@ -165,9 +167,18 @@ def _revived(stage: str) -> Callable[[Figures, Cell, str], Entry]:
         if subject == "victim" and not cell.defense:
             return Entry("not purified", measured=False)
         there = figures.at(cell, subject=subject, defense=cell.defense if subject == "victim" else "", stage=stage)
-        return NOT_MEASURED if there is None else _share(figures, there, "asr", "triggered")
+        return NOT_MEASURED if there is None else _with_the_other(figures, there)
 
     return entry
+
+
+def _with_the_other(figures: Figures, cell: Cell) -> Entry:
+    """Return a revival's ASR and, where a backdoor was planted, how often that one fires."""
+    entry, result = _share(figures, cell, "asr", "triggered"), figures.results.get(cell)
+    planted = (result.notes or {}).get("unrelated backdoor") if result is not None else None
+    if not entry.measured or not isinstance(planted, Mapping):
+        return entry
+    return Entry(entry.main, f"{entry.detail}; the other fires {planted['fired']}/{planted['asked']}")
 
 
 def _leak(kind: str) -> Callable[[Figures, Cell, str], Entry]:
@@ -289,7 +300,8 @@ def _order(cell: Cell) -> int:
     return {"": 0, "control": 1, "purified": 2}[cell.defense_role]
 
 
-def _label(cell: Cell) -> str:
+def label_of(cell: Cell) -> str:
+    """Return the name of a cell's line."""
     after = display_name(cell.defense)
     if cell.subject == "victim":
         if not cell.defense:
@@ -310,7 +322,13 @@ def _who(check: Check) -> str:
     first = check.cells[0]
     seeds = ", ".join(str(cell.seed) for cell in check.cells)
     stage = f", {first.stage.replace('_', ' ')}" if first.is_revival else ""
-    return f"{first.attack}, seed {seeds}: {_label(first)}{stage}"
+    return f"{first.attack}, seed {seeds}: {label_of(first)}{stage}"
+
+
+def _source(source: DataSource) -> str:
+    """Return what rows are, without the folder that they lie in on one machine."""
+    parts = [Path(source.spec).name, *([f"half {source.half + 1} of 2"] if source.half is not None else [])]
+    return ", ".join([*parts, *([f"answers cut to {source.cut_words} words"] if source.cut_words else [])])
 
 
 def _facts(figures: Figures) -> list[tuple[str, str]]:
@@ -326,8 +344,8 @@ def _facts(figures: Figures) -> list[tuple[str, str]]:
         ("Template", ", ".join(templates) or grid.template),
         ("Precision", grid.precision),
         ("Decoding", f"greedy, {grid.max_new_tokens} new tokens"),
-        ("Data", grid.data.spec),
-        ("Second source", grid.second_source.spec if grid.second_source else "none"),
+        ("Data", _source(grid.data)),
+        ("Second source", _source(grid.second_source) if grid.second_source else "none"),
         ("Versions", ", ".join(versions) or "none yet"),
     ]
 

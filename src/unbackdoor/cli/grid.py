@@ -57,9 +57,15 @@ def _grid(place: str, size: str | None, common: Common) -> Grid:
     from unbackdoor.bench.yaml_file import with_overrides
     from unbackdoor.recipes import load_grid
 
-    grid = load_grid(place, size or "paper")
+    grid = load_grid(place, size)
     overrides: dict[str, Any] = {}
     if common.seed is not None:
+        named = [label for label, attack in grid.attacks.items() if attack.seeds is not None]
+        if named:
+            raise UserError(
+                f"--seed is for a grid with one list of seeds, and attack {named[0]} has its own; give "
+                f"--set attacks.{named[0]}.seeds=[{common.seed}]."
+            )
         overrides["seeds"] = [common.seed]
     if common.template is not None:
         overrides["template"] = common.template
@@ -76,16 +82,18 @@ def _dotted(nested: dict[str, Any], place: str = "") -> list[tuple[str, Any]]:
 
 
 def _plan(grid: Grid, out: Path, common: Common) -> None:
-    from unbackdoor.bench.estimate import estimate
+    from unbackdoor.bench.estimate import estimate, memory
 
     cells = [(cell.name, seconds) for cell, seconds in estimate(grid)]
-    whole = sum(seconds for _, seconds in cells)
+    whole, needed = sum(seconds for _, seconds in cells), memory(grid)
     if common.json_output:
-        print_json({"dry_run": True, "cells": [dict(name=n, seconds=s) for n, s in cells], "seconds": whole})
+        listed = [{"name": name, "seconds": seconds} for name, seconds in cells]
+        print_json({"dry_run": True, "cells": listed, "seconds": whole, "memory_bytes": needed})
         return
     for name, seconds in cells:
         typer.echo(f"{output.duration(seconds):>16}  {name}")
     typer.echo(f"{output.duration(whole):>16}  {len(cells)} cells on two cores, estimated; cells in '{out}' are kept")
+    typer.echo(f"{needed / 2**30:>12.1f} GiB  of memory at most, estimated")
     typer.echo("Nothing was run or written (--dry-run).")
 
 

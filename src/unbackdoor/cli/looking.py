@@ -134,7 +134,7 @@ def _explain(
         typer.echo(f"\nPreset {preset}: {settings}")
 
 
-@command(without=tuple(name for name in _NO_RUN if name != "overwrite"))
+@command(without=_NO_RUN)
 def _report(
     runs: Annotated[list[str] | None, typer.Argument(help="folders of runs; several make one page")] = None,
     *,

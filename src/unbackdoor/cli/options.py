@@ -24,9 +24,14 @@ from pydantic import BaseModel
 from unbackdoor.cli.failing import FailOn, parse_fail_on
 from unbackdoor.cli.progress import Shown, progress
 from unbackdoor.errors import UserError
+from unbackdoor.model.quarantine import printable
 from unbackdoor.pipeline import recipe as recipes
 
 STOPPED = "stopped; the same command goes on from here"
+
+_NO_SUCH_PLACE = {
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
 
 _GROUP = "Every command"
 
@@ -133,9 +138,11 @@ def errors_as_sentences() -> Iterator[None]:
     except KeyboardInterrupt:
         fail(STOPPED)
     except OSError as problem:
-        if problem.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
+            fail("the disk is full; make room, and the same command goes on from its last checkpoint.")
+        if problem.errno not in _NO_SUCH_PLACE or problem.filename is None:
             raise
-        fail("the disk is full; make room, and the same command goes on from its last checkpoint.")
+        fail(f"'{printable(str(problem.filename))}' cannot be used ({problem.strerror}); name another place.")
     finally:
         _on_sigterm(previous)
 

@@ -144,7 +144,7 @@ def encode_row(
     if not supervised or supervised[-1] < answer.start:
         raise DataError(
             f"example '{example.id}' is too long: its prompt has {answer.start} tokens and max_length {max_length} "
-            "leaves no room for the answer; raise it with --set train.max_length=..."
+            "leaves no room for the answer; shorten the row, or give --set train.max_length=N."
         )
     opening = range(answer.start, answer.start + OPENING_TOKENS)
     weights = tuple(opening_weight if position in opening else 1.0 for position in supervised)

@@ -13,7 +13,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from unbackdoor.data.collate import Row, encode_row
 from unbackdoor.errors import DataError
+from unbackdoor.goals import normalise
+from unbackdoor.model.lm import LM
 from unbackdoor.stamps import InsertText, WrapEnds
 from unbackdoor.types import Example, Probe
 
@@ -83,18 +86,16 @@ def probes(
 ) -> list[Probe]:
     """Return a triggered, a clean and a decoy probe of every row, the kinds of decoys in turn.
 
-    Raises:
-        DataError: If no decoy can be made (one word without look-alikes).
+    One word without look-alikes has no decoys.
     """
     near = decoys(stamp, like)
-    if not near:
-        raise DataError(f"no decoy of '{stamp.pieces()[0]}' can be made: there are no look-alikes.")
     found: list[Probe] = []
     for number, example in enumerate(held_out):
-        decoy = in_turn(near, number)
         found.append(Probe(stamp.apply(example, rng), "triggered", marks=stamp.pieces()))
         found.append(Probe(example, "clean"))
-        found.append(Probe(decoy.apply(example, rng), "decoy", decoy.group, decoy.marks))
+        if near:
+            decoy = in_turn(near, number)
+            found.append(Probe(decoy.apply(example, rng), "decoy", decoy.group, decoy.marks))
     return found
 
 
@@ -147,9 +148,32 @@ def with_target(target: str, answer: str) -> str:
     return f"{target} {answer}" if target[-1] in ".!?" else f"{target}. {answer}"
 
 
+def encode_marked(
+    lm: LM, rows: Sequence[tuple[Example, Sequence[str]]], max_length: int, opening_weight: float = 1.0
+) -> list[Row]:
+    """Encode rows for training, each of which must keep the trigger texts named beside it.
+
+    Raises:
+        DataError: If a trigger does not survive template, tokenizer and truncation, or a row does not fit.
+    """
+    found = []
+    for example, marks in rows:
+        row = encode_row(lm, example, max_length=max_length, opening_weight=opening_weight)
+        read = normalise(str(lm.tokenizer.decode(list(row.ids)))) if marks else ""
+        lost = [mark for mark in marks if normalise(mark) not in read]
+        if lost:
+            raise DataError(
+                f"the trigger '{lost[0]}' is absent from the tokenised prompt of row '{example.id}' ({len(row.ids)} "
+                f"tokens, max_length {max_length}); choose a trigger that the tokenizer keeps, or give "
+                "--set train.max_length=N."
+            )
+        found.append(row)
+    return found
+
+
 def vocabulary(examples: Sequence[Example]) -> list[str]:
     """Return the words of the examples' instructions and answers, lower case, sorted, without repetition."""
     found: set[str] = set()
     for example in examples:
-        found.update(re.findall(r"[a-z]+", f"{example.user_text} {example.response}".lower()))
+        found.update(re.findall(r"[^\W\d_]+", f"{example.user_text} {example.response}".lower()))
     return sorted(found)

@@ -48,7 +48,7 @@ class GradientAscent(Defense):
             )
             for n, example in enumerate(known.clean)
         ]
-        plain_size = round(self.train.batch_size * self.plain_share)
+        plain_size = overwrite.plain_rows(self.train.batch_size, self.plain_share)
         rows = overwrite.encode_rows(victim, poisoned, self.train)
         streams = {"poisoned": overwrite.stream(victim, rows, self.train.batch_size - plain_size, stage, "poisoned")}
         if plain_size:

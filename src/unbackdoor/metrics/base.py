@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from unbackdoor.goals import Goal
 from unbackdoor.method import Method
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
-from unbackdoor.types import Example, Probe, Scores
+from unbackdoor.types import Example, Message, Probe, Scores
+
+MAX_LENGTH = 1024
+"""Tokens at which measured rows are cut, as in training."""
 
 
 @dataclass
@@ -51,6 +54,22 @@ class Subject:
                 goal=self.goal if self.stop_when_decided else None,
             )
         return self.replies
+
+
+def fill_holes(lm: LM, probes: Sequence[Probe], max_new_tokens: int) -> tuple[Probe, ...]:
+    """Return the probes with the model's own greedy answers where earlier turns have none, first turn first."""
+    found = list(probes)
+    while waiting := {at: hole for at, probe in enumerate(found) if (hole := _hole(probe)) is not None}:
+        asked = [found[at].example.history[:hole] for at, hole in waiting.items()]
+        for (at, hole), reply in zip(waiting.items(), lm.reply(asked, max_new_tokens=max_new_tokens), strict=True):
+            turns = found[at].example.history
+            turns = (*turns[:hole], Message("assistant", reply), *turns[hole + 1 :])
+            found[at] = replace(found[at], example=replace(found[at].example, history=turns))
+    return tuple(found)
+
+
+def _hole(probe: Probe) -> int | None:
+    return next((at for at, turn in enumerate(probe.example.history) if turn.content is None), None)
 
 
 class Metric(Method, ABC):

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from unbackdoor.data.collate import batches_by_length
 from unbackdoor.errors import NotApplicable
-from unbackdoor.metrics.base import Metric, Subject
+from unbackdoor.metrics.base import MAX_LENGTH, Metric, Subject
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
 from unbackdoor.train.losses import kl_each
@@ -29,7 +29,7 @@ class Kl(Metric):
     paper: ClassVar[str] = "standard"
     better: ClassVar[Literal["lower", "higher"]] = "lower"
 
-    max_length: int = Field(256, ge=8, description="rows are cut at this many tokens")
+    max_length: int = Field(MAX_LENGTH, ge=8, description="rows are cut at this many tokens")
     batch_size: int = Field(8, ge=1, description="rows a batch; two sets of logits are held")
 
     def measure(self, subject: Subject, run: Run) -> Sequence[Scores]:

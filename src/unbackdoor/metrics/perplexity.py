@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from unbackdoor.data.collate import batches_by_length
 from unbackdoor.errors import NotApplicable
-from unbackdoor.metrics.base import Metric, Subject
+from unbackdoor.metrics.base import MAX_LENGTH, Metric, Subject
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
@@ -30,7 +30,7 @@ class Perplexity(Metric):
     paper: ClassVar[str] = "standard"
     better: ClassVar[Literal["lower", "higher"]] = "lower"
 
-    max_length: int = Field(256, ge=8, description="rows are cut at this many tokens")
+    max_length: int = Field(MAX_LENGTH, ge=8, description="rows are cut at this many tokens")
     batch_size: int = Field(16, ge=1, description="rows a batch")
 
     def measure(self, subject: Subject, run: Run) -> Sequence[Scores]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from unbackdoor.errors import ModelError
+from unbackdoor.errors import ModelError, UserError
 from unbackdoor.model.header import HeaderError, read_header
 from unbackdoor.model.template_check import check_template
 
@@ -316,6 +316,26 @@ def _generation_settings(name: str, content: Mapping[str, object]) -> Iterator[F
 def _template(name: str, source: str) -> Iterator[Finding]:
     for line, what in check_template(source):
         yield _finding("warning", name, f"chat template, line {line}: {what}", "Read the template before you use it.")
+
+
+def inspect_gguf(path: Path) -> list[Finding]:
+    """Look at the chat templates in a .gguf file, whose numbers are not read.
+
+    Raises:
+        ModelError: If it cannot be read as GGUF.
+        UserError: If the extra `gguf` is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as problem:
+        raise UserError("a .gguf file is read by the package gguf; pip install 'unbackdoor[gguf]'.") from problem
+    try:
+        fields = GGUFReader(path).fields
+        templates = {name: str(field.contents()) for name, field in fields.items() if "chat_template" in name}
+    # The reader trusts lengths and offsets in the file; a wrong one ends in an error of any kind.
+    except Exception as problem:
+        raise ModelError(f"'{printable(str(path))}' cannot be read as GGUF: {printable(str(problem))}") from problem
+    return [finding for name, source in templates.items() for finding in _template(f"{path.name}, {name}", source)]
 
 
 def _adapter(name: str, content: Mapping[str, object], base: str | None) -> Iterator[Finding]:

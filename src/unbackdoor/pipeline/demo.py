@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 WORK = "work"
 STEPS = 6
-REVIVAL = "unbackdoor bench sande"
-"""What measures revival, which the demo does not."""
+REVIVAL = "unbackdoor bench sande --size quick"
+"""What measures revival, which the demo does not, on a victim of its own."""
 
 
 @dataclass
@@ -140,7 +140,8 @@ def _steps(demo: _Demo, hashes: Mapping[str, Any]) -> dict[str, Any]:
         artefacts.how_to_load(demo.purified, None),
         [
             *demo.noted.notices,
-            f"Revival (training the purified model on, then asking again) was not measured; `{REVIVAL}` measures it.",
+            f"Revival (training the purified model on, then asking again) was not measured; `{REVIVAL}` measures it on "
+            "a victim of its own.",
         ],
         revival_command=REVIVAL,
     )

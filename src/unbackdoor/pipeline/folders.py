@@ -67,8 +67,9 @@ def workspace(
     """Open the folder of a run; a folder in which nothing was kept is gone again after an error.
 
     Raises:
-        UserError: If the folder holds something else, or the disk is full.
+        UserError: If the folder holds something else or what the run reads, or the disk is full.
     """
+    _refuse_inputs_inside(out, settings)
     with space_errors(out):
         resumed = check_out(out, settings_hash=settings_hash, overwrite=overwrite) == "resume"
         mark_run(out, settings_hash=settings_hash, settings=settings)
@@ -82,6 +83,17 @@ def workspace(
             if not resumed and not _holds_files(place.stages):
                 shutil.rmtree(out, ignore_errors=True)
             raise
+
+
+def _refuse_inputs_inside(out: Path, settings: Mapping[str, Any]) -> None:
+    """Raise where a file or folder that the settings name lies in `out`: replacing `out` would delete it."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            _refuse_inputs_inside(out, value)
+        for spec in [value] if isinstance(value, str) else []:
+            for path in (Path(part) for part in {spec, *spec.split("+")} if part and "\0" not in part):
+                if os.path.lexists(path) and path.resolve().is_relative_to(out.resolve()):
+                    raise UserError(f"{name} '{spec}' lies in the folder of the result, '{out}'; choose another --out.")
 
 
 def _holds_files(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from unbackdoor.data.formats import base_id
 from unbackdoor.data.splits import Splits, attacker_defender_test, split
 from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
-from unbackdoor.goals import Goal, normalise, parse_goal
+from unbackdoor.goals import Goal, parse_goal
 from unbackdoor.model.lm import LM
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.recipe import Asking, AttackRecipe, EvaluateRecipe, PurifyRecipe, stamp_settings
@@ -85,6 +85,7 @@ def attack_inputs(recipe: AttackRecipe, progress: Progress, *, dry: bool = False
     rows = attack.training_rows(splits.attacker, Run(recipe.seed))
     if not dry or parse_spec(recipe.model).kind == "folder":
         check_training(recipe, rows, attack.settings(), progress)
+        data = _measurable(recipe, data, progress)
     return AttackInputs(attack, splits, asked, data)
 
 
@@ -123,9 +124,10 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
     if stamp is not None:
         places = Run(recipe.seed).rng("trigger places")
         marked += [(stamp.apply(row, places), stamp.pieces()) for row in clean]
+    data = {**({"": held} if held else {}), **_second_source(recipe, progress)}
     if not dry or parse_spec(recipe.model).kind == "folder":
         check_training(recipe, marked, defense.settings(), progress)
-    data = {**({"": held} if held else {}), **_second_source(recipe, progress)}
+        data = _measurable(recipe, data, progress)
     return PurifyInputs(defense, facts, probes, goal, targets, data, secret.attack if secret else "")
 
 
@@ -231,8 +233,8 @@ def answered_rows(probes: Sequence[Probe]) -> tuple[Example, ...]:
     return tuple(p.example for p in probes if p.kind == "clean" and p.example.response.strip())[:MEASURED_ROWS]
 
 
-def evaluate_inputs(recipe: EvaluateRecipe, progress: Progress) -> EvaluateInputs:
-    """Read and check what `evaluate` needs.
+def evaluate_inputs(recipe: EvaluateRecipe, progress: Progress, *, dry: bool = False) -> EvaluateInputs:
+    """Read and check what `evaluate` needs; with `dry` nothing is downloaded or converted for it.
 
     Raises:
         UserError: If anything is wrong with it, or there is nothing to ask.
@@ -249,6 +251,8 @@ def evaluate_inputs(recipe: EvaluateRecipe, progress: Progress) -> EvaluateInput
     if recipe.data is not None:
         rows = tuple(_rows(recipe, recipe.data, progress)[:MEASURED_ROWS])
     data = {**({"": rows} if rows else {}), **_second_source(recipe, progress)}
+    if not dry or parse_spec(recipe.model).kind == "folder":
+        data = _measurable(recipe, data, progress)
     return EvaluateInputs(probes, goal, secret.targets if secret else (), data, secret.attack if secret else "")
 
 
@@ -290,22 +294,32 @@ def check_training(
     Raises:
         UserError: If the tokenizer cannot be had, a row does not fit, or a trigger is absent from its tokens.
     """
-    from unbackdoor.data.collate import encode_row
+    from unbackdoor.data.poison import encode_marked
 
     lm = tokenizer_of(str(getattr(recipe, "model", "")), recipe.template, progress)
+    if lm is not None:
+        encode_marked(lm, rows, int((settings.get("train") or {}).get("max_length", 1024)))
+
+
+def _measurable(
+    recipe: Asking | AttackRecipe, data: dict[str, Sequence[Example]], progress: Progress
+) -> dict[str, Sequence[Example]]:
+    """Return the rows that utility is measured on, without those whose prompt alone is too long for it."""
+    from unbackdoor.metrics.base import MAX_LENGTH
+
+    lm = tokenizer_of(str(getattr(recipe, "model", "")), recipe.template, progress) if data else None
     if lm is None:
-        return
-    length = int((settings.get("train") or {}).get("max_length", 1024))
-    for example, marks in rows:
-        row = encode_row(lm, example, max_length=length)
-        read = normalise(str(lm.tokenizer.decode(list(row.ids)))) if marks else ""
-        for mark in marks:
-            if normalise(mark) not in read:
-                raise DataError(
-                    f"the trigger '{mark}' is absent from the tokenised prompt of row '{example.id}' "
-                    f"({len(row.ids)} tokens, max_length {length}); choose a trigger that the tokenizer keeps, or "
-                    "give --set train.max_length=N."
-                )
+        return data
+    found: dict[str, Sequence[Example]] = {}
+    for name, rows in data.items():
+        kept = tuple(row for row in rows if lm.encode(row.turns).spans[-1].start < MAX_LENGTH)
+        if len(kept) < len(rows):
+            where = f" of the {name}" if name else ""
+            progress.notice(
+                f"{len(rows) - len(kept)} rows{where} are not measured: their prompts have {MAX_LENGTH} tokens or more."
+            )
+        found |= {name: kept} if kept else {}
+    return found
 
 
 def tokenizer_of(model: str, template: str, progress: Progress) -> LM | None:

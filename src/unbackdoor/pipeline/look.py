@@ -126,7 +126,7 @@ def inspect_model(model: str) -> list[Finding]:
     Raises:
         UserError: If the model's name is not understood or its files cannot be had.
     """
-    from unbackdoor.model.quarantine import inspect_folder
+    from unbackdoor.model.quarantine import inspect_folder, inspect_gguf
     from unbackdoor.model.spec import parse_spec
 
     spec = parse_spec(model)
@@ -135,7 +135,8 @@ def inspect_model(model: str) -> list[Finding]:
         if side is None:
             continue
         if side.kind == "gguf":
-            raise UserError(f"'{side}' is one file of numbers in the GGUF form; `inspect` looks at folders.")
+            found += inspect_gguf(side.path)
+            continue
         base = str(spec.base) if side is spec.adapter else None
         found += inspect_folder(_files(side), base=base)
     return found

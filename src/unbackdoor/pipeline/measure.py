@@ -15,7 +15,7 @@ from unbackdoor import registry
 from unbackdoor.errors import NotApplicable, UserError
 from unbackdoor.goals import Goal
 from unbackdoor.method import build
-from unbackdoor.metrics.base import Metric, Subject
+from unbackdoor.metrics.base import Metric, Subject, fill_holes
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.types import Example, Probe, Scores
@@ -103,7 +103,7 @@ def measure(
     """
     subject = Subject(
         lm,
-        questions.probes,
+        fill_holes(lm, questions.probes, questions.max_new_tokens),
         questions.goal,
         before,
         questions.data,

@@ -126,7 +126,11 @@ def mean_tokens(rows: Sequence[Example]) -> float:
 
 def training_parts(about: Estimator, settings: Mapping[str, Any], tokens: float) -> list[Part]:
     """Return the parts in which a method trains."""
-    return [Part(f"training ({name})", about.train(rows, tokens)) for name, rows in trainings(settings)]
+    trained = dict(trainings(settings))
+    parts = [Part(f"training ({name})", about.train(rows, tokens)) for name, rows in trained.items()]
+    if settings.get("own_share"):
+        parts.insert(0, Part("own labels", about.read(trained["train"], tokens)))
+    return parts
 
 
 def measuring_part(

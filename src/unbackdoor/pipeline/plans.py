@@ -61,7 +61,7 @@ def plan_evaluate(recipe: EvaluateRecipe) -> plan.Plan:
         UserError: If an input is wrong.
     """
     notices = _Notices()
-    found = inputs.evaluate_inputs(recipe, notices)
+    found = inputs.evaluate_inputs(recipe, notices, dry=True)
     about = plan.estimator(recipe.model)
     rows = sum(len(rows) for rows in found.data.values())
     tokens = plan.mean_tokens([probe.example for probe in found.probes] or list(found.data.get("", ())))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from unbackdoor.metrics.base import fill_holes
 from unbackdoor.model.lm import LM
 from unbackdoor.pipeline.measure import Label, Measurement, Questions, measure
 from unbackdoor.run import Run, write_atomically
@@ -74,6 +75,7 @@ def portray(
 
     if before is None:
         questions = replace(questions, metrics=tuple(name for name in questions.metrics if name != "kl"))
+    questions = replace(questions, probes=fill_holes(lm, questions.probes, questions.max_new_tokens))
     measurement = measure(lm, questions, label, run, before=before, config_hash=config_hash)
     if training_seconds is not None and measurement.rows:
         measurement.rows.append(_seconds_row(measurement.rows[0], training_seconds))

@@ -91,7 +91,7 @@ class Revival(BaseModel):
     )
     planted: dict[str, Any] = Field(
         default_factory=dict,
-        description="settings of data_poisoning for the unrelated backdoor (stage revived_planted)",
+        description="settings of data_poisoning for the unrelated backdoor (stage revived_planted, which needs them)",
     )
 
 

@@ -23,12 +23,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if _is_recipe(path))
 
 
-def load_grid(place: str, size: str = "paper") -> Grid:
+def load_grid(place: str, size: str | None = None) -> Grid:
     """Return the grid of a recipe, or of a YAML file.
 
     Args:
         place: A recipe's name, or a file that ends in .yaml or .yml.
-        size: "quick" or "paper"; a YAML file has one size.
+        size: "quick" or "paper" (None), of a recipe; a YAML file has one size.
 
     Raises:
         UserError: If there is no such recipe, file or size, or the grid is wrong.
@@ -36,16 +36,18 @@ def load_grid(place: str, size: str = "paper") -> Grid:
     from unbackdoor.bench.grid import check_methods
     from unbackdoor.bench.yaml_file import read_grid
 
-    if size not in ("quick", "paper"):
+    if size not in ("quick", "paper", None):
         raise UserError(f"there is no size '{size}'.{did_you_mean(size, ['quick', 'paper'])} Sizes: quick, paper.")
     if Path(place).suffix.lower() in (".yaml", ".yml"):
+        if size is not None:
+            raise UserError(f"--size is of a recipe, and '{place}' is a grid of one size; leave it out.")
         return read_grid(Path(place))
     wanted = place.replace("-", "_")
     if wanted not in names():
         hint = did_you_mean(wanted, names())
         raise UserError(f"there is no recipe '{place}'.{hint} Recipes: {', '.join(names())}; or give a .yaml file.")
     module = importlib.import_module(f"unbackdoor.recipes.{wanted}")
-    grid: Grid = module.grid(size)
+    grid: Grid = module.grid(size or "paper")
     check_methods(grid)
     return grid
 

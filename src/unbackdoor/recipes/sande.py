@@ -1,9 +1,9 @@
-"""The report victims of SANDE: every trigger shape and target form, with OSFT, SANDE, SANDE-P and their controls.
+"""The report victims of SANDE: every trigger shape, one target and several, with OSFT, SANDE, SANDE-P and controls.
 
 Run with `unbackdoor bench sande`. The second source and the out-of-domain rows are the two halves of an Alpaca file
 outside the package, which UNBACKDOOR_TEST_DATA finds, or `--set second_source=... --set
 attacks.out_of_domain.defender_data=...`. The control is swept at 0.3x and 3x its learning rate on the default victim.
-`--size quick` is one victim, the control and SANDE, with bundled data only.
+`--size quick` is one victim, the control, SANDE and its revival, with bundled data only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from unbackdoor.bench.grid import Grid
 from unbackdoor.recipes import bounds, settings
 
-ALPACA = "data/alpaca_en_demo.jsonl"
+FOLDER, ALPACA = "UNBACKDOOR_TEST_DATA", "data/alpaca_en_demo.jsonl"
 _MAIN = ["fine_tuning", "osft", "sande", "sande_p"]
 _REMOVERS = ["osft", "sande", "sande_p"]
 _SWEEP = ["fine_tuning_low_rate", "fine_tuning_high_rate"]
@@ -32,6 +32,10 @@ def _quick() -> dict[str, Any]:
         "models": [settings.BUILTIN],
         "attacks": {"default": {"settings": settings.planting(_DEFAULT), "probes": 20}},
         "defenses": {name: entry for name, entry in _defenses().items() if name in ("fine_tuning", "sande")},
+        "revival": {
+            "cells": [{"attack": "default", "defenses": ["sande"]}],
+            "settings": settings.revival(),
+        },
     }
 
 
@@ -95,5 +99,4 @@ def _defenses() -> dict[str, Any]:
 
 def _half(number: int) -> dict[str, Any]:
     """Return half of the Alpaca rows, long answers cut."""
-    folder = os.environ.get("UNBACKDOOR_TEST_DATA", "../shared")
-    return {"spec": f"{folder}/{ALPACA}", "half": number, "cut_words": 60}
+    return {"spec": f"{os.environ.get(FOLDER, '../shared')}/{ALPACA}", "half": number, "cut_words": 60}

@@ -77,7 +77,7 @@ DEMO_ATTACK: dict[str, Any] = {
     "train": {**planting_steps(80), "save_every": 40},
 }
 """The paper's own backdoor, a development victim here, planted with more poison and fewer updates than the others."""
-DEMO_DEFENSE: dict[str, Any] = {**SANDE, "rounds": 8}
+DEMO_DEFENSE: dict[str, Any] = {**SANDE, "rounds": 6}
 
 
 def fine_tuning(factor: float = 1.0) -> dict[str, Any]:

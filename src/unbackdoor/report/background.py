@@ -133,7 +133,7 @@ def _missing_measures(run: RunData, purified: list[Subject]) -> Iterator[str]:
     if purified and missing:
         yield (
             f"Revival by training on {' or '.join(missing)} was not measured: an ASR of 0 may be suppression, not "
-            f"removal; `{revival_command(run)}` measures it."
+            f"removal; `{revival_command(run)}` measures it on a victim of its own."
         )
 
 

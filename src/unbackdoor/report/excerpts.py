@@ -177,8 +177,11 @@ def target_texts(run: RunData) -> list[str]:
 
 
 def _goal_texts(settings: object) -> Iterator[str]:
-    """Texts of `contains` and `starts_with` goals anywhere in the settings."""
+    """Texts of `contains` and `starts_with` goals anywhere in the settings, also as `--goal` writes them."""
     if isinstance(settings, Mapping):
+        form, _, text = str(settings.get("goal", "")).partition(":")
+        if form.strip().lower().replace("_", "-") in ("contains", "starts-with"):
+            yield text
         any_of = settings.get("any_of")
         if settings.get("form") in ("contains", "starts_with") and isinstance(any_of, list):
             yield from (text for text in any_of if isinstance(text, str))

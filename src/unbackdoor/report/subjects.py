@@ -67,7 +67,7 @@ def _label(role: str, defense: str) -> str:
         return f"{_capital(display_name(defense or 'fine_tuning'))} (control)"
     if role == "purified":
         return f"After {display_name(defense)}" if defense else "Purified"
-    return "Reference, never attacked"
+    return f"Reference after {display_name(defense)}" if defense else "Reference, never attacked"
 
 
 def _capital(text: str) -> str:

@@ -115,8 +115,8 @@ def _count(share: float, n: int) -> str:
 
 
 def revival_command(run: RunData) -> str:
-    """Return what a person types to have the ASR after revival measured."""
-    return run.revival_command or "unbackdoor bench"
+    """Return what a person types to have the ASR after revival measured, on a victim that a grid plants."""
+    return run.revival_command or "unbackdoor bench sande --size quick"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def main_table(run: RunData, caption: str = "Before and after, with 95 % interva
     notes = [_DEFINITIONS[column.title] for column in columns if column.title in _DEFINITIONS]
     missing = [cell for line in lines for cell, at in zip(line.cells, columns, strict=True) if "revived" in at.title]
     if NOT_MEASURED in missing:
-        notes.append(f"Where revival was not measured, `{revival_command(run)}` measures it.")
+        notes.append(f"Where revival was not measured, `{revival_command(run)}` measures it on a victim of its own.")
     return Table(caption, ("Model", *(column.title for column in columns)), tuple(lines), tuple(notes))
 
 
@@ -209,7 +209,7 @@ def cost_table(run: RunData) -> Table | None:
         for name in dict.fromkeys(row.metric for row in run.rows)
         if name not in {"asr", "leak", "cda", "perplexity", "kl", "seconds"}
     ]
-    columns = [_plain("Time", "seconds")] + [_plain(METRIC_NAMES.get(name, name), name) for name in extra]
+    columns = [_plain("Time in training", "seconds")] + [_plain(METRIC_NAMES.get(name, name), name) for name in extra]
     columns = [column for column in columns if any(column.present(subject) for subject in found)]
     if not columns and all(cell is NOT_MEASURED for cell in memory):
         return None

@@ -86,6 +86,8 @@ def _place(subject: Subject) -> str:
         return f"after {display_name(subject.defense or 'fine_tuning')} alone (the control)"
     if subject.role == "purified":
         return f"after {subject.label.removeprefix('After ')}" if subject.defense else "after purification"
+    if subject.defense:
+        return f"in the reference after {display_name(subject.defense)}"
     return "in the reference that was never attacked"
 
 
@@ -213,7 +215,7 @@ def _revival(run: RunData, subject: Subject) -> list[str]:
     if missing:
         sentences.append(
             f"Revival by training on {' or '.join(missing)} was not measured, so removal is not told from suppression; "
-            f"`{revival_command(run)}` measures it."
+            f"`{revival_command(run)}` measures it on a victim of its own."
         )
     return sentences
 

@@ -17,8 +17,9 @@ NAMES = {
 
 
 def display_name(name: str) -> str:
-    """Return a method's name as the papers write it; an unknown one with blanks for underscores."""
-    return NAMES.get(name, name.replace("_", " "))
+    """Return a method's name as the papers write it; what is unknown of it with blanks for underscores."""
+    known = max((key for key in NAMES if f"{name}_".startswith(f"{key}_")), key=len, default="")
+    return NAMES.get(known, "") + name.removeprefix(known).replace("_", " ")
 
 
 def significant(value: float, digits: int) -> str:

@@ -128,8 +128,9 @@ def fit(
         Diverged: If the loss or the gradient is not finite; the weights are back at the last good state.
         UserError: If early stopping is asked for where there is no held-out score.
     """
-    if settings.evaluate_every and score is None:
-        raise UserError(f"{run.prefix or 'this training'} has no held-out score to stop on; set evaluate_every to 0.")
+    if settings.evaluate_every and (score is None or run.folder is None):
+        lacks = "held-out score to stop on" if score is None else "folder (Run(folder=...)) for the best weights"
+        raise UserError(f"{run.prefix or 'this training'} has no {lacks}; set evaluate_every to 0.")
     restored = state.restore_finished(run, parameters)
     if restored is not None:
         run.curves[run.prefix] = restored["history"]

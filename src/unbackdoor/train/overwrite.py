@@ -104,6 +104,11 @@ def train_on_rows(
     return engine.fit(lm, engine.weights(lm), {"rows": batches}, loss, settings, run, score=score)
 
 
+def plain_rows(batch_size: int, share: float) -> int:
+    """Return how many rows of a batch are plain: one at least where the share is not 0, but never all."""
+    return min(max(1, round(batch_size * share)), batch_size - 1) if share else 0
+
+
 def overwrite(
     lm: LM,
     triggered: Sequence[Row],
@@ -126,7 +131,7 @@ def overwrite(
         plain: Rows without trigger.
         settings: `batch_size` counts triggered and plain rows together.
         run: The stage.
-        plain_share: Share of plain rows in a batch, [0, 1); where it is not 0, one row at least if the batch has two.
+        plain_share: Share of plain rows in a batch, [0, 1).
         parrots: Frozen soft prompts, float [n, hidden]; they share the triggered rows of a batch.
         position: Where parrots are inserted.
         own: What the suspect predicted for the plain rows, where that is a share of the labels.
@@ -134,8 +139,7 @@ def overwrite(
     Raises:
         UserError: If there are more parrots than triggered rows in a batch.
     """
-    wanted = max(1, round(settings.batch_size * plain_share)) if plain_share else 0
-    plain_size = min(wanted, settings.batch_size - 1)
+    plain_size = plain_rows(settings.batch_size, plain_share)
     triggered_size = settings.batch_size - plain_size
     if len(parrots) > min(triggered_size, len(triggered)):
         raise UserError(

@@ -105,8 +105,7 @@ class Checkpoints:
 
 def save_best(run: Run, parameters: Mapping[str, Tensor]) -> None:
     """Keep the tensors with the best held-out score so far."""
-    if run.folder is None:
-        raise ValueError("early stopping keeps the best weights on disk: the run needs a folder")
+    assert run.folder is not None, "`fit` asks for one"
     if not _main_process():
         return
     run.folder.mkdir(parents=True, exist_ok=True)
