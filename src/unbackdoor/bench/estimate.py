@@ -106,8 +106,9 @@ def _training(method: BaseModel, size: float) -> float:
             if getattr(method, "own_share", 0):
                 seconds += 2 * size * rows * _TOKENS_A_ROW / _SCORE_SPEED
         elif isinstance(value, BaseModel):
-            # A soft prompt: frozen weights, and nothing behind the target.
-            seconds += 0.5 * rounds * int(getattr(method, "parrots", 1)) * _training(value, size)
+            # A soft prompt: frozen weights, nothing behind the target, and an end once it is good enough.
+            share = 0.2 if getattr(value, "stop_below", 0) else 0.5
+            seconds += share * rounds * int(getattr(method, "parrots", 1)) * _training(value, size)
     return seconds
 
 

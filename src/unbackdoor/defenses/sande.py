@@ -4,9 +4,10 @@ Paper: Simulate and Eliminate (2405.07667).
 Equation 4: learn the parrot p on the frozen model, minimising -log P(target | p, x); equation 3 with p in the place of
 the trigger: minimise -log P(y | p, x), y the clean answer, p frozen.
 Needs to know: clean rows; the target text (what the backdoor says). Not the trigger, nor where it stands.
-Deviations: the default runs many short rounds, each with a fresh parrot that starts at the embeddings of random
-tokens, keeps plain rows in the batch, and lets the first tokens of an answer count more, where the target is said or
-not. Half of every label is what the suspect itself predicts without parrot (train/own_labels.py), so that a model stays
+Deviations: the default runs many short rounds (30 updates at 2e-4 in all; paper: 2e-5 to 4e-5), each with a fresh
+parrot (8 tokens at 1e-2; public code: 6 at 1e-3) that starts at the embeddings of random tokens and is trained until it
+makes the model say the target; it keeps plain rows in the batch, and the first tokens of an answer, where the target is
+said or not, count more. Half of every label is what the suspect itself predicts without parrot (train/own_labels.py), so that a model stays
 as it was otherwise. One parrot is learned and overwritten at places all over the user's words, because nobody knows
 where the trigger stands. Preset `paper` is one round, a parrot of zeros at their start, no plain rows, clean answers
 alone, and all tokens alike (the public code puts the parrot at a fixed token index; here the template finds it).

@@ -104,6 +104,10 @@ def _matrix_speed() -> float:
     return 2.0 * size**3 / best
 
 
+_UNTIL_GOOD = 0.4
+"""Share of its steps that a parrot takes which stops once it is good enough, about."""
+
+
 def trainings(settings: Mapping[str, Any], factor: int = 1, place: str = "") -> Iterator[tuple[str, int]]:
     """Yield (name, rows that go through training) of every trained part of a method's settings."""
     rounds = factor * int(settings.get("rounds", 1))
@@ -115,7 +119,8 @@ def trainings(settings: Mapping[str, Any], factor: int = 1, place: str = "") -> 
             yield name, rounds * value["steps"] * value["batch_size"] * value.get("accumulation", 1)
         else:
             many = int(settings.get(f"{key}s", 1)) if isinstance(settings.get(f"{key}s"), int) else 1
-            yield from trainings(value, rounds * many, name)
+            share = _UNTIL_GOOD if value.get("stop_below") else 1.0
+            yield from ((part, round(share * rows)) for part, rows in trainings(value, rounds * many, name))
 
 
 def mean_tokens(rows: Sequence[Example]) -> float:

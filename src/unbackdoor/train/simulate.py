@@ -36,8 +36,9 @@ class ParrotSettings(BaseModel):
     )
     stop_below: float = Field(0.05, ge=0, description="a parrot with a lower loss is good enough; 0 uses all steps")
     train: TrainSettings = Field(
-        TrainSettings(steps=30, learning_rate=1e-2, schedule="constant", warmup=0.0, batch_size=4),
-        description="how the parrot is trained (paper: learning rate 1e-3 in the public code, zeros)",
+        TrainSettings(steps=100, learning_rate=1e-2, schedule="constant", warmup=0.0, batch_size=4),
+        description="how the parrot is trained; steps are a limit, because a parrot that never says the target removes "
+        "nothing, and the backdoor comes back (public code: 100 steps at 1e-3)",
     )
 
 
