@@ -7,10 +7,11 @@ Needs to know: clean rows; the target text (what the backdoor says). Not the tri
 Deviations: the default runs many short rounds (30 updates at 2e-4 in all; paper: 2e-5 to 4e-5), each with a fresh
 parrot (8 tokens at 1e-2; public code: 6 at 1e-3) that starts at the embeddings of random tokens and is trained until it
 makes the model say the target; it keeps plain rows in the batch, and the first tokens of an answer, where the target is
-said or not, count more. Half of every label is what the suspect itself predicts without parrot (train/own_labels.py), so that a model stays
-as it was otherwise. One parrot is learned and overwritten at places all over the user's words, because nobody knows
-where the trigger stands. Preset `paper` is one round, a parrot of zeros at their start, no plain rows, clean answers
-alone, and all tokens alike (the public code puts the parrot at a fixed token index; here the template finds it).
+said or not, count more. Half of every label is what the suspect itself predicts without parrot (train/own_labels.py),
+so that a model stays as it was otherwise. One parrot is learned and overwritten at places all over the user's words,
+because nobody knows where the trigger stands. Preset `paper` is one round, a parrot of zeros at their start, no plain
+rows, clean answers alone, and all tokens alike (the public code puts the parrot at a fixed token index; here the
+template finds it).
 """
 
 from __future__ import annotations
