@@ -103,3 +103,9 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
 def test_nothing_outside_the_folder_is_removed(store: Store, tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         store.remove(tmp_path)
+
+
+def test_a_folder_that_another_process_is_just_making_is_no_strangers(tmp_path: Path) -> None:
+    (tmp_path / ".grid.yaml.123.tmp").write_text("name: g")
+    Store(tmp_path).open("name: g\n")
+    assert (tmp_path / "grid.yaml").read_text() == "name: g\n"

@@ -42,7 +42,10 @@ def grid_with(rule: str, **where: Any) -> Grid:
             "models": ["m"],
             "attacks": {"default": {"seeds": [0, 1]}},
             "defenses": {"tune": TUNE, "osft": {"defense": "osft"}},
-            "revival": {"cells": [{"attack": "default", "defenses": ["osft"]}]},
+            "revival": {
+                "cells": [{"attack": "default", "defenses": ["osft"]}],
+                "settings": {"planted": {"trigger": {"form": "insert", "text": "hat"}, "targets": ["Nice day"]}},
+            },
             "bounds": [{"name": rule, "where": where, **RULES[rule]}],
         },
         "g",

@@ -67,7 +67,7 @@ def test_stopped_twice_it_goes_on_and_finished_it_begins_anew(recipe: DemoRecipe
     rows = outcome.results["rows"]
     assert {row["role"] for row in rows} == {"suspect", "control", "purified"}
     assert {item["defense"] for item in outcome.results["comparisons"]} == {"fine_tuning", "sande"}
-    assert outcome.results["revival_command"] == "unbackdoor bench sande"
+    assert outcome.results["revival_command"] == "unbackdoor bench sande --size quick"
     assert any("Revival" in notice and "not measured" in notice for notice in outcome.results["notices"])
     curves = json.loads((out / "curves.json").read_text())
     assert {"plant", "fine-tuning", "round-2-overwrite"} <= set(curves)

@@ -75,7 +75,9 @@ def test_the_plan_counts_rounds_and_parrots() -> None:
     found = complete_settings("defenses", "sande", None, {"rounds": 3, "parrots": 2}, {})
     rows = dict(trainings(found))
     assert rows["train"] == 3 * 3 * 8
-    assert rows["parrot train"] == 3 * 2 * 30 * 4
+    assert rows["parrot train"] == round(0.4 * 3 * 2 * 100 * 4), "a parrot stops once it is good enough"
+    exact = complete_settings("defenses", "sande", None, {"rounds": 3, "parrots": 2, "parrot": {"stop_below": 0}}, {})
+    assert dict(trainings(exact))["parrot train"] == 3 * 2 * 100 * 4
 
 
 def test_lines_come_at_most_every_five_seconds_and_only_there_where_no_terminal_is() -> None:

@@ -77,7 +77,9 @@ class Store:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"'{printable(str(self.folder))}' is a file; choose another --out.")
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / GRID).is_file():
+        # Another process that begins the same grid at this moment has its temporary file there.
+        held = [path for path in self.folder.iterdir() if f".{GRID}." not in path.name] if self.folder.is_dir() else []
+        if held and not (self.folder / GRID).is_file():
             raise UserError(f"'{printable(str(self.folder))}' holds files but no {GRID}; choose another --out.")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / GRID, grid_yaml)
