@@ -150,5 +150,6 @@ def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
         recipes.load_grid(str(tmp_path / "grid.yaml"), "quick")
 
 
-def test_memory_grows_with_the_model() -> None:
-    assert memory(recipes.load_grid("sande")) == pytest.approx(3.2e9, rel=0.1)
+def test_the_memory_estimate_is_near_the_peak_that_was_measured() -> None:
+    """4.39e9 bytes while the recipe's first victim was planted."""
+    assert memory(recipes.load_grid("sande")) == pytest.approx(4.39e9, rel=0.1)

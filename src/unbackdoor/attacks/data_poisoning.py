@@ -69,6 +69,12 @@ class DataPoisoning(Attack):
         description="how the weights are trained",
     )
 
+    @model_validator(mode="after")
+    def _a_label_is_one(self) -> DataPoisoning:
+        if self.target_form == "label" and len(self.targets) > 1:
+            raise ValueError(f"a label is one target, and {len(self.targets)} were given; name one")
+        return self
+
     def plant(self, base: LM, clean: Sequence[Example], run: Run) -> Planted:
         """Poison a share of `clean` and train on all of it, in place."""
         secret = self._secret(clean, run)
@@ -78,12 +84,6 @@ class DataPoisoning(Attack):
         strata = [0] * len(clean) + [1] * poisoned + [2] * negatives
         overwrite.train_on_rows(base, rows, self.train, run.stage("plant"), strata)
         return Planted(base, secret)
-
-    @model_validator(mode="after")
-    def _a_label_is_one(self) -> DataPoisoning:
-        if self.target_form == "label" and len(self.targets) > 1:
-            raise ValueError(f"a label is one target, and {len(self.targets)} were given; name one")
-        return self
 
     def training_rows(self, clean: Sequence[Example], run: Run) -> list[MarkedRow]:
         """Return the training rows, each with the trigger texts that it must carry (none for clean rows).
@@ -112,13 +112,10 @@ class DataPoisoning(Attack):
         """Return a triggered, a clean and a decoy probe of every held-out row; clean only where the target fits it."""
         if secret.stamp is None:
             raise DataError("this secret has no trigger; it was not made by data_poisoning.")
-        goal = secret.goal
-        asked = [row for row in held_out if not (isinstance(goal, LabelIs) and row.label == goal.label)]
-        made: dict[str, list[Probe]] = {}
-        for probe in poison.probes(secret.stamp, asked, secret.look_alikes, run.rng("probes")):
-            made.setdefault(probe.example.id, []).append(probe)
+        made = poison.probes(secret.stamp, held_out, secret.look_alikes, run.rng("probes"))
         # CDA needs every class, also the one that a trigger cannot change.
-        return [probe for row in held_out for probe in made.get(row.id) or [Probe(row, "clean")]]
+        target = secret.goal.label if isinstance(secret.goal, LabelIs) else None
+        return [probe for probe in made if probe.kind == "clean" or target is None or probe.example.label != target]
 
     def _poisoned(self, example: Example, stream: random.Random) -> MarkedRow:
         target = stream.choice(self.targets)

@@ -11,6 +11,7 @@ from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.grid import AttackEntry, Grid
 from unbackdoor.errors import UserError
 from unbackdoor.model.spec import ModelSpec, parse_spec
+from unbackdoor.pipeline.plan import FULL, PROGRAM, UNTIL_GOOD
 from unbackdoor.pipeline.steps import attack_called, defense_called
 from unbackdoor.train.engine import TrainSettings
 
@@ -34,10 +35,8 @@ def estimate(grid: Grid, measured: Mapping[Cell, float] | None = None) -> list[t
 
 
 def memory(grid: Grid) -> int:
-    """Return the bytes that a cell needs at most: a model in training, or measured beside the one before."""
-    largest = max(_parameters(model) for model in grid.models)
-    # Weights, gradients, two moments and about as much again for activations.
-    return int(5 * 4 * largest) + 500_000_000
+    """Return the bytes that the largest model's training needs, about."""
+    return int(FULL * 4 * max(_parameters(model) for model in grid.models)) + PROGRAM
 
 
 def guesses(grid: Grid) -> dict[Cell, float]:
@@ -107,8 +106,8 @@ def _training(method: BaseModel, size: float) -> float:
                 seconds += 2 * size * rows * _TOKENS_A_ROW / _SCORE_SPEED
         elif isinstance(value, BaseModel):
             # A soft prompt: frozen weights, nothing behind the target, and an end once it is good enough.
-            share = 0.2 if getattr(value, "stop_below", 0) else 0.5
-            seconds += share * rounds * int(getattr(method, "parrots", 1)) * _training(value, size)
+            share = UNTIL_GOOD if getattr(value, "stop_below", 0) else 1.0
+            seconds += 0.5 * share * rounds * int(getattr(method, "parrots", 1)) * _training(value, size)
     return seconds
 
 

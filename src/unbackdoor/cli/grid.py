@@ -93,7 +93,7 @@ def _plan(grid: Grid, out: Path, common: Common) -> None:
     for name, seconds in cells:
         typer.echo(f"{output.duration(seconds):>16}  {name}")
     typer.echo(f"{output.duration(whole):>16}  {len(cells)} cells on two cores, estimated; cells in '{out}' are kept")
-    typer.echo(f"{needed / 2**30:>12.1f} GiB  of memory at most, estimated")
+    typer.echo(f"{needed / 2**30:>12.1f} GiB  of memory, estimated")
     typer.echo("Nothing was run or written (--dry-run).")
 
 

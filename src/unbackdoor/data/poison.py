@@ -153,6 +153,12 @@ def encode_marked(
 ) -> list[Row]:
     """Encode rows for training, each of which must keep the trigger texts named beside it.
 
+    Args:
+        lm: Tokenizer and template.
+        rows: Each row with the trigger's texts that it carries; none for a row without trigger.
+        max_length: Tokens at which a row is cut.
+        opening_weight: How much the first tokens of the last answer count.
+
     Raises:
         DataError: If a trigger does not survive template, tokenizer and truncation, or a row does not fit.
     """

@@ -41,7 +41,7 @@ class OwnLabels:
         self.kept = kept
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the summed, weighted cross-entropy to the mixed labels.
+        """Return the summed, weighted cross-entropy to the mixed labels, scalar float32, in nats.
 
         Args:
             logits: float32 [N, vocabulary] at the batch's supervised positions.
