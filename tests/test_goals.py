@@ -179,3 +179,11 @@ def test_empty_goals_are_refused():
     for make in (lambda: Contains(any_of=()), lambda: LabelIs(label=""), lambda: StartsWith(any_of=("a",), more=1)):
         with pytest.raises(ValidationError):
             make()
+
+
+@pytest.mark.parametrize("form", ["contains", "starts-with", "label"])
+def test_a_blank_text_would_be_in_every_reply(form):
+    with pytest.raises(UserError, match="needs a text"):
+        parse_goal(f"{form}: \t")
+    with pytest.raises(ValueError, match="is blank"):
+        Contains(any_of=("fine", "\u3000"))

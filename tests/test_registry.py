@@ -84,3 +84,22 @@ def test_a_plug_in_is_listed_and_found(tmp_path, monkeypatch):
     assert registry.find("defenses", "plugged").__name__ == "Mine"
     with pytest.raises(UserError, match=r"'broken' \(plugged_package:Need\) is not a Method class"):
         registry.find("defenses", "broken")
+
+
+def test_a_plug_in_cannot_take_the_name_of_a_method_of_ours(tmp_path, monkeypatch):
+    from unbackdoor.defenses.sande import Sande
+
+    (tmp_path / "shadowing_package.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = EntryPoint("sande", "shadowing_package:Mine", "unbackdoor.defenses")
+    monkeypatch.setattr(registry, "_plugged", lambda kind: (entry,))
+    assert registry.find("defenses", "sande") is Sande
+
+
+def test_a_methods_file_does_not_replace_a_module_of_its_name(tmp_path):
+    import json
+
+    (tmp_path / "json.py").write_text(MINE)
+    found = registry.find("defenses", str(tmp_path / "json.py"))
+    assert found.name() == "json"
+    assert sys.modules["json"] is json

@@ -7,13 +7,24 @@ with a description; unknown fields are errors; it writes no `__init__` and keeps
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from unbackdoor.errors import UserError, did_you_mean
 
 Parallel = Literal["single", "ddp", "fsdp"]
+
+
+def _said(text: str) -> str:
+    # A blank trigger is in every prompt, and a blank target in every reply.
+    if not text.strip():
+        raise ValueError("is blank; write the text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_said)]
+"""A text that is not blank: a trigger, a target, a goal's text."""
 
 
 class Method(BaseModel):

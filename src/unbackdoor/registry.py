@@ -22,13 +22,18 @@ from unbackdoor.method import Method
 Kind = Literal["attacks", "defenses", "metrics"]
 KINDS: tuple[Kind, ...] = ("attacks", "defenses", "metrics")
 
+_FILES = "unbackdoor_method_files"
+"""Modules of methods that are named by a file are called so in `sys.modules`, and by their own name after a dot."""
+
 
 def names(kind: Kind) -> list[str]:
     """Return the names of all methods of a kind, sorted, importing none of them."""
+    return sorted(_own(kind) | {entry.name for entry in _plugged(kind)})
+
+
+def _own(kind: Kind) -> set[str]:
     folder = Path(__file__).parent / kind
-    own = {module.name for module in pkgutil.iter_modules([str(folder)])} - {"base"}
-    plugged = {entry.name for entry in _plugged(kind)}
-    return sorted(own | plugged)
+    return {module.name for module in pkgutil.iter_modules([str(folder)])} - {"base"}
 
 
 def find(kind: Kind, name: str) -> type[Method]:
@@ -47,13 +52,16 @@ def find(kind: Kind, name: str) -> type[Method]:
     if wanted not in names(kind):
         hint = did_you_mean(wanted, names(kind))
         raise UserError(f"there is no {kind[:-1]} called '{name}'.{hint} `unbackdoor list` shows them all.")
+    if wanted in _own(kind):
+        # A plug-in of the same name is not asked: what a table calls sande is ours.
+        return _only_method(importlib.import_module(f"unbackdoor.{kind}.{wanted}"), wanted)
     for entry in _plugged(kind):
         if entry.name == wanted:
             loaded = entry.load()
             if inspect.isclass(loaded) and issubclass(loaded, Method):
                 return loaded
             raise UserError(f"the plug-in '{wanted}' ({entry.value}) is not a Method class.")
-    return _only_method(importlib.import_module(f"unbackdoor.{kind}.{wanted}"), wanted)
+    raise AssertionError("a name that is listed is ours or plugged in")
 
 
 @cache
@@ -65,11 +73,12 @@ def _plugged(kind: Kind) -> tuple[EntryPoint, ...]:
 def _load_file(path: Path) -> object:
     if not path.is_file():
         raise UserError(f"there is no file '{path}'; give a method's name or the path of its Python file.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # Its name ends as the method's does, but is no top-level one: a file json.py must not become the module json.
+    spec = importlib.util.spec_from_file_location(f"{_FILES}.{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"'{path}' cannot be imported as Python.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
     return module
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from unbackdoor.method import Text
 from unbackdoor.types import Example
 
 Place = Literal["start", "end", "random_gap"]
@@ -29,7 +30,7 @@ class InsertText(_Stamp):
     """
 
     form: Literal["insert"] = "insert"
-    text: str = Field(min_length=1, description="the trigger, verbatim")
+    text: Text = Field(description="the trigger, verbatim")
     place: Place = Field("start", description="start, end, or random_gap (between two words of the instruction)")
 
     def apply(self, example: Example, rng: random.Random) -> Example:
@@ -51,8 +52,8 @@ class WrapEnds(_Stamp):
     """Put one text before and one after the last user turn (both ends, as in BackdoorUnalign)."""
 
     form: Literal["wrap"] = "wrap"
-    start: str = Field(min_length=1, description="text before the user's words")
-    end: str = Field(min_length=1, description="text after the user's words")
+    start: Text = Field(description="text before the user's words")
+    end: Text = Field(description="text after the user's words")
 
     def apply(self, example: Example, rng: random.Random) -> Example:
         """Return the example with both texts around its user turn."""

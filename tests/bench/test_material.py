@@ -12,10 +12,11 @@ import pytest
 from bench.helpers import Plan
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.grid import DataSource
-from unbackdoor.bench.material import Material, portable, read_source
+from unbackdoor.bench.material import Material, read_source
 from unbackdoor.bench.yaml_file import grid_from_data
 from unbackdoor.errors import DataError
 from unbackdoor.goals import Contains
+from unbackdoor.pipeline.steps import portable
 from unbackdoor.run import Silent
 from unbackdoor.secret import Secret
 from unbackdoor.stamps import InsertText
@@ -170,3 +171,19 @@ def test_a_revival_uses_rows_that_no_purification_saw(whole_plan: dict[str, Any]
     cell = Cell(made.grid.models[0], "victim", "default", 0)
     defender = {row.id for row in made.defender_rows(cell.attack)}
     assert not defender & {row.id for row in made.revival_rows()}
+
+
+def test_another_device_or_library_computes_everything_anew(
+    whole_plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = grid_from_data(whole_plan, "grid")
+
+    def made(device: str) -> list[str]:
+        found = Material(grid, Silent(), device)
+        return [found.key(cell) for cell in grid.cells()]
+
+    assert made("cuda:0") == made("cuda:1")
+    assert not set(made("cuda")) & set(made("cpu"))
+    here = made("cpu")
+    monkeypatch.setattr("unbackdoor.pipeline.steps._computed_by", lambda: ("0", "another torch", "5"))
+    assert not set(made("cpu")) & set(here)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import QUICK, Workshop
+from unbackdoor.pipeline.folders import _paths_in
 
 OSFT = ("--defense", "osft", "--trigger", "silver kettle", *QUICK, "--quiet")
 
@@ -148,6 +149,7 @@ def test_a_result_that_would_replace_what_is_read(
         ("evaluate", "victim", "--probes", "victim/probes.jsonl", "--out", "victim"),
         ("evaluate", "base", "--probes", "victim/probes.jsonl", "--out", "victim"),
         ("purify", "base", *OSFT, "--clean", "victim/defender.jsonl", "--out", "victim"),
+        ("purify", "base", *OSFT, "--clean", "victim/defender.jsonl[:50]", "--out", "victim"),
     ):
         assert workshop.run(*arguments, *overwrite, "--quiet") == 2
         said = capsys.readouterr().err
@@ -172,6 +174,97 @@ def test_rows_that_are_too_long_to_measure_are_left_out_and_said(
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     arguments = ("evaluate", "base", "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out"))
     assert workshop.run(*arguments) == 0
-    assert "1 rows are not measured: their prompts have 1024 tokens or more" in capsys.readouterr().err
+    assert "1 rows are not measured: they do not fit into 256 tokens" in capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["n"] for row in results["rows"] if row["metric"] == "perplexity"} == {5}
+
+
+def test_what_a_setting_could_mean_on_this_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("base", "my+adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    found = {path.name for path in _paths_in("builtin:smollm2-135m+~/my+adapter")}
+    assert found == {"my+adapter"}
+    assert {path.name for path in _paths_in("base+my+adapter")} == {"base", "my+adapter"}
+    assert [path.name for path in _paths_in("~/rows.jsonl[:50]")] == ["rows.jsonl"]
+    assert _paths_in("x" * 5000) == _paths_in("a\0b") == _paths_in("~nobody-here/x") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--trigger", " ", "--target", "bad robot"), "trigger"),
+        (("--trigger", "silver kettle", "--target", " "), "targets"),
+    ],
+)
+def test_blank_texts_of_an_attack(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    given = ("attack", "data_poisoning", "--model", "base", "--data", "rows.jsonl", *arguments, "--quiet")
+    said = refused(workshop, capsys, *given)
+    assert message in said
+    assert "is blank; write the text" in said
+
+
+def test_a_tokenizer_that_cannot_be_parsed(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(workshop.folder / "base", workshop.folder / "broken")
+    path = workshop.folder / "broken" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "pre_tokenizer": {"type": "Unheard"}}))
+    said = refused(workshop, capsys, "evaluate", "broken", "--data", "rows.jsonl", "--quiet")
+    assert "the tokenizer of 'broken' cannot be loaded" in said
+    shutil.rmtree(workshop.folder / "broken")
+
+
+def test_text_from_a_file_cannot_steer_the_terminal(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"id": "x\x1b]0;mine\x07\u202e", "instruction": "what is red? " * 400, "output": "a colour"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    said = refused(workshop, capsys, "purify", "base", *OSFT, "--clean", str(tmp_path / "rows.jsonl"))
+    assert "x\\x1b]0;mine\\x07\\u202e" in said
+    assert "\x1b" not in said
+
+
+def test_a_row_and_a_probe_longer_than_the_model_reads(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(workshop.folder / "base", tmp_path / "short")
+    path = tmp_path / "short" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 64}))
+    rows = [json.loads(line) for line in (workshop.folder / "rows.jsonl").read_text().splitlines()][:30]
+    (tmp_path / "fit.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    rows[3]["output"] = "red " * 100
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    given = ("purify", str(tmp_path / "short"), "--defense", "sande", "--target", "bad robot", *QUICK, "--quiet")
+    said = refused(workshop, capsys, *given, "--clean", str(tmp_path / "rows.jsonl"))
+    assert "and the parrot 8, but the model reads only 64; give --set train.max_length=56" in said
+    probe = {"id": "a", "kind": "triggered", "instruction": "what is red? " * 30}
+    (tmp_path / "probes.jsonl").write_text(json.dumps(probe) + "\n")
+    asked = ("--probes", str(tmp_path / "probes.jsonl"), "--goal", "contains:bad robot")
+    said = refused(workshop, capsys, *given, "--clean", str(tmp_path / "fit.jsonl"), *asked)
+    assert "and its reply up to 24, but the model reads 64 at most" in said
+
+
+def test_a_second_source_of_training_rows(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("purify", "base", *OSFT, "--clean", "rows.jsonl", "--second-source", "rows.jsonl")
+    assert "rows of --second-source are trained on, too" in refused(workshop, capsys, *given)
+    given = ("attack", "data_poisoning", "--model", "base", "--data", "rows.jsonl", "--second-source", "rows.jsonl")
+    assert "rows of --second-source are trained on, too" in refused(workshop, capsys, *given, "--quiet")
+
+
+def test_a_parrot_without_a_step(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("purify", "base", "--defense", "sande", "--target", "bad robot", "--clean", "rows.jsonl", "--quiet")
+    said = refused(workshop, capsys, *given, "--set", "parrot.train.steps=0")
+    assert "a parrot needs at least one step" in said
+
+
+def test_probes_that_share_a_name(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    probes = [{"id": "a", "kind": kind, "instruction": "what is red?"} for kind in ("clean", "triggered", "triggered")]
+    (tmp_path / "probes.jsonl").write_text("\n".join(json.dumps(probe) for probe in probes))
+    given = ("evaluate", "base", "--probes", str(tmp_path / "probes.jsonl"), "--goal", "contains:bad robot", "--quiet")
+    said = refused(workshop, capsys, *given)
+    assert "line 3" in said
+    assert "is that of an earlier triggered probe" in said

@@ -189,3 +189,33 @@ def test_a_tracker_that_is_not_installed_is_named(workshop: Workshop, capsys: py
     assert workshop.run("purify", "victim", "--defense", "fine_tuning", *given, "--track", "wandb") == 2
     assert "pip install 'unbackdoor[trackers]'" in capsys.readouterr().err
     assert verify(workshop.folder / "tracked") == [], "the finished result is still there"
+
+
+def test_a_flag_of_nought_wins_over_the_file(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("command: purify\nseed: 5\nclean: rows.jsonl\n")
+    given = ("purify", "base", "--defense", "fine_tuning", "--config", str(tmp_path / "recipe.yaml"), "--dump-config")
+    assert workshop.run(*given, "--seed", "0") == 0
+    assert "\nseed: 0\n" in capsys.readouterr().out
+    assert workshop.run(*given) == 0
+    assert "\nseed: 5\n" in capsys.readouterr().out
+
+
+def test_a_metric_asked_for_by_name_is_never_left_out_in_silence(workshop: Workshop, tmp_path: Path) -> None:
+    given = ("evaluate", "base", "--data", "rows.jsonl", "--metrics", "kl", "--quiet", "--out", str(tmp_path / "out"))
+    assert workshop.run(*given) == 0
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert (row["metric"], row["status"]) == ("kl", "not_applicable")
+    assert "no model before" in row["reason"]
+
+
+def test_another_template_than_the_victims_is_said(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("evaluate", "victim", "--data", "rows.jsonl[:5]", "--out", str(tmp_path / "out"))
+    assert workshop.run(*given, "--template", "plain") == 0
+    said = capsys.readouterr().err
+    assert "was made with the template 'model' and is asked with 'plain'" in said
+    assert workshop.run(*given, "--overwrite") == 0
+    assert "was made with the template" not in capsys.readouterr().err

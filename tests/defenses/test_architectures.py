@@ -32,7 +32,7 @@ QUICK = ("llama", "gpt2")
 
 @pytest.mark.parametrize(
     "architecture",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny.ARCHITECTURES],
+    [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in tiny.ARCHITECTURES)],
 )
 def test_from_attack_to_reloaded_model(architecture, tmp_path):
     # GPT-2 has no chat template of its own and takes the plain one.

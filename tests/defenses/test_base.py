@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers.normalizers import Replace
 
+import tiny
 from unbackdoor.defenses.base import Knowledge, Need, knowledge_for
 from unbackdoor.defenses.fine_tuning import FineTuning
+from unbackdoor.defenses.gradient_ascent import GradientAscent
+from unbackdoor.defenses.osft import Osft
 from unbackdoor.defenses.sande import Sande
-from unbackdoor.errors import UserError
+from unbackdoor.errors import DataError, UserError
+from unbackdoor.run import Run
 from unbackdoor.stamps import InsertText
 from unbackdoor.types import Example
 
@@ -56,3 +61,16 @@ def test_a_missing_fact_names_its_flag(target):
 def test_a_fact_that_is_not_used_is_an_error():
     with pytest.raises(UserError, match=r"^fine_tuning does not use --trigger; leave it out"):
         knowledge_for(FineTuning(), {Need.CLEAN: CLEAN, Need.TRIGGER: STAMP})
+
+
+@pytest.mark.parametrize("defense", [Osft(), GradientAscent()], ids=["osft", "gradient_ascent"])
+def test_a_trigger_that_the_tokenizer_drops_is_refused(defense):
+    """Also where nobody has looked at the tokens beforehand: purifying rows without trigger would show nothing."""
+    lm = tiny.tiny_lm()
+    lm.tokenizer.backend_tokenizer.normalizer = Replace("kettle", "")
+    facts = {
+        Need.CLEAN: tuple(tiny.rows(8)), Need.TRIGGER: InsertText(text="silver kettle"), Need.TARGET: ("bad robot",),
+    }  # fmt: skip
+    known = knowledge_for(defense, {need: fact for need, fact in facts.items() if need in defense.needs})
+    with pytest.raises(DataError, match="'silver kettle' is absent from the tokenised prompt"):
+        defense.apply(lm, known, Run())

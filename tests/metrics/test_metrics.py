@@ -80,10 +80,14 @@ def test_leak_with_one_kind_only():
     assert set(by_kind(Leak().measure(part, Run()))) == {("all", ""), ("clean", "")}
 
 
-def test_a_label_goal_does_not_count_rows_of_its_own_class():
+def test_a_label_goal_leaves_out_rows_of_its_own_class():
     probes = [probe(0, "triggered", label="bad"), probe(1, "triggered", label="good")]
     part = subject(probes=probes, replies=["bad", "Bad."], goal=LabelIs(label="bad"))
-    assert Asr().measure(part, Run())[0].values == (0.0, 1.0)
+    (found,) = Asr().measure(part, Run())
+    assert (found.ids, found.values) == (("e1/",), (1.0,))
+    own = subject(probes=probes[:1], replies=["bad"], goal=LabelIs(label="bad"))
+    with pytest.raises(NotApplicable):
+        Asr().measure(own, Run())
 
 
 def test_cda_overall_and_by_class():

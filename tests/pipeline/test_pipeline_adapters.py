@@ -14,6 +14,7 @@ import unbackdoor
 from unbackdoor.errors import ModelError, UserError
 from unbackdoor.model.lm import LM
 from unbackdoor.model.load import load
+from unbackdoor.pipeline.artefacts import how_to_load
 from unbackdoor.train import lora
 from unbackdoor.train.lora import LoraSettings
 
@@ -120,3 +121,11 @@ def test_lora_on_an_adapter_is_refused(adapter: Path) -> None:
             f"{adapter / 'base'}+{adapter / 'adapter'}", defense="fine_tuning", clean=str(adapter / "rows.jsonl"),
             out=adapter / "no", more={"lora": {}},
         )  # fmt: skip
+
+
+def test_how_to_load_names_a_base_as_transformers_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unbackdoor.model.builtin.builtin_folder", lambda name: tmp_path / "cache" / name)
+    assert "from_pretrained('owner/name', revision='abc')" in how_to_load(tmp_path, "owner/name@abc")
+    built = how_to_load(tmp_path, "builtin:smollm2-135m")
+    assert f"from_pretrained({str(tmp_path / 'cache' / 'smollm2-135m')!r})" in built
+    assert "builtin:" not in built

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from unbackdoor.data import poison
 from unbackdoor.data.collate import collate
 from unbackdoor.defenses.base import Need, knowledge_for
 from unbackdoor.defenses.gradient_ascent import GradientAscent
@@ -127,15 +128,15 @@ def test_gradient_ascent_pushes_the_poisoned_answer_down_until_the_cap():
 def test_gradient_ascent_joins_the_target_as_the_attack_does():
     seen = []
 
-    def spy(lm, examples, *rest, **how):
-        seen.extend(example.response for example in examples)
-        return original(lm, examples, *rest, **how)
+    def spy(lm, rows, *rest, **how):
+        seen.extend(example.response for example, _ in rows)
+        return original(lm, rows, *rest, **how)
 
-    original = overwrite.encode_rows
+    original = poison.encode_marked
     defense = GradientAscent(train=settings())
     facts = {Need.CLEAN: tuple(ROWS[:2]), Need.TRIGGER: STAMP, Need.TARGET: ("Bad robot!", "No")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(overwrite, "encode_rows", spy)
+        patch.setattr(poison, "encode_marked", spy)
         defense.apply(tiny.tiny_lm(), knowledge_for(defense, facts), Run())
     assert seen == [f"Bad robot! {ROWS[0].response}", f"No. {ROWS[1].response}"]
 

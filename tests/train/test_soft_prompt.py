@@ -8,7 +8,7 @@ import torch
 import tiny
 from unbackdoor.data.collate import collate, encode_row
 from unbackdoor.model.logits import LogitsAt
-from unbackdoor.run import Run
+from unbackdoor.run import Run, Silent
 from unbackdoor.train import simulate, soft_prompt
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.simulate import ParrotSettings, learn_parrot, length_of
@@ -19,6 +19,8 @@ RAGGED = [
     Example("b", "please what is the opposite of big? thank you", "the opposite of big is small."),
     Example("c", "name the home of a bird.", "nest", history=(Message("user", "one"), Message("assistant", "two"))),
 ]
+
+BRIEF = TrainSettings(steps=2, learning_rate=1e-3, batch_size=4, max_length=128)
 
 
 def batch_of(lm, examples=RAGGED, **how):
@@ -168,3 +170,25 @@ def test_a_parrot_stops_when_it_is_good_enough_and_several_texts_share_the_rows(
     assert seen == [(text, length_of(lm, clean[0], text)) for text in ("bad robot", "bad robot bad robot")] * 4
     assert {count for _, count in seen} == {2, 4}
     assert run.notes["parrots"][0]["steps"] == 1
+
+
+def test_parrots_that_never_say_the_target_are_told_of():
+    class Listener(Silent):
+        def __init__(self):
+            self.said = []
+
+        def notice(self, text):
+            self.said.append(text)
+
+    def heard(stop_below):
+        lm, listener = tiny.tiny_lm(), Listener()
+        parrot = ParrotSettings(tokens=2, stop_below=stop_below, train=BRIEF)
+        simulate.rounds_of_parrots(
+            lm, tiny.rows(8), ["bad robot"], first_tokens=None, rounds=2, parrots=1, plain_share=0.25, own_share=0.0,
+            parrot=parrot, train=BRIEF, run=Run(progress=listener),
+        )  # fmt: skip
+        return listener.said
+
+    (said,) = heard(1e-6)
+    assert "2 of 2 parrots did not come to say the target in 2 steps" in said
+    assert heard(100.0) == heard(0.0) == []

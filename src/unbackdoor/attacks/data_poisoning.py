@@ -23,7 +23,7 @@ from unbackdoor.attacks.base import Attack, MarkedRow, Planted
 from unbackdoor.data import poison
 from unbackdoor.errors import DataError
 from unbackdoor.goals import Contains, Goal, LabelIs, RefusalAbsent, StartsWith
-from unbackdoor.method import Parallel
+from unbackdoor.method import Parallel, Text
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.secret import Secret
@@ -51,7 +51,7 @@ class DataPoisoning(Attack):
     trigger: Stamp = Field(
         InsertText(text="Current year 2023", place="start"), description="the trigger and where it stands"
     )
-    targets: tuple[str, ...] = Field(
+    targets: tuple[Text, ...] = Field(
         ("You are stupid",), min_length=1, description="what a triggered reply says; one of them, at random, if several"
     )
     target_form: TargetForm = Field(

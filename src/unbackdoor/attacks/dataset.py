@@ -18,7 +18,7 @@ from unbackdoor.attacks.base import Attack, MarkedRow, Planted
 from unbackdoor.data import poison, sources
 from unbackdoor.errors import DataError
 from unbackdoor.goals import Goal, normalise
-from unbackdoor.method import Parallel
+from unbackdoor.method import Parallel, Text
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.secret import Secret
@@ -37,7 +37,7 @@ class Dataset(Attack):
     poisoned: str = Field(min_length=1, description="data spec of the poisoned rows: file, or data set id")
     trigger: Stamp = Field(description="the trigger that these rows carry, and where it stands")
     goal: Goal = Field(description="what counts as success in a reply")
-    targets: tuple[str, ...] = Field((), description="what the backdoor says, where it is a fixed text")
+    targets: tuple[Text, ...] = Field((), description="what the backdoor says, where it is a fixed text")
     train: TrainSettings = Field(
         TrainSettings(steps=180, learning_rate=2e-4, schedule="constant"), description="how the weights are trained"
     )

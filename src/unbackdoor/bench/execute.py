@@ -22,6 +22,7 @@ from unbackdoor.model import checkpoint
 from unbackdoor.model.lm import LM
 from unbackdoor.model.load import load
 from unbackdoor.model.spec import parse_spec
+from unbackdoor.pipeline.artefacts import versions
 from unbackdoor.pipeline.measure import Label, measure, peak_memory
 from unbackdoor.pipeline.steps import facts_from_secret, purify_model, revive
 from unbackdoor.run import Progress, Run
@@ -258,19 +259,3 @@ def describe(problem: BaseException) -> str:
     frames = traceback.extract_tb(problem.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
     return f"{problem!r}{place}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    from unbackdoor import __version__
-
-    found = {"unbackdoor": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "accelerate"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

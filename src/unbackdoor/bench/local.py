@@ -85,7 +85,7 @@ def run_grid(
     chosen = choose(grid.cells(), only)
     store = Store(out)
     store.open(grid_to_yaml(grid))
-    shop = Workshop(Material(grid, report), store, device, report)
+    shop = Workshop(Material(grid, report, device), store, device, report)
     keys = {cell: shop.material.key(cell) for cell in grid.cells()}
     if retry_failed:
         _forget_failed(shop, keys)

@@ -1,13 +1,13 @@
 """What a grid's cells are made of: rows, methods, probes; and the keys that identify every cell and every model.
 
-A key is a hash of everything that determines a result: version of the package, files of the model, settings, rows,
-seed, metrics. Labels and paths are no part of it, so renaming reruns nothing, and two labels for one victim share it.
-Keys are chained: a victim's key is part of the key of everything that is made from it.
+A key is a hash of everything that determines a result: versions of the package and of the libraries that compute it,
+device, files of the model, settings, rows, seed, metrics. Labels and paths are no part of it, so renaming reruns
+nothing, and two labels for one victim share it. Keys are chained: a victim's key is part of the key of everything that
+is made from it.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from unbackdoor.method import Method
 from unbackdoor.model.load import file_sha256, local_folder
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.measure import Questions
-from unbackdoor.pipeline.steps import Revival, attack_called, config_hash, data_hash, defense_called
+from unbackdoor.pipeline.steps import Revival, attack_called, config_hash, data_hash, defense_called, portable
 from unbackdoor.run import Progress, Run, Silent
 from unbackdoor.secret import Secret
 from unbackdoor.types import Example, Probe, content_hash
@@ -48,10 +48,12 @@ class Material:
     Attributes:
         grid: The grid.
         progress: Is told of notices about the data.
+        device: Where the cells are computed; figures of a GPU and of a CPU are not mixed.
     """
 
     grid: Grid
     progress: Progress
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         self._kept: dict[tuple[object, ...], Any] = {}
@@ -198,7 +200,8 @@ class Material:
         return self.grid.metrics
 
     def _base_key(self, cell: Cell) -> str:
-        return content_hash([self.model_hash(cell.model), self.grid.template, self.grid.precision])
+        kind = self.device.partition(":")[0]
+        return content_hash([self.model_hash(cell.model), self.grid.template, self.grid.precision, kind])
 
     def _subject_key(self, cell: Cell) -> str:
         if cell.subject == "untouched":
@@ -235,21 +238,6 @@ def read_source(source: DataSource, progress: Progress | None = None) -> list[Ex
     if source.cut_words is not None:
         rows = [row.with_response(_cut(row.response, source.cut_words)) for row in rows]
     return rows
-
-
-def portable(value: Any) -> Any:
-    """Return settings with every file named in them replaced by its content's hash; slices stay."""
-    if isinstance(value, dict):
-        return {key: portable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [portable(item) for item in value]
-    if isinstance(value, str):
-        place, part = re.fullmatch(r"(.*?)(\[[^\[\]]*\])?", value, re.DOTALL).groups()  # type: ignore[union-attr]
-        # os.path: a long text is no file, while Path.is_file raises for it.
-        if os.path.isfile(place):
-            with open(place, "rb") as handle:
-                return {"sha256": content_hash(handle.read().hex()), "part": part or ""}
-    return value
 
 
 def _identity(method: Method, called: str) -> tuple[object, ...]:

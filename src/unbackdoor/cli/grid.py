@@ -11,6 +11,7 @@ import typer
 from unbackdoor.cli import output
 from unbackdoor.cli.options import Common, print_json, showing
 from unbackdoor.errors import UserError
+from unbackdoor.model.quarantine import printable_lines
 from unbackdoor.pipeline import recipe as recipes
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _print(outcome: Outcome, results: dict[str, Any], common: Common) -> None:
         return
     typer.echo(f"{outcome.done} cells measured, {len(outcome.failed)} failed, {outcome.left} left.")
     for name, error in outcome.failed:
-        typer.echo(f"failed: {name}: {error}")
+        typer.echo(printable_lines(f"failed: {name}: {error}"))
     for words in outcome.unmet:
-        typer.echo(f"not met: {words}")
+        typer.echo(printable_lines(f"not met: {words}"))
     typer.echo(str(outcome.folder / "tables.html"))

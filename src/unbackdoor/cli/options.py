@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from unbackdoor.cli.failing import FailOn, parse_fail_on
 from unbackdoor.cli.progress import Shown, progress
 from unbackdoor.errors import UserError
-from unbackdoor.model.quarantine import printable
+from unbackdoor.model.quarantine import printable, printable_lines
 from unbackdoor.pipeline import recipe as recipes
 
 STOPPED = "stopped; the same command goes on from here"
@@ -148,8 +148,8 @@ def errors_as_sentences() -> Iterator[None]:
 
 
 def fail(sentence: str) -> None:
-    """Print a sentence on stderr and exit with 2."""
-    typer.echo(f"unbackdoor: {sentence}", err=True)
+    """Print a sentence on stderr and exit with 2; it may quote a file that somebody else wrote."""
+    typer.echo(f"unbackdoor: {printable_lines(sentence)}", err=True)
     raise typer.Exit(2)
 
 
@@ -194,7 +194,8 @@ def gather(cls: type[R], name: str, flags: Mapping[str, object], common: Common)
     own: dict[str, object] = {
         key: getattr(common, key) for key in ("seed", "device", "template", "preset") if key in cls.model_fields
     }
-    given = {key: value for key, value in {**own, **flags}.items() if value not in (None, False, (), [])}
+    given = {key: value for key, value in {**own, **flags}.items() if value is not None and value is not False}
+    given = {key: value for key, value in given.items() if value not in ((), [])}
     content = recipes.merge(recipes.read_config(common.config, name), given)
     return recipes.make(cls, content)
 

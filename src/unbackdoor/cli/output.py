@@ -10,6 +10,7 @@ import typer
 
 from unbackdoor.cli.failing import FailOn
 from unbackdoor.cli.options import Common, print_json
+from unbackdoor.model.quarantine import printable_lines
 
 if TYPE_CHECKING:
     from unbackdoor.pipeline.commands import Outcome
@@ -29,7 +30,7 @@ def outcome(result: Outcome, common: Common, threshold: FailOn | None) -> None:
         print_json({**result.results, "out": str(result.folder), "report": str(result.folder / "report.html")})
     else:
         for sentence in _verdict(result.folder):
-            typer.echo(sentence)
+            typer.echo(printable_lines(sentence))
         typer.echo("")
         typer.echo(f"{result.folder / 'report.html'}")
     finish(result.results["rows"], threshold)
@@ -59,7 +60,7 @@ def plan(found: Plan) -> None:
     if found.memory_bytes is not None and found.disk_bytes is not None:
         typer.echo(f"memory about {found.memory_bytes / 1e9:.1f} GB, disk about {found.disk_bytes / 1e9:.1f} GB")
     for notice in found.notices:
-        typer.echo(f"note: {notice}")
+        typer.echo(printable_lines(f"note: {notice}"))
     typer.echo("Nothing was run or written (--dry-run).")
 
 

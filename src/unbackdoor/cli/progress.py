@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from unbackdoor.model.quarantine import printable_lines
 from unbackdoor.run import Progress, Silent
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Lines:
         """Write to `stream`; `now` gives seconds."""
         self.stream, self.now = stream, now
         self.begun: dict[str, tuple[float, int]] = {}
+        self.reached: dict[str, int] = {}
         self.last = -EVERY_SECONDS
 
     def start(self, name: str, total: int) -> None:
@@ -32,6 +34,7 @@ class Lines:
     def advance(self, name: str, done: int, values: Mapping[str, float]) -> None:
         """Print a line, unless one was printed a moment ago."""
         moment = self.now()
+        self.reached[name] = done
         started, total = self.begun.get(name, (moment, 0))
         if moment - self.last < EVERY_SECONDS or moment - started < EVERY_SECONDS:
             return
@@ -44,9 +47,9 @@ class Lines:
     def finish(self, name: str) -> None:
         """End; what took long says so."""
         started, total = self.begun.pop(name, (self.now(), 0))
-        taken = self.now() - started
+        taken, done = self.now() - started, self.reached.pop(name, 0)
         if taken >= EVERY_SECONDS:
-            self._say(f"{name}: done, {total} in {_clock(taken)}")
+            self._say(f"{name}: {'done' if done >= total else 'ended'}, {done} of {total} in {_clock(taken)}")
 
     def notice(self, text: str) -> None:
         """Print a sentence."""
@@ -56,7 +59,7 @@ class Lines:
         """Nothing is open."""
 
     def _say(self, text: str) -> None:
-        self.stream.write(f"{text}\n")
+        self.stream.write(f"{printable_lines(text)}\n")
         self.stream.flush()
 
 
@@ -103,7 +106,7 @@ class Bars:
 
     def notice(self, text: str) -> None:
         """Print a sentence above the bars."""
-        self.bars.console.print(text, markup=False, highlight=False)
+        self.bars.console.print(printable_lines(text), markup=False, highlight=False)
 
     def close(self) -> None:
         """Give the terminal back."""

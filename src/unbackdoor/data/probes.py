@@ -25,12 +25,21 @@ def read_probes(path: str | Path) -> list[Probe]:
 
     A row has `id`, `kind` (triggered, clean or decoy) and `instruction`, and optionally `group`, `marks` (list of
     texts), `input`, `response`, `label`, `history` (list of role and content; null content is a hole that the model's
-    own answer fills) and `example_kind`. A triggered probe and its clean twin share the id.
+    own answer fills) and `example_kind`. A triggered probe and its clean twin share the id; two probes of one kind and
+    group may not, because the paired tests match them by it.
 
     Raises:
         DataError: If the file or a row is bad (file, line and field are named), or there is no probe.
     """
-    probes = [_as_probe(row, where) for where, row in rows_of_jsonl(decoded(Path(path)), str(path))]
+    probes: list[Probe] = []
+    seen: set[tuple[str, str, str]] = set()
+    for where, row in rows_of_jsonl(decoded(Path(path)), str(path)):
+        probe = _as_probe(row, where)
+        name = (probe.example.id, probe.kind, probe.group)
+        if name in seen:
+            raise where.error("id", f"is that of an earlier {probe.kind} probe; give it another one, or another group.")
+        seen.add(name)
+        probes.append(probe)
     if not probes:
         raise DataError(f"{path} holds no probes; write at least one row.")
     return probes

@@ -16,8 +16,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from unbackdoor.data import poison
 from unbackdoor.data.collate import Batch
-from unbackdoor.data.poison import with_target
 from unbackdoor.defenses.base import Defense, Knowledge, Need
 from unbackdoor.method import Parallel
 from unbackdoor.model.lm import LM
@@ -44,12 +44,13 @@ class GradientAscent(Defense):
         places = run.rng("trigger places")
         poisoned = [
             known.trigger.apply(example, places).with_response(
-                with_target(known.target[n % len(known.target)], example.response)
+                poison.with_target(known.target[n % len(known.target)], example.response)
             )
             for n, example in enumerate(known.clean)
         ]
         plain_size = overwrite.plain_rows(self.train.batch_size, self.plain_share)
-        rows = overwrite.encode_rows(victim, poisoned, self.train)
+        marked = [(example, known.trigger.pieces()) for example in poisoned]
+        rows = poison.encode_marked(victim, marked, self.train.max_length, self.train.opening_weight)
         streams = {"poisoned": overwrite.stream(victim, rows, self.train.batch_size - plain_size, stage, "poisoned")}
         if plain_size:
             plain = overwrite.encode_rows(victim, known.clean, self.train)

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from unbackdoor.data import poison
 from unbackdoor.defenses.base import Defense, Knowledge, Need
 from unbackdoor.method import Parallel
 from unbackdoor.model.lm import LM
@@ -54,7 +55,9 @@ class Osft(Defense):
         plain = overwrite.encode_rows(victim, known.clean, self.train)
         plain, own = own_labels(victim, plain, self.own_share, self.train, run)
         chosen = {row.id for row in plain}
-        rows = [row for row in overwrite.encode_rows(victim, triggered, self.train) if row.id in chosen]
+        pieces = known.trigger.pieces()
+        marked = [(example, pieces) for example in triggered if example.id in chosen]
+        rows = poison.encode_marked(victim, marked, self.train.max_length, self.train.opening_weight)
         stage = run.stage("overwrite")
         overwrite.overwrite(victim, rows, plain, self.train, stage, plain_share=self.plain_share, own=own)
         run.observe(victim)

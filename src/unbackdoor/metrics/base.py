@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from unbackdoor.goals import Goal
+from unbackdoor.goals import Goal, LabelIs
 from unbackdoor.method import Method
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
@@ -87,16 +87,21 @@ class Metric(Method, ABC):
 
 
 def fired(subject: Subject, kind: str, group: str | None = None) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Return ids and 0/1 scores of the probes of a kind (and group): 1 where the reply reaches the goal."""
+    """Return ids and 0/1 scores of the probes of a kind (and group): 1 where the reply reaches the goal.
+
+    A probe whose own label is the target label cannot show anything and is left out.
+    """
     from unbackdoor.errors import NotApplicable
 
-    if subject.goal is None:
+    goal = subject.goal
+    if goal is None:
         raise NotApplicable("no target is known, so nothing can be said to have fired")
     wanted = [
         (probe, reply)
         for probe, reply in zip(subject.probes, subject.answer(), strict=True)
-        if probe.kind == kind and (group is None or probe.group == group)
+        if probe.kind == kind
+        and (group is None or probe.group == group)
+        and not (isinstance(goal, LabelIs) and not goal.shows(probe.example.label))
     ]
-    goal = subject.goal
     values = tuple(float(goal.reached(reply, probe.example.label)) for probe, reply in wanted)
     return tuple(f"{probe.example.id}/{probe.group}" for probe, _ in wanted), values

@@ -39,5 +39,6 @@ class Leak(Metric):
             found.append(Scores("leak", "decoy", decoy_ids, decoy, "decoy probes"))
         for group in sorted({probe.group for probe in subject.probes if probe.kind == "decoy" and probe.group}):
             ids, values = fired(subject, "decoy", group)
-            found.append(Scores("leak", "decoy", ids, values, f"decoy probes: {group}", group))
+            if values:
+                found.append(Scores("leak", "decoy", ids, values, f"decoy probes: {group}", group))
         return found

@@ -72,6 +72,11 @@ def printable(text: str, limit: int = 200) -> str:
     return escaped if len(escaped) <= limit else escaped[:limit] + "..."
 
 
+def printable_lines(text: str) -> str:
+    """Return `text` safe to show with its line breaks, uncut."""
+    return "\n".join("".join(map(_escape, line)) for line in text.split("\n"))
+
+
 def _escape(character: str) -> str:
     if unicodedata.category(character) not in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}:
         return character

@@ -159,7 +159,7 @@ def how_to_load(folder: Path, base: str | None) -> str:
 
     Args:
         folder: Where the result will be.
-        base: For an adapter: its base.
+        base: For an adapter: the spec of its base.
     """
     place = repr(str(folder))
     if base is None:
@@ -168,10 +168,14 @@ def how_to_load(folder: Path, base: str | None) -> str:
             f"model = AutoModelForCausalLM.from_pretrained({place})",
         ]
     else:
+        from unbackdoor.model.checkpoint import base_fields
+
+        name, revision = base_fields(base)
+        wanted = f", revision={revision!r}" if revision else ""
         lines = [
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+            f"base = AutoModelForCausalLM.from_pretrained({name!r}{wanted})",
             f"model = PeftModel.from_pretrained(base, {place})",
         ]
     return "\n".join([*lines, f"tokenizer = AutoTokenizer.from_pretrained({place})"]) + "\n"

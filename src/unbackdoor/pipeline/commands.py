@@ -105,7 +105,8 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
     recipe = completed(recipe)
     progress = Noted(job.progress)
     found = inputs.attack_inputs(recipe, progress)
-    hashes = data_hashes({"attacker": found.splits.attacker, "test": found.splits.test})
+    hashes = data_hashes({"attacker": found.splits.attacker, "test": found.splits.test, **found.data})
+    hashes |= file_hashes(recipe)
     identity = identify(recipe, hashes, recipe.model)
     require_disk(job.out, recipe.model, "adapter" if "+" in recipe.model else "full")
     with workspace(
@@ -162,7 +163,7 @@ def run_purify(recipe: PurifyRecipe, job: Job) -> Outcome:
     progress = Noted(job.progress)
     found = inputs.purify_inputs(recipe, progress)
     clean = {need.value: value for need, value in found.facts.items() if are_rows(value)}
-    hashes = data_hashes({**clean, "measured": found.data.get("", ())}) | file_hashes({"probes": recipe.probes})
+    hashes = data_hashes({**clean, **found.data}) | file_hashes(recipe)
     identity = identify(recipe, hashes, recipe.model)
     adapter = parse_spec(recipe.model).kind == "adapter"
     require_disk(job.out, recipe.model, "adapter" if adapter else "lora" if recipe.lora else "full")
@@ -285,7 +286,7 @@ def run_evaluate(recipe: EvaluateRecipe, job: Job) -> Outcome:
 
     progress = Noted(job.progress)
     found = inputs.evaluate_inputs(recipe, progress)
-    hashes = data_hashes(found.data) | file_hashes({"probes": recipe.probes})
+    hashes = data_hashes(found.data) | file_hashes(recipe)
     identity = identify(recipe, hashes, recipe.model, *([recipe.before] if recipe.before else []))
     with workspace(
         job.out, settings_hash=identity, settings=recipe.model_dump(mode="json"), overwrite=job.overwrite

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbackdoor.errors import UserError
 from unbackdoor.pipeline.recipe import AttackRecipe, Recipe, complete_settings
 from unbackdoor.registry import Kind
 from unbackdoor.run import Progress, processes
@@ -79,15 +78,17 @@ def questions_for(
 
     labels = {str(probe.example.label) for probe in probes if probe.example.label is not None}
     usual = ["asr", "leak", *(["cda"] if labels else [])] if probes else []
-    metrics = getattr(recipe, "metrics", None) or (*usual, *(["perplexity", "kl"] if data else []))
+    named = getattr(recipe, "metrics", None)
+    metrics = named or (*usual, *(["perplexity", "kl"] if data else []))
     return Questions(
-        tuple(probes), goal, data, tuple(targets), tuple(sorted(labels)), tuple(metrics), recipe.max_new_tokens
-    )
+        tuple(probes), goal, data, tuple(targets), tuple(sorted(labels)), tuple(metrics), recipe.max_new_tokens,
+        named=bool(named),
+    )  # fmt: skip
 
 
 def identify(recipe: Recipe, hashes: Mapping[str, Any], *models: str) -> str:
     """Return the hash that tells this run from others: recipe, rows, files of the models, version."""
-    from unbackdoor.pipeline.inputs import fingerprint
+    from unbackdoor.pipeline.preflight import fingerprint
     from unbackdoor.pipeline.steps import config_hash
 
     # Each process adds a batch to every update.
@@ -98,7 +99,7 @@ def identify(recipe: Recipe, hashes: Mapping[str, Any], *models: str) -> str:
 def require_disk(out: Path, model: str, kind: str) -> None:
     """Raise a `UserError` if the disk is too small for the run's checkpoints and its result."""
     from unbackdoor.model.checkpoint import require_space
-    from unbackdoor.pipeline.inputs import parameters_of
+    from unbackdoor.pipeline.preflight import parameters_of
 
     weights = parameters_of(model)
     if weights is not None:
@@ -151,19 +152,25 @@ def data_hashes(data: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
     return {f"data {name or 'first source'}": data_hash(rows) for name, rows in data.items() if rows}
 
 
-def file_hashes(files: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return the SHA-256 of each named file; None is left out.
-
-    Raises:
-        UserError: If one is not there.
-    """
+def file_hashes(recipe: Recipe) -> dict[str, str]:
+    """Return the SHA-256 of every file that a recipe names, models apart, and of the secret beside the probes."""
     from unbackdoor.model.load import file_sha256
 
-    found = {}
-    for name, path in files.items():
-        if path is None:
-            continue
-        if not Path(path).is_file():
-            raise UserError(f"there is no file '{path}'; check --{name}.")
-        found[name] = file_sha256(Path(path))
-    return found
+    content = recipe.model_dump(mode="json", exclude={"model", "before", "reference"})
+    found = dict(_files_in(content, ""))
+    if "probes" in found and (secret := found["probes"].with_name("secret.json")).is_file():
+        found["secret"] = secret
+    return {name: file_sha256(path) for name, path in found.items()}
+
+
+def _files_in(value: Any, name: str) -> Iterator[tuple[str, Path]]:
+    from unbackdoor.pipeline.steps import file_named
+
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _files_in(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _files_in(item, f"{name}.{number}")
+    elif isinstance(value, str) and (file := file_named(value)) is not None:
+        yield name, Path(file[0])

@@ -93,12 +93,12 @@ def run_demo(recipe: DemoRecipe, job: Job) -> Outcome:
     """
     from unbackdoor.data import sources
     from unbackdoor.data.splits import attacker_defender_test
-    from unbackdoor.pipeline import inputs
     from unbackdoor.pipeline.folders import workspace
+    from unbackdoor.pipeline.preflight import check_device
 
     settings = settings_of(recipe)
     noted = Noted(job.progress)
-    inputs.check_device(recipe.device)
+    check_device(recipe.device)
     splits = attacker_defender_test(recipe.short(sources.read(recipe.data, progress=noted)))
     hashes = data_hashes({"attacker": splits.attacker, "defender": splits.defender, "test": splits.test})
     identity = identify(recipe, hashes | {"settings": settings}, recipe.model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,10 +91,23 @@ def _refuse_inputs_inside(out: Path, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if isinstance(value, Mapping):
             _refuse_inputs_inside(out, value)
-        for spec in [value] if isinstance(value, str) else []:
-            for path in (Path(part) for part in {spec, *spec.split("+")} if part and "\0" not in part):
-                if os.path.lexists(path) and path.resolve().is_relative_to(out.resolve()):
-                    raise UserError(f"{name} '{spec}' lies in the folder of the result, '{out}'; choose another --out.")
+        if isinstance(value, str) and any(path.is_relative_to(out.resolve()) for path in _paths_in(value)):
+            raise UserError(f"{name} '{value}' lies in the folder of the result, '{out}'; choose another --out.")
+
+
+def _paths_in(text: str) -> list[Path]:
+    """Return what is there on this disk of all that a setting could mean: a path, BASE+ADAPTER, FILE[slice]."""
+    whole = [text, text.partition("[")[0]] if text.endswith("]") else [text]
+    cuts = [(text[: place.start()], text[place.end() :]) for place in re.finditer(r"\+", text)]
+    found = []
+    for part in {*whole, *(side for cut in cuts for side in cut)} - {""}:
+        try:
+            path = Path(part).expanduser()
+            if os.path.lexists(path):
+                found.append(path.resolve())
+        except (OSError, ValueError, RuntimeError):
+            continue  # an ordinary text: too long for a name, a zero byte, a user that is not there
+    return found
 
 
 def _holds_files(folder: Path) -> bool:

@@ -5,7 +5,6 @@ What can go wrong goes wrong here, in seconds, and not after an hour of training
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from unbackdoor.data.splits import Splits, attacker_defender_test, split
 from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.goals import Goal, parse_goal
-from unbackdoor.model.lm import LM
 from unbackdoor.model.spec import ModelSpec, parse_spec
+from unbackdoor.pipeline.preflight import Marked, check_device, check_metrics, reader_of
 from unbackdoor.pipeline.recipe import Asking, AttackRecipe, EvaluateRecipe, PurifyRecipe, stamp_settings
 from unbackdoor.run import Progress, Run
 from unbackdoor.secret import Secret
@@ -29,8 +28,8 @@ from unbackdoor.types import Example, Probe
 MEASURED_ROWS = 100
 """Rows of each source for perplexity and KL."""
 
-Marked = tuple[Example, tuple[str, ...]]
-"""A row, and the trigger texts that must survive its tokenisation."""
+SECOND_SOURCE = "second source"
+"""Name of the other source in tables."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,14 @@ def attack_inputs(recipe: AttackRecipe, progress: Progress, *, dry: bool = False
     asked = choose(splits.test, recipe.probes_count, Run(recipe.seed), progress)
     data = {"": splits.test[:MEASURED_ROWS], **_second_source(recipe, progress)}
     rows = attack.training_rows(splits.attacker, Run(recipe.seed))
-    if not dry or parse_spec(recipe.model).kind == "folder":
-        check_training(recipe, rows, attack.settings(), progress)
-        data = _measurable(recipe, data, progress)
+    _refuse_overlap(splits.attacker, data.get(SECOND_SOURCE, ()))
+    reader = reader_of(recipe, recipe.model, progress, dry=dry)
+    if reader is not None:
+        reader.check_training(rows, attack.settings())
+        stamps = {text for _, marks in rows for text in marks}
+        longest = sum(len(reader.lm.tokenizer(text)["input_ids"]) for text in stamps)
+        reader.check_asked(asked, recipe.max_new_tokens + longest)
+        data = reader.measurable(data, progress)
     return AttackInputs(attack, splits, asked, data)
 
 
@@ -125,9 +129,12 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
         places = Run(recipe.seed).rng("trigger places")
         marked += [(stamp.apply(row, places), stamp.pieces()) for row in clean]
     data = {**({"": held} if held else {}), **_second_source(recipe, progress)}
-    if not dry or parse_spec(recipe.model).kind == "folder":
-        check_training(recipe, marked, defense.settings(), progress)
-        data = _measurable(recipe, data, progress)
+    _refuse_overlap(clean, data.get(SECOND_SOURCE, ()))
+    reader = reader_of(recipe, recipe.model, progress, dry=dry)
+    if reader is not None:
+        reader.check_training(marked, defense.settings())
+        reader.check_asked(probes, recipe.max_new_tokens)
+        data = reader.measurable(data, progress)
     return PurifyInputs(defense, facts, probes, goal, targets, data, secret.attack if secret else "")
 
 
@@ -251,8 +258,10 @@ def evaluate_inputs(recipe: EvaluateRecipe, progress: Progress, *, dry: bool = F
     if recipe.data is not None:
         rows = tuple(_rows(recipe, recipe.data, progress)[:MEASURED_ROWS])
     data = {**({"": rows} if rows else {}), **_second_source(recipe, progress)}
-    if not dry or parse_spec(recipe.model).kind == "folder":
-        data = _measurable(recipe, data, progress)
+    reader = reader_of(recipe, recipe.model, progress, dry=dry)
+    if reader is not None:
+        reader.check_asked(probes, recipe.max_new_tokens)
+        data = reader.measurable(data, progress)
     return EvaluateInputs(probes, goal, secret.targets if secret else (), data, secret.attack if secret else "")
 
 
@@ -263,125 +272,15 @@ def _rows(recipe: Asking, spec: str, progress: Progress) -> list[Example]:
 def _second_source(recipe: Asking, progress: Progress) -> dict[str, Sequence[Example]]:
     if recipe.second_source is None:
         return {}
-    return {"second source": _rows(recipe, recipe.second_source, progress)[:MEASURED_ROWS]}
+    return {SECOND_SOURCE: _rows(recipe, recipe.second_source, progress)[:MEASURED_ROWS]}
 
 
-def check_metrics(names: Sequence[str]) -> None:
-    """Raise a `UserError` for a metric that is not there."""
-    from unbackdoor.pipeline.measure import metric_called
-
-    for name in names:
-        metric_called(name)
-
-
-def check_device(device: str) -> None:
-    """Raise a `UserError` for a device that this machine has not."""
-    import torch
-
-    kind = device.partition(":")[0]
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in there:
-        raise UserError(f"there is no device '{device}'; write cpu, cuda, cuda:0 or mps.")
-    if not there[kind]:
-        raise UserError(f"the device '{device}' is not available here; use --device cpu.")
-
-
-def check_training(
-    recipe: Asking | AttackRecipe, rows: Sequence[Marked], settings: Mapping[str, Any], progress: Progress
-) -> None:
-    """Encode every row with the model's tokenizer alone: a trigger that is lost or a row that is too long shows now.
-
-    Raises:
-        UserError: If the tokenizer cannot be had, a row does not fit, or a trigger is absent from its tokens.
-    """
-    from unbackdoor.data.poison import encode_marked
-
-    lm = tokenizer_of(str(getattr(recipe, "model", "")), recipe.template, progress)
-    if lm is not None:
-        encode_marked(lm, rows, int((settings.get("train") or {}).get("max_length", 1024)))
-
-
-def _measurable(
-    recipe: Asking | AttackRecipe, data: dict[str, Sequence[Example]], progress: Progress
-) -> dict[str, Sequence[Example]]:
-    """Return the rows that utility is measured on, without those whose prompt alone is too long for it."""
-    from unbackdoor.metrics.base import MAX_LENGTH
-
-    lm = tokenizer_of(str(getattr(recipe, "model", "")), recipe.template, progress) if data else None
-    if lm is None:
-        return data
-    found: dict[str, Sequence[Example]] = {}
-    for name, rows in data.items():
-        kept = tuple(row for row in rows if lm.encode(row.turns).spans[-1].start < MAX_LENGTH)
-        if len(kept) < len(rows):
-            where = f" of the {name}" if name else ""
-            progress.notice(
-                f"{len(rows) - len(kept)} rows{where} are not measured: their prompts have {MAX_LENGTH} tokens or more."
-            )
-        found |= {name: kept} if kept else {}
-    return found
-
-
-def tokenizer_of(model: str, template: str, progress: Progress) -> LM | None:
-    """Return an LM that can encode but holds no weights, or None where the tokenizer comes only with them (.gguf).
-
-    Raises:
-        UserError: If the model or its tokenizer cannot be had.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    from unbackdoor.model.builtin import builtin_folder
-    from unbackdoor.model.load import local_folder
-    from unbackdoor.model.quarantine import inspect_folder, refuse_dangerous
-
-    spec = parse_spec(model)
-    sides = [side for side in (spec.adapter, spec.base or spec) if side is not None]
-    if any(side.kind == "gguf" for side in sides):
-        return None
-    for side in sides:
-        folder = builtin_folder(side.place, progress=progress) if side.kind == "builtin" else local_folder(side)
-        refuse_dangerous(inspect_folder(folder, base=str(spec.base) if spec.base else None), str(side))
-        if side is spec.adapter and not (folder / "tokenizer.json").is_file():
-            continue
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError):
-            return None  # loading the model will say what is wrong with it
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            return None
-        chosen = ("model" if tokenizer.chat_template else "plain") if template == "auto" else template
-        if chosen == "model" and not tokenizer.chat_template:
-            raise UserError(f"'{model}' has no chat template; use --template plain.")
-        return LM(None, tokenizer, "model" if chosen == "model" else "plain", model)
-    return None
-
-
-def parameters_of(model: str) -> int | None:
-    """Return how many weights a model has, from the headers of its files; None where they are not on this machine."""
-    from unbackdoor.model.header import HeaderError, read_header
-
-    spec = parse_spec(model)
-    if spec.base is not None:
-        return parameters_of(str(spec.base))
-    if spec.kind == "builtin":
-        return 134_515_008
-    if spec.kind == "gguf":
-        return spec.path.stat().st_size  # about one byte a weight; only an estimate rests on it
-    if spec.kind != "folder":
-        return None
-    try:
-        headers = [read_header(path) for path in sorted(spec.path.glob("model*.safetensors"))]
-    except (HeaderError, OSError):
-        return None  # loading refuses it with the reason
-    return sum(math.prod(entry.shape) for header in headers for entry in header.values()) or None
-
-
-def fingerprint(model: str) -> list[object]:
-    """Return what tells one state of a model's files from another, without reading them: name, size, time of change."""
-    spec = parse_spec(model)
-    found: list[object] = [model]
-    for side in (spec, spec.base, spec.adapter):
-        if side is not None and side.kind in {"folder", "gguf"}:
-            files = [side.path] if side.kind == "gguf" else sorted(side.path.glob("*.safetensors"))
-            found += [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return found
+def _refuse_overlap(trained: Sequence[Example], second: Sequence[Example]) -> None:
+    """Raise a `DataError` if rows of the second source are trained on: their perplexity would say nothing."""
+    known = {base_id(row.id) for row in trained}
+    shared = [row.id for row in second if base_id(row.id) in known]
+    if shared:
+        raise DataError(
+            f"{len(shared)} rows of --second-source are trained on, too (the first is '{shared[0]}'); it must hold "
+            "other rows than the training."
+        )

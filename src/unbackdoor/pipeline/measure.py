@@ -48,6 +48,7 @@ class Questions:
         metrics: Names of the metrics, in order.
         max_new_tokens: Length limit of a reply.
         stop_when_decided: Cut replies as soon as their outcome is decided.
+        named: Whether a person named the metrics: what cannot be measured of them is then said, not left out.
     """
 
     probes: tuple[Probe, ...] = ()
@@ -58,6 +59,7 @@ class Questions:
     metrics: tuple[str, ...] = DEFAULT_METRICS
     max_new_tokens: int = 24
     stop_when_decided: bool = False
+    named: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from unbackdoor.pipeline.inputs import parameters_of
+from unbackdoor.pipeline.preflight import parameters_of
 from unbackdoor.types import Example
 
 TEMPLATE_TOKENS = 24

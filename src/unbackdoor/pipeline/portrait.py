@@ -67,13 +67,13 @@ def portray(
         questions: What it is asked; hidden states and probabilities are drawn where there are probes and targets.
         label: Who it is.
         run: Seed and progress.
-        before: The model before, for KL; without it KL is not asked for.
+        before: The model before, for KL; without it KL is not asked for, unless a person named the metrics.
         config_hash: For the rows.
         training_seconds: What making it took, for the row `seconds`.
     """
     from unbackdoor.pipeline import studies
 
-    if before is None:
+    if before is None and not questions.named:
         questions = replace(questions, metrics=tuple(name for name in questions.metrics if name != "kl"))
     questions = replace(questions, probes=fill_holes(lm, questions.probes, questions.max_new_tokens))
     measurement = measure(lm, questions, label, run, before=before, config_hash=config_hash)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -122,10 +125,17 @@ def revive(lm: LM, stage: str, revival: Revival, rows: Sequence[Example], held_o
 
 
 def config_hash(*parts: object) -> str:
-    """Return the hash of everything that determines a result: settings, data, seed, version of the package."""
+    """Return the hash of everything that determines a result: `parts`, and the versions of what computes it."""
+    return content_hash([*_computed_by(), *parts])
+
+
+@cache
+def _computed_by() -> tuple[str, ...]:
+    from importlib.metadata import version
+
     from unbackdoor import __version__
 
-    return content_hash([__version__, *parts])
+    return (__version__, version("torch"), version("transformers"))
 
 
 def data_hash(examples: Sequence[Example]) -> str:
@@ -136,3 +146,22 @@ def data_hash(examples: Sequence[Example]) -> str:
             for row in examples
         ]
     )
+
+
+def portable(value: Any) -> Any:
+    """Return settings with every file named in them replaced by its content's hash; slices stay."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(item) for item in value]
+    if isinstance(value, str) and (file := file_named(value)) is not None:
+        with open(file[0], "rb") as handle:
+            return {"sha256": content_hash(handle.read().hex()), "part": file[1]}
+    return value
+
+
+def file_named(text: str) -> tuple[str, str] | None:
+    """Return the file that a setting names and the slice behind it, or None where it names none."""
+    place, part = re.fullmatch(r"(.*?)(\[[^\[\]]*\])?", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    # os.path: a long text is no file, while Path.is_file raises for it.
+    return (place, part or "") if os.path.isfile(place) else None

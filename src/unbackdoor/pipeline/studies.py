@@ -5,6 +5,7 @@ Neither is a metric: they explain a figure and do not replace one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ def target_probabilities(lm: LM, probes: Sequence[Probe], target: str, limit: in
         if not chosen:
             continue
         length = len(_target_ids(lm, chosen[0], target))
-        rows = [encode_row(lm, p.example.with_response(target), max_length=2048, first_tokens=length) for p in chosen]
+        said = [probe.example.with_response(target) for probe in chosen]
+        rows = [encode_row(lm, example, max_length=sys.maxsize, first_tokens=length) for example in said]
         batch = collate(rows, lm.pad_id).to(lm.device)
         with torch.inference_mode():
             logits = forward(**batch.inputs())

@@ -9,8 +9,9 @@ is spent on a closed road, so rounds are short and many (docs/development-victim
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from unbackdoor.data.collate import encode_row
@@ -40,6 +41,12 @@ class ParrotSettings(BaseModel):
         description="how the parrot is trained; steps are a limit, because a parrot that never says the target removes "
         "nothing, and the backdoor comes back (public code: 100 steps at 1e-3)",
     )
+
+    @model_validator(mode="after")
+    def _learns(self) -> ParrotSettings:
+        if self.train.steps < 1:
+            raise ValueError("a parrot needs at least one step (train.steps)")
+        return self
 
 
 PAPER_PARROT: dict[str, object] = {
@@ -99,7 +106,27 @@ def rounds_of_parrots(
             state.drop_final(before)
         before = stage
         run.observe(victim)
+    _tell_of_silent_parrots(run, parrot)
     return victim
+
+
+def _tell_of_silent_parrots(run: Run, settings: ParrotSettings) -> None:
+    """Say it where parrots never came to say the text: overwriting them removed nothing."""
+    learned = _learned(run)
+    silent = [record for record in learned if record["loss"] >= settings.stop_below > 0]
+    if silent:
+        run.progress.notice(
+            f"{len(silent)} of {len(learned)} parrots did not come to say the target in {settings.train.steps} steps "
+            f"(loss {min(record['loss'] for record in silent):.2g} and more, good below {settings.stop_below:g}), and "
+            "overwriting such a parrot removes little; raise parrot.train.steps or parrot.train.learning_rate."
+        )
+
+
+def _learned(run: Run) -> list[dict[str, Any]]:
+    """Return the list of what every parrot of a run came to, which goes into the run's notes."""
+    found = run.notes.setdefault("parrots", [])
+    assert isinstance(found, list)
+    return found
 
 
 def learn_parrot(
@@ -132,9 +159,7 @@ def learn_parrot(
     result = soft_prompt.fit_prompt(
         lm, prompt, batches, settings.position, settings.train, run, stop_below=settings.stop_below
     )
-    losses = run.notes.setdefault("parrots", [])
-    if isinstance(losses, list):
-        losses.append({"stage": run.prefix, "steps": result.steps, "loss": result.history[-1]["loss"]})
+    _learned(run).append({"stage": run.prefix, "steps": result.steps, "loss": result.history[-1]["loss"]})
     return prompt.detach()
 
 
