@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from unbackdoor.errors import ModelError, UserError, did_you_mean
 from unbackdoor.model.quarantine import printable
+from unbackdoor.model.spec import parse_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +74,14 @@ def cache_folder() -> Path:
     """The folder for things that can be made again: `$UNBACKDOOR_CACHE`, else `~/.cache/unbackdoor`."""
     chosen = os.environ.get("UNBACKDOOR_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "unbackdoor"
+
+
+def public_name(spec: str) -> tuple[str, str | None]:
+    """Return name and revision by which transformers and PEFT find a model; a built-in one is a folder to them."""
+    parsed = parse_spec(spec)
+    if parsed.kind == "hub":
+        return parsed.place, parsed.revision
+    return str(builtin_folder(parsed.place) if parsed.kind == "builtin" else parsed.path), None
 
 
 def _find(source: _Source, name: str) -> Path:

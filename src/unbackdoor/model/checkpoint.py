@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from unbackdoor.errors import UserError
+from unbackdoor.model.builtin import public_name
 from unbackdoor.model.load import file_sha256, quiet_transformers
 from unbackdoor.model.quarantine import printable
-from unbackdoor.model.spec import parse_spec
 from unbackdoor.run import write_atomically
 
 if TYPE_CHECKING:
@@ -254,16 +254,6 @@ def _adapter_tensors(lm: LM) -> dict[str, Any]:
     return tensors
 
 
-def base_fields(base: str) -> tuple[str, str | None]:
-    """Return name and revision by which transformers and PEFT find a base; a built-in model is a folder to them."""
-    from unbackdoor.model.builtin import builtin_folder
-
-    spec = parse_spec(base)
-    if spec.kind == "hub":
-        return spec.place, spec.revision
-    return str(builtin_folder(spec.place) if spec.kind == "builtin" else spec.path), None
-
-
 def _write_adapter(lm: LM, partial: Path) -> None:
     """Write PEFT's two files directly: PEFT's own saving asks the hub about the base and writes a card."""
     from safetensors.torch import save_file
@@ -274,7 +264,7 @@ def _write_adapter(lm: LM, partial: Path) -> None:
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     (config,) = lm.model.peft_config.values()
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    name, revision = base_fields(lm.base)
+    name, revision = public_name(lm.base)
     content |= {"base_model_name_or_path": name, "revision": revision}
     content |= {"inference_mode": True, "auto_mapping": None}
     _write_json(partial / "adapter_config.json", content)

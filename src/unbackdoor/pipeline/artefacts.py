@@ -168,9 +168,9 @@ def how_to_load(folder: Path, base: str | None) -> str:
             f"model = AutoModelForCausalLM.from_pretrained({place})",
         ]
     else:
-        from unbackdoor.model.checkpoint import base_fields
+        from unbackdoor.model.builtin import public_name
 
-        name, revision = base_fields(base)
+        name, revision = public_name(base)
         wanted = f", revision={revision!r}" if revision else ""
         lines = [
             "from peft import PeftModel",
