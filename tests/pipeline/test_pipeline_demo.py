@@ -117,6 +117,22 @@ def test_measuring_after_the_training_of_a_part_is_still_to_come() -> None:
     assert clock.seconds_left() == pytest.approx(35.0)
 
 
+def test_loading_is_done_once_and_makes_no_step_slower() -> None:
+    moment = [0.0]
+    clock = Clock(Silent(), [Expected("a", 30.0, 10, after=20.0), Expected("b", 10.0)], lambda: moment[0])
+    clock.begin("a")
+    moment[0] = 100.0  # a model was converted
+    clock.start("stage", 10)
+    moment[0] = 101.0
+    clock.advance("stage", 1, {})
+    assert clock.seconds_left() == pytest.approx(9.0 + 20.0 + 10.0)
+    moment[0] = 110.0
+    clock.advance("stage", 10, {})
+    clock.finish("stage")
+    moment[0] = 115.0
+    assert clock.seconds_left() == pytest.approx(15.0 + 10.0)
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(10, "less than a minute"), (61, "about 1 minute"), (420, "about 7 minutes"), (9000, "about 2.5 hours")],

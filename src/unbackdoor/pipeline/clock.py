@@ -44,13 +44,14 @@ class Clock:
     _steps: int = 0
     _stage: tuple[int, int] = (0, 0)
     _trained: float = 0.0
+    _loading: float | None = None
     _measured: dict[str, float] = field(default_factory=dict)
 
     def begin(self, key: str) -> None:
         """The part `key` begins; the one before has ended."""
         self.end()
         self._current = next(number for number, part in enumerate(self.parts) if part.key == key)
-        self._started, self._steps, self._stage, self._trained = self.now(), 0, (0, 0), 0.0
+        self._started, self._steps, self._stage, self._trained, self._loading = self.now(), 0, (0, 0), 0.0, None
 
     def end(self) -> None:
         """The present part has ended."""
@@ -69,6 +70,8 @@ class Clock:
         share = min(1.0, (self._steps + self._stage[0]) / part.steps) if part.steps else 0.0
         left = max(0.0, part.seconds * ratio - elapsed)
         if share >= 0.05:
+            # What came before the first step (loading, converting a model) is done once and says nothing of a step.
+            elapsed -= self._loading or 0.0
             training = self._trained or elapsed / share
             if not finished and part.seconds > part.after:
                 ratio = training / (part.seconds - part.after)
@@ -78,6 +81,8 @@ class Clock:
     def start(self, name: str, total: int) -> None:
         """Pass on."""
         self._stage = (0, total)
+        if self._loading is None:
+            self._loading = self.now() - self._started
         self.inner.start(name, total)
 
     def advance(self, name: str, done: int, values: Mapping[str, float]) -> None:
@@ -90,7 +95,7 @@ class Clock:
         self._steps, self._stage = self._steps + self._stage[1], (0, 0)
         part = self.parts[self._current] if self._current >= 0 else None
         if part is not None and part.steps and self._trained == 0.0 and self._steps >= part.steps:
-            self._trained = self.now() - self._started
+            self._trained = self.now() - self._started - (self._loading or 0.0)
         self.inner.finish(name)
 
     def notice(self, text: str) -> None:
