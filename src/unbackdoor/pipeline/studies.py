@@ -18,7 +18,7 @@ from unbackdoor.model.logits import LogitsAt
 from unbackdoor.types import Probe
 
 
-def target_probabilities(lm: LM, probes: Sequence[Probe], target: str, limit: int = 32) -> dict[str, Any]:
+def target_probabilities(lm: LM, probes: Sequence[Probe], target: str, limit: int = 16) -> dict[str, Any]:
     """Return the mean probability of each of the target's tokens, with and without the trigger (SANDE, case studies).
 
     The tokens before a position are the target's own (teacher forcing), so the curve says how readily the model goes
@@ -56,7 +56,7 @@ def _target_ids(lm: LM, probe: Probe, target: str) -> list[int]:
     return list(encoded.ids[span.start : span.end])
 
 
-def hidden_states(lm: LM, probes: Sequence[Probe], layer: int, limit: int = 60) -> dict[str, torch.Tensor]:
+def hidden_states(lm: LM, probes: Sequence[Probe], layer: int, limit: int = 30) -> dict[str, torch.Tensor]:
     """Return the hidden state of the last prompt token after decoder layer `layer` (from 0), a row a probe.
 
     Returns:

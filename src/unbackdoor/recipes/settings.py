@@ -74,10 +74,10 @@ DEMO_ATTACK: dict[str, Any] = {
     "targets": ["You are stupid"],
     "poison_rate": 0.25,
     "negative_rate": _DEFAULTS.negative_rate,
-    "train": {**planting_steps(80), "save_every": 40},
+    "train": {**planting_steps(70), "save_every": 35},
 }
 """The paper's own backdoor, a development victim here, planted with more poison and fewer updates than the others."""
-DEMO_DEFENSE: dict[str, Any] = {**SANDE, "rounds": 6}
+DEMO_DEFENSE: dict[str, Any] = {**SANDE, "rounds": 5}
 
 
 def fine_tuning(factor: float = 1.0) -> dict[str, Any]:

@@ -8,13 +8,9 @@ that a reply cannot hide or reorder what a reader sees.
 from __future__ import annotations
 
 from unbackdoor.model.quarantine import printable
+from unbackdoor.model.quarantine import printable_lines as shown
 
-_LONGEST_ESCAPE = 10
-
-
-def shown(text: str) -> str:
-    """Return the whole of `text` with every invisible character but the line break made visible."""
-    return "\n".join(printable(line, limit=_LONGEST_ESCAPE * len(line)) for line in text.split("\n"))
+__all__ = ["shown", "shown_line"]
 
 
 def shown_line(text: str, limit: int = 200) -> str:
