@@ -107,7 +107,7 @@ class DemoRecipe(Recipe):
     control: dict[str, Any] = Field(default_factory=dict, description="settings of fine_tuning")
     defense: dict[str, Any] = Field(default_factory=dict, description="settings of sande")
     probes_count: int = Field(100, ge=1, description="probes of each kind")
-    measured_rows: int = Field(50, ge=2, description="clean rows for perplexity and KL")
+    measured_rows: int = Field(40, ge=2, description="clean rows for perplexity and KL")
     longest_row: int = Field(
         26, ge=1, description="rows with more words in prompt and answer together are left out, so that a step is quick"
     )
