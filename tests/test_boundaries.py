@@ -14,7 +14,7 @@ import unbackdoor
 SOURCE = Path(unbackdoor.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "types", "stamps", "goals", "secret", "method", "run", "registry", "statistics"},
+    {"errors", "types", "stamps", "goals", "secret", "method", "run", "registry", "statistics", "stopping"},
     {"model"},
     {"data"},
     {"train", "merge", "edit", "search", "evidence"},

@@ -287,6 +287,22 @@ def test_sigterm_stops_as_an_interrupt_and_still_writes_tables(plan: Plan, tmp_p
     assert "not run yet" in (out / "tables.md").read_text()
 
 
+def test_a_stop_that_a_library_turned_into_another_error_is_no_failed_cell(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallowed(cell: Any, shop: Any) -> Any:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise ValueError("could not determine the shape")
+
+    monkeypatch.setattr(local, "execute", swallowed)
+    grid = grid_from_data(plan(defenses={}), "grid")
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(grid, tmp_path / "out")
+    assert list((tmp_path / "out" / "cells").glob("*.json")) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_two_processes_share_the_work_without_doing_it_twice(
     finished: Path, whole_plan: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import errno
 import gc
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import FrameType
 
 from unbackdoor.bench import tables
 from unbackdoor.bench.cell import Cell
@@ -29,6 +25,7 @@ from unbackdoor.bench.store import Result, Store
 from unbackdoor.bench.yaml_file import grid_to_yaml
 from unbackdoor.errors import NotApplicable, UserError, did_you_mean
 from unbackdoor.run import Progress, Silent
+from unbackdoor.stopping import Stop, stoppable
 
 _POLL_SECONDS = 0.5
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -90,8 +87,8 @@ def run_grid(
     if retry_failed:
         _forget_failed(shop, keys)
     try:
-        with _terminated_like_interrupted():
-            _run_all(shop, keys, chosen, limit)
+        with stoppable() as stop:
+            _run_all(shop, keys, chosen, limit, stop)
     finally:
         unmet = tables.write(grid, store, keys)
     return _outcome(grid, store, keys, unmet)
@@ -126,7 +123,7 @@ def _seconds(result: Result) -> float:
     return (result.seconds or {}).get("total", 0.0)
 
 
-def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limit: int | None) -> None:
+def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limit: int | None, stop: Stop) -> None:
     """Go over the cells until all are finished, here or by another process."""
     store, progress = shop.store, shop.progress
     # Two labels for the same work are one cell.
@@ -142,7 +139,7 @@ def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limi
                 return
             finished = store.has(keys[cell])
             if not finished:
-                finished = _run_one(shop, keys, cell)
+                finished = _run_one(shop, keys, cell, stop)
                 ran += finished
             if finished:
                 moved = True
@@ -154,7 +151,7 @@ def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limi
     progress.finish(name)
 
 
-def _run_one(shop: Workshop, keys: dict[Cell, str], cell: Cell) -> bool:
+def _run_one(shop: Workshop, keys: dict[Cell, str], cell: Cell, stop: Stop) -> bool:
     """Run a cell unless another process has it; return whether it was run here."""
     key, store = keys[cell], shop.store
     with store.lock(f"cell-{key}") as free:
@@ -173,6 +170,8 @@ def _run_one(shop: Workshop, keys: dict[Cell, str], cell: Cell) -> bool:
             raise
         # The one place where any error is caught: it belongs to this cell, and the others must go on.
         except Exception as problem:
+            if stop.asked:
+                raise KeyboardInterrupt from problem
             _stop_for_the_disk(problem, store)
             result = Result("failed", describe(problem))
             shop.progress.notice(f"cell {cell.name} failed: {result.error}")
@@ -260,20 +259,3 @@ def _outcome(grid: Grid, store: Store, keys: dict[Cell, str], unmet: Sequence[st
         sum(result is None for result in found.values()),
         tuple(unmet),
     )
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Make SIGTERM stop the work as ^C does, inside the block; signals can be set in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

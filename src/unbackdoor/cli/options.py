@@ -10,7 +10,6 @@ import errno
 import functools
 import inspect
 import json
-import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from unbackdoor.cli.progress import Shown, progress
 from unbackdoor.errors import UserError
 from unbackdoor.model.quarantine import printable, printable_lines
 from unbackdoor.pipeline import recipe as recipes
+from unbackdoor.stopping import stoppable
 
 STOPPED = "stopped; the same command goes on from here"
 
@@ -130,40 +130,35 @@ def command(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]],
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
     """Print a `UserError`, an interrupt or a full disk as one sentence on stderr and exit with 2."""
-    previous = _on_sigterm(_interrupt)
     try:
-        yield
-    except UserError as problem:
-        fail(str(problem))
-    except KeyboardInterrupt:
-        fail(STOPPED)
-    except OSError as problem:
-        if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
-            fail("the disk is full; make room, and the same command goes on from its last checkpoint.")
-        if problem.errno not in _NO_SUCH_PLACE or problem.filename is None:
+        with stoppable() as stop:
+            yield
+    except typer.Exit:
+        raise
+    except (Exception, KeyboardInterrupt) as problem:
+        sentence = STOPPED if stop.asked or isinstance(problem, KeyboardInterrupt) else _sentence(problem)
+        if sentence is None:
             raise
-        fail(f"'{printable(str(problem.filename))}' cannot be used ({problem.strerror}); name another place.")
-    finally:
-        _on_sigterm(previous)
+        fail(sentence)
+
+
+def _sentence(problem: BaseException) -> str | None:
+    """Return what a person can do about an error; None for a defect of ours."""
+    if isinstance(problem, UserError):
+        return str(problem)
+    if not isinstance(problem, OSError):
+        return None
+    if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return "the disk is full; make room, and the same command goes on from its last checkpoint."
+    if problem.errno not in _NO_SUCH_PLACE or problem.filename is None:
+        return None
+    return f"'{printable(str(problem.filename))}' cannot be used ({problem.strerror}); name another place."
 
 
 def fail(sentence: str) -> None:
     """Print a sentence on stderr and exit with 2; it may quote a file that somebody else wrote."""
     typer.echo(f"unbackdoor: {printable_lines(sentence)}", err=True)
     raise typer.Exit(2)
-
-
-def _on_sigterm(handler: Any) -> Any:
-    """Install a handler for SIGTERM and return the old one; outside the main thread there is none to install."""
-    try:
-        return signal.signal(signal.SIGTERM, handler)
-    except (ValueError, TypeError):
-        return None
-
-
-def _interrupt(number: int, frame: object) -> None:
-    del number, frame
-    raise KeyboardInterrupt
 
 
 @contextmanager
