@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from unbackdoor.model import logits
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
-from unbackdoor.train import lora, soft_prompt
+from unbackdoor.train import engine, lora, soft_prompt
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.overwrite import plain_loss
 from unbackdoor.types import Example, Message
@@ -63,6 +64,11 @@ def tokens_read(lm: LM, forward: LogitsAt, batch: Batch) -> int:
     forward(**batch.inputs())
     handle.remove()
     return read
+
+
+def tokens_needed(batch: Batch) -> int:
+    """Return how many tokens have to be read: what the rows share once, and of each row all but its last token."""
+    return int(batch.attention_mask.sum()) - batch.shared * (len(batch.ids) - 1) - len(batch.ids)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -113,7 +119,7 @@ def test_rows_within_a_sliding_window_are_packed() -> None:
     lm = tiny_lm("mistral")
     lm.model.requires_grad_(False)
     batch = batch_of(lm, rows(5))
-    own = int(batch.attention_mask.sum()) - batch.shared * (len(batch.ids) - 1)
+    own = tokens_needed(batch)
     lm.core.config.sliding_window = own
     read = tokens_read(lm, LogitsAt(lm), batch)
     assert read < batch.input_ids.numel()
@@ -127,7 +133,7 @@ def test_rows_within_a_sliding_window_are_packed() -> None:
 def test_no_padding_and_no_shared_token_is_read_twice() -> None:
     lm = tiny_lm()
     batch, forward = batch_of(lm, with_system(5)), LogitsAt(lm)
-    own = int(batch.attention_mask.sum()) - batch.shared * (len(batch.ids) - 1)
+    own = tokens_needed(batch)
     assert tokens_read(lm, forward, batch) == own
     with separate():
         assert tokens_read(lm, forward, batch) == batch.input_ids.numel()
@@ -239,3 +245,44 @@ def test_a_model_that_looks_across_rows_is_not_packed(monkeypatch: pytest.Monkey
     found = loss_of(lm, batch)
     with separate():
         assert found == loss_of(lm, batch)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_while_weights_are_frozen_the_beginning_is_read_once(architecture: Any) -> None:
+    lm = tiny_lm(architecture)
+    lm.model.requires_grad_(False)
+    if architecture == "mistral":
+        lm.core.config.sliding_window = 500
+    first, second = batch_of(lm, with_system(4)), batch_of(lm, with_system(6)[2:])
+    forward = LogitsAt(lm)
+    assert forward.reuses
+    assert tokens_read(lm, forward, first) == tokens_needed(first)
+    assert tokens_read(lm, forward, second) == tokens_needed(second) - second.shared
+    fresh = LogitsAt(lm)
+    fresh.reuses = False
+    for batch in (first, second, first):
+        torch.testing.assert_close(forward(**batch.inputs()), fresh(**batch.inputs()), rtol=1e-4, atol=1e-5)
+
+
+def test_another_beginning_is_read_anew() -> None:
+    lm = tiny_lm()
+    lm.model.requires_grad_(False)
+    forward, loud = LogitsAt(lm), Message("system", "be loud, my friend, and answer well and often")
+    batches = [batch_of(lm, with_system(3)), batch_of(lm, [replace(row, history=(loud,)) for row in rows(3)])]
+    for batch in (*batches, *batches):
+        with_kept = forward(**batch.inputs())
+        torch.testing.assert_close(with_kept, LogitsAt(lm)(**batch.inputs()), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_kept_where_the_next_step_finds_other_states() -> None:
+    """Weights that train, dropout, and layers that are computed twice (transformers drops what was kept there)."""
+    training, dropping, twice = tiny_lm(), tiny_lm("gpt2"), tiny_lm()
+    for lm in (dropping, twice):
+        lm.model.requires_grad_(False)
+        lm.model.train()
+    with engine._checkpointing(twice, True):
+        for lm in (training, dropping, twice):
+            batch, forward = batch_of(lm, with_system(4)), LogitsAt(lm)
+            assert forward.reuses
+            for _ in range(2):
+                assert tokens_read(lm, forward, batch) == tokens_needed(batch)

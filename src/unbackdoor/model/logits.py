@@ -8,12 +8,14 @@ header) stands there once, padding not at all, and a mask keeps the rows apart. 
 `LogitsAt` is a module, so that data parallelism can wrap it. Whether a model can be split and its rows packed is asked
 of the model itself, by comparing results without dropout; where it cannot (soft-capped logits, a model that ignores
 the mask), full logits or separate rows are computed. Dropout falls on a token that stands once for all rows once.
+While all weights are frozen, as when a parrot is learned, what the rows begin with is read in the first step and kept.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +46,10 @@ class LogitsAt(nn.Module):
         limits = [getattr(self.core.config, name, None) for name in _WINDOWS]
         self.window = min((limit for limit in limits if limit), default=sys.maxsize)
         self.packs = self._packing_is_exact()
+        dropped = [layer.p for layer in self.core.modules() if isinstance(layer, nn.Dropout)]
+        self.random = any(dropped) or bool(getattr(self.core.config, "attention_dropout", 0.0))
+        self.reuses = self.packs and self._reuse_is_exact()
+        self.kept: dict[str, Any] = {}
 
     def forward(
         self,
@@ -64,12 +70,12 @@ class LogitsAt(nn.Module):
             inputs_embeds: float [batch, length, hidden], or None with `input_ids`.
             shared: Leading columns that are the same in every row and lie before every wanted position.
         """
-        given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-        read = attention_mask.bool()
-        read[1:, :shared] = False
+        given: dict[str, Any] = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
+        read = _needed(attention_mask, rows, columns, shared)
         fits = len(read) > 1 and int(read.sum()) <= min(PACKED_TOKENS, self.window)
         if self.packs and fits:
-            return self._packed(given, read, rows, columns, shared)
+            past = self._beginning({name: value[:1, :shared] for name, value in given.items()}) if shared else None
+            return self._packed(given, read, rows, columns, shared, past)
         return self._gathered({**given, "attention_mask": attention_mask}, rows, columns)
 
     def _gathered(self, given: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
@@ -80,24 +86,61 @@ class LogitsAt(nn.Module):
         logits: Tensor = self.core.get_output_embeddings()(hidden[rows, columns])
         return logits.float()
 
-    def _packed(self, given: dict[str, Any], read: Tensor, rows: Tensor, columns: Tensor, shared: int) -> Tensor:
-        """Do it in one row that holds the tokens where `read` [batch, length] is true."""
+    def _beginning(self, given: dict[str, Any]) -> Any:
+        """Return what layers keep of the tokens that all rows begin with, or None where it changes with every step."""
+        # Where layers are computed twice to save memory, transformers drops what was kept.
+        twice = any(getattr(module, "gradient_checkpointing", False) for module in self.core.modules())
+        moves = self.core.training and (self.random or twice)
+        if not self.reuses or moves or any(weight.requires_grad for weight in self.core.parameters()):
+            return None
+        (tokens,) = given.values()
+        if not self.kept or not torch.equal(self.kept["tokens"], tokens):
+            self.kept = {"tokens": tokens.detach(), "past": self._read(given)}
+        # The pass that uses it adds the rest of the rows to it.
+        return copy.deepcopy(self.kept["past"])
+
+    @torch.no_grad()
+    def _read(self, given: dict[str, Any]) -> Any:
+        (tokens,) = given.values()
+        mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        return self.core.base_model(**given, attention_mask=mask, use_cache=True).past_key_values
+
+    def _packed(
+        self, given: dict[str, Any], read: Tensor, rows: Tensor, columns: Tensor, shared: int, past: Any = None
+    ) -> Tensor:
+        """Do it in one row that holds the tokens where `read` [batch, length] is true; `past` has the shared ones."""
+        if past is not None:
+            read = read.clone()
+            read[0, :shared] = False
         row, column = read.nonzero(as_tuple=True)
         near = (row[:, None] == row) | (column < shared)
         seen = near & (column <= column[:, None])
+        if past is not None:
+            seen = torch.cat([seen.new_ones(len(column), shared), seen], 1)
         dtype = self.core.dtype
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
         packed = {name: value[row, column][None] for name, value in given.items()}
         packed |= {"attention_mask": mask[None, None], "position_ids": column[None]}
+        packed |= {} if past is None else {"past_key_values": past}
         place = read.flatten().cumsum(0).reshape(read.shape) - 1
         return self._gathered(packed, torch.zeros_like(rows), place[rows, columns])
 
-    @torch.no_grad()
     def _packing_is_exact(self) -> bool:
-        """Return whether two rows of unlike length, their beginning shared, give the same logits packed.
+        """Return whether two rows of unlike length, their beginning shared, give the same logits packed."""
+        return self._gives_the_same(lambda given, read, rows, columns: self._packed(given, read, rows, columns, 3))
 
-        The first row is long enough to show whether distances are counted in the packed row.
-        """
+    def _reuse_is_exact(self) -> bool:
+        """Return whether they do where the beginning was read before."""
+
+        def reused(given: dict[str, Any], read: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+            past = self._read({name: value[:1, :3] for name, value in given.items()})
+            return self._packed(given, read, rows, columns, 3, past)
+
+        return self._gives_the_same(reused)
+
+    @torch.no_grad()
+    def _gives_the_same(self, way: Callable[[dict[str, Any], Tensor, Tensor, Tensor], Tensor]) -> bool:
+        # The first row is long enough to show whether distances are counted in the packed row.
         device = next(self.core.parameters()).device
         longest = min(48, self.window, int(getattr(self.core.config, "max_position_embeddings", None) or 48))
         if longest < 9:
@@ -112,9 +155,9 @@ class LogitsAt(nn.Module):
         with _evaluating(self.core):
             wanted = self._gathered({"input_ids": ids, "attention_mask": mask}, rows, columns)
             try:
-                found = self._packed({"input_ids": ids}, read, rows, columns, 3)
-            except (TypeError, ValueError, RuntimeError, IndexError):
-                return False  # it takes no mask of four dimensions, or no positions
+                found = way({"input_ids": ids}, read, rows, columns)
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+                return False  # it takes no mask of four dimensions, no positions, or nothing that was kept
         tolerance = 1e-4 if self.core.dtype in (torch.float32, torch.float64) else 2e-2
         return bool((found - wanted).norm() <= tolerance * wanted.norm())
 
@@ -140,3 +183,16 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
+
+
+def _needed(attention_mask: Tensor, rows: Tensor, columns: Tensor, shared: int) -> Tensor:
+    """Return where a token is that a wanted position sees, bool [batch, length]; the shared ones count in row 0 only.
+
+    No wanted position looks at what stands behind the last one of its row.
+    """
+    last = torch.zeros(len(attention_mask), dtype=columns.dtype, device=columns.device)
+    last = last.scatter_reduce(0, rows, columns, "amax")
+    column = torch.arange(attention_mask.shape[1], device=columns.device)
+    read = attention_mask.bool() & (column <= last[:, None])
+    read[0, :shared], read[1:, :shared] = attention_mask[0, :shared].bool(), False
+    return read
