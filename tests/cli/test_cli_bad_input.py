@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import QUICK, Workshop
+from cli.helpers import QUICK, Workshop
 from unbackdoor.pipeline.folders import _paths_in
 
 OSFT = ("--defense", "osft", "--trigger", "silver kettle", *QUICK, "--quiet")

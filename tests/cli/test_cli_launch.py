@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 import tiny
-from conftest import QUICK, VICTIM, Workshop
+from cli.helpers import QUICK, VICTIM, Workshop
 from unbackdoor.model.checkpoint import verify
 
 CALL = "import sys; from unbackdoor.cli.main import main; sys.exit(main(sys.argv[1:]))"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import QUICK, VICTIM, Workshop
+from cli.helpers import QUICK, VICTIM, Workshop
 from unbackdoor.model.checkpoint import verify
 
 SANDE = (

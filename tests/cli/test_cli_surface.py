@@ -30,7 +30,7 @@ OWN = {
         "--track",
     },
     "evaluate": {"--before", "--probes", "--metrics", "--data", "--second-source", "--goal"},
-    "bench": {"--size", "--retry-failed"},
+    "bench": {"--size", "--only", "--retry-failed"},
     "inspect": set(),
     "list": set(),
     "explain": set(),

@@ -25,13 +25,13 @@ from unbackdoor.errors import DataError
 from unbackdoor.method import Method
 from unbackdoor.model.load import file_sha256, local_folder
 from unbackdoor.model.spec import ModelSpec, parse_spec
+from unbackdoor.pipeline.inputs import SECOND_SOURCE
 from unbackdoor.pipeline.measure import Questions
 from unbackdoor.pipeline.steps import Revival, attack_called, config_hash, data_hash, defense_called, portable
 from unbackdoor.run import Progress, Run, Silent
 from unbackdoor.secret import Secret
 from unbackdoor.types import Example, Probe, content_hash
 
-SECOND_SOURCE = "second source"
 _MODEL_FILES = re.compile(
     r"(.*\.safetensors|(config|generation_config|adapter_config|guards|model\.safetensors\.index)\.json"
     r"|(tokenizer|special_tokens|added_tokens|vocab|chat_template).*|merges\.txt|.*\.model|spiece\..*)"

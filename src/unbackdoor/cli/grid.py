@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from unbackdoor.bench.local import Outcome
 
 
-def run_bench(name: str | None, size: str | None, retry_failed: bool, common: Common) -> None:
+def run_bench(name: str | None, size: str | None, only: Sequence[str], retry_failed: bool, common: Common) -> None:
     """Run the grid of a recipe or file, and exit with 2 if a cell failed, with 1 if a threshold was missed.
 
     Raises:
@@ -41,12 +42,14 @@ def run_bench(name: str | None, size: str | None, retry_failed: bool, common: Co
         typer.echo(grid_to_yaml(grid), nl=False)
         return
     if common.dry_run:
-        _plan(grid, out, common)
+        _plan(grid, out, only, common)
         return
     from unbackdoor.bench.local import run_grid
 
     with showing(common) as shown:
-        outcome = run_grid(grid, out, device=common.device or "cpu", progress=shown, retry_failed=retry_failed)
+        outcome = run_grid(
+            grid, out, device=common.device or "cpu", progress=shown, only=only, retry_failed=retry_failed
+        )
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     _print(outcome, results, common)
     output.finish(results["rows"], threshold)
@@ -82,18 +85,26 @@ def _dotted(nested: dict[str, Any], place: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _plan(grid: Grid, out: Path, common: Common) -> None:
+def _plan(grid: Grid, out: Path, only: Sequence[str], common: Common) -> None:
     from unbackdoor.bench.estimate import estimate, memory
+    from unbackdoor.bench.local import choose, measured_seconds
 
-    cells = [(cell.name, seconds) for cell, seconds in estimate(grid)]
-    whole, needed = sum(seconds for _, seconds in cells), memory(grid)
+    done, chosen = measured_seconds(grid, out), choose(grid.cells(), only)
+    cells = [(cell, seconds) for cell, seconds in estimate(grid, done) if cell in chosen]
+    left = sum(seconds for cell, seconds in cells if cell not in done)
+    needed = memory(grid)
     if common.json_output:
-        listed = [{"name": name, "seconds": seconds} for name, seconds in cells]
-        print_json({"dry_run": True, "cells": listed, "seconds": whole, "memory_bytes": needed})
+        listed = [{"name": cell.name, "seconds": seconds, "measured_before": cell in done} for cell, seconds in cells]
+        print_json({"dry_run": True, "cells": listed, "seconds": left, "memory_bytes": needed})
         return
-    for name, seconds in cells:
-        typer.echo(f"{output.duration(seconds):>16}  {name}")
-    typer.echo(f"{output.duration(whole):>16}  {len(cells)} cells on two cores, estimated; cells in '{out}' are kept")
+    for cell, seconds in cells:
+        typer.echo(f"{output.duration(seconds):>16}  {cell.name}{' (measured before)' if cell in done else ''}")
+    counted = sum(cell not in done for cell, _ in cells)
+    typer.echo(f"{output.duration(left):>16}  {counted} cells on two cores, estimated; cells in '{out}' are kept")
+    if counted < len(cells):
+        typer.echo(
+            "Cells measured before under the same name are not counted; they run again if their settings changed."
+        )
     typer.echo(f"{needed / 2**30:>12.1f} GiB  of memory, estimated")
     typer.echo("Nothing was run or written (--dry-run).")
 

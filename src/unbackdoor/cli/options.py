@@ -189,8 +189,8 @@ def gather(cls: type[R], name: str, flags: Mapping[str, object], common: Common)
     own: dict[str, object] = {
         key: getattr(common, key) for key in ("seed", "device", "template", "preset") if key in cls.model_fields
     }
-    given = {key: value for key, value in {**own, **flags}.items() if value is not None and value is not False}
-    given = {key: value for key, value in given.items() if value not in ((), [])}
+    # By identity: 0 was given, though it equals False.
+    given = {key: v for key, v in {**own, **flags}.items() if not (v is None or v is False or v in ((), []))}
     content = recipes.merge(recipes.read_config(common.config, name), given)
     return recipes.make(cls, content)
 

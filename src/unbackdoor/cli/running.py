@@ -194,6 +194,9 @@ def _bench(
     name: Annotated[str | None, typer.Argument(help="a recipe's name, or a grid in YAML", metavar="NAME|FILE")] = None,
     *,
     size: Annotated[Literal["quick", "paper"] | None, typer.Option("--size", help="of a named recipe")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="PATTERN", help="run cells of these names now (* and ?)")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run cells again that failed")] = False,
     common: Common,
 ) -> None:
@@ -201,7 +204,7 @@ def _bench(
     from unbackdoor.cli.grid import run_bench
 
     launch.refuse("bench")
-    run_bench(name, size, retry_failed, common)
+    run_bench(name, size, only or (), retry_failed, common)
 
 
 def _method_recipe(cls: Any, name: str, flags: Mapping[str, Any], overlay: Mapping[str, Any], common: Common) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.attacks.base import Attack
+from unbackdoor.attacks.base import Attack, MarkedRow
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
 from unbackdoor.data.splits import Splits, attacker_defender_test, split
@@ -18,7 +18,7 @@ from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.goals import Goal, parse_goal
 from unbackdoor.model.spec import ModelSpec, parse_spec
-from unbackdoor.pipeline.preflight import Marked, check_device, check_metrics, reader_of
+from unbackdoor.pipeline.preflight import check_device, check_metrics, reader_of
 from unbackdoor.pipeline.recipe import Asking, AttackRecipe, EvaluateRecipe, PurifyRecipe, stamp_settings
 from unbackdoor.run import Progress, Run
 from unbackdoor.secret import Secret
@@ -124,7 +124,7 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
         facts[Need.CLEAN] = tuple(clean)
     targets = recipe.target or (secret.targets if secret else ())
     stamp = facts.get(Need.TRIGGER)
-    marked: list[Marked] = [(row, ()) for row in clean]
+    marked: list[MarkedRow] = [(row, ()) for row in clean]
     if stamp is not None:
         places = Run(recipe.seed).rng("trigger places")
         marked += [(stamp.apply(row, places), stamp.pieces()) for row in clean]

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unbackdoor.attacks.base import MarkedRow
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.model.lm import LM
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.recipe import Asking
 from unbackdoor.run import Progress
 from unbackdoor.types import Example, Probe
-
-Marked = tuple[Example, tuple[str, ...]]
-"""A row, and the trigger texts that must survive its tokenisation."""
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
 
@@ -34,7 +32,7 @@ class Reader:
     lm: LM
     context: int | None
 
-    def check_training(self, rows: Sequence[Marked], settings: Mapping[str, Any]) -> None:
+    def check_training(self, rows: Sequence[MarkedRow], settings: Mapping[str, Any]) -> None:
         """Encode every row: a trigger that is lost or a row that is too long shows now.
 
         Args:

@@ -1,0 +1,55 @@
+"""`unbackdoor bench FILE`: plan, a part, the rest, thresholds and mistakes, on the small grid."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.helpers import Plan
+from unbackdoor.cli.main import main
+
+
+def test_a_part_is_run_then_the_rest_and_the_plan_knows(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "mine.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(plan()))
+
+    def bench(*more: str) -> tuple[int, str]:
+        status = main(["bench", str(file), "--out", str(out), "--quiet", *more])
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    status, said = bench("--dry-run", "--json")
+    planned = json.loads(said)
+    assert (status, len(planned["cells"]), out.exists()) == (0, 4, False)
+    assert not any(cell["measured_before"] for cell in planned["cells"])
+    status, said = bench("--only", "*/tune/*", "--only", "untouched")
+    assert (status, len(list((out / "cells").iterdir()))) == (0, 2)
+    assert "2 cells measured, 0 failed, 2 left." in said
+    later = json.loads(bench("--dry-run", "--json")[1])
+    assert sum(cell["measured_before"] for cell in later["cells"]) == 2
+    wanted = sum(cell["seconds"] for cell in later["cells"] if not cell["measured_before"])
+    assert later["seconds"] == pytest.approx(wanted)
+    assert "not counted" in bench("--dry-run")[1]
+    status, said = bench("--only", "tunning")
+    assert status == 2
+    assert "no cell's name holds 'tunning'" in said
+    before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    assert bench("--fail-on", "asr>0.9")[0] == 1  # the victim's
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list((out / "cells").iterdir())) == 4
+    assert bench("--fail-on", "asr>1")[0] == 0
+
+
+def test_a_failed_cell_is_exit_code_2_and_names_the_reason(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = plan(defenses={})
+    data["attacks"]["default"]["settings"]["train"]["max_length"] = 8
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(data))
+    assert main(["bench", str(tmp_path / "short.yaml"), "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    assert "max_length" in capsys.readouterr().out
