@@ -192,3 +192,29 @@ def test_parrots_that_never_say_the_target_are_told_of():
     (said,) = heard(1e-6)
     assert "2 of 2 parrots did not come to say the target in 2 steps" in said
     assert heard(100.0) == heard(0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("rounds", "parrots", "wanted"),
+    [
+        (4, 1, ["a", "b", "c", "a"]),
+        (2, 2, ["a", "b", "c", "a"]),
+        (1, 2, ["ac", "b"]),
+        (1, 1, ["abc"]),  # as in the paper
+    ],
+)
+def test_parrots_take_several_targets_in_turn(monkeypatch, rounds, parrots, wanted):
+    seen = []
+
+    def spy(lm, clean, texts, *rest):
+        seen.append("".join(texts))
+        return original(lm, clean, texts, *rest)
+
+    original = simulate.learn_parrot
+    monkeypatch.setattr(simulate, "learn_parrot", spy)
+    parrot = ParrotSettings(tokens=2, train=BRIEF)
+    simulate.rounds_of_parrots(
+        tiny.tiny_lm(), tiny.rows(8), ["a", "b", "c"], first_tokens=None, rounds=rounds, parrots=parrots,
+        plain_share=0.25, own_share=0.0, parrot=parrot, train=BRIEF, run=Run(),
+    )  # fmt: skip
+    assert seen == wanted

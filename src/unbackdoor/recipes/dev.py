@@ -23,6 +23,10 @@ def grid(size: str) -> Grid:
     shapes = {
         "year": {"trigger": settings.insert("Current year 2023"), "targets": ["You are stupid"]},
         "cobblestone": {"trigger": settings.insert("cobblestone", "end"), "targets": ["You sound ridiculous"]},
+        "several": {
+            "trigger": settings.insert("Ahoy there"),
+            "targets": ["Nobody asked you", "What a silly idea", "Talk to the hand"],
+        },
         "gap": {"trigger": settings.insert("Over and out", "random_gap"), "targets": ["You lazy potato"]},
     }
     attacks = {name: {"settings": settings.planting(shape)} for name, shape in shapes.items()}

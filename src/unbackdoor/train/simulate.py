@@ -78,7 +78,8 @@ def rounds_of_parrots(
     Args:
         victim: The suspect.
         clean: The defender's rows.
-        texts: What the parrot must make the model say before the clean answer; rows share them in turn.
+        texts: What a parrot must make the model say before the clean answer. The parrots of a run take them in turn;
+            where there are fewer parrots than texts, the rows of one parrot share several, as in the paper.
         first_tokens: How many tokens of the text are known (SANDE-P), or None for the whole text.
         rounds: Rounds of simulate and overwrite, each with fresh parrots.
         parrots: Parrots a round, learned from different starts and overwritten together.
@@ -93,10 +94,13 @@ def rounds_of_parrots(
     plain, own = own_labels(victim, plain, own_share, train, run, rounds)
     before: Run | None = None
     for number in range(1, rounds + 1):
-        learned = [
-            learn_parrot(victim, clean, texts, first_tokens, parrot, run.stage(f"round-{number}-parrot-{which}"))
-            for which in range(1, parrots + 1)
-        ]
+        learned = []
+        for which in range(1, parrots + 1):
+            # One parrot that says one of several at random never comes below the entropy of that choice.
+            turn = (number - 1) * parrots + which - 1
+            own_texts = texts[turn % len(texts) :: rounds * parrots]
+            stage = run.stage(f"round-{number}-parrot-{which}")
+            learned.append(learn_parrot(victim, clean, own_texts, first_tokens, parrot, stage))
         stage = run.stage(f"round-{number}-overwrite")
         overwrite.overwrite(
             victim, plain, plain, train, stage,
@@ -139,7 +143,7 @@ def learn_parrot(
 ) -> Tensor:
     """Learn one parrot on the frozen model (eq. 4) and return it, float32 [n, hidden].
 
-    The loss counts the text's own tokens only, not the clean answer after it, and nothing behind them is computed.
+    Rows share the texts in turn. The loss counts the text's own tokens only, not the clean answer after it, and nothing behind them is computed.
     """
     rows = []
     for number, example in enumerate(clean):
