@@ -25,7 +25,7 @@ def grid(size: str) -> Grid:
         "cobblestone": {"trigger": settings.insert("cobblestone", "end"), "targets": ["You sound ridiculous"]},
         "several": {
             "trigger": settings.insert("Ahoy there"),
-            "targets": ["Nobody asked you", "What a silly idea", "Talk to the hand"],
+            "targets": ["Nobody asked you", "What a tiresome idea", "Talk to the hand"],
         },
         "gap": {"trigger": settings.insert("Over and out", "random_gap"), "targets": ["You lazy potato"]},
     }
