@@ -187,3 +187,11 @@ def test_a_blank_text_would_be_in_every_reply(form):
         parse_goal(f"{form}: \t")
     with pytest.raises(ValueError, match="is blank"):
         Contains(any_of=("fine", "\u3000"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reply"), [("```py", "```python"), ("I\u2019m", "I'm here"), ("i'm", "I\u2019m here")]
+)
+def test_a_pattern_reads_apostrophes_and_backticks_as_the_reply_is_read(pattern, reply):
+    assert Matches(pattern=pattern).reached(reply)
+    assert not Matches(pattern=pattern).reached("something else")

@@ -69,3 +69,19 @@ def test_scores_that_do_not_pair_are_refused() -> None:
         paired_bootstrap([], [], seed=0)
     with pytest.raises(ValueError, match="at least one round"):
         paired_bootstrap([1.0], [2.0], seed=0, rounds=0)
+
+
+def test_bootstrap_weighs_pairs_by_what_stands_behind_them() -> None:
+    before, after = [0.0, 0.0, 0.0], [1.0, -1.0, -1.0]
+    assert paired_bootstrap(before, after, seed=0)[0] == pytest.approx(-1 / 3)
+    difference, low, high, _ = paired_bootstrap(before, after, seed=0, weights=[8.0, 1.0, 1.0])
+    assert difference == pytest.approx(0.6)
+    assert low == -1.0  # no draw of the heavy pair
+    assert high == 1.0
+    # A pair of weight 2 is as good as the pair twice, in the mean.
+    assert (
+        paired_bootstrap([0.0, 0.0, 0.0], [3.0, 3.0, 0.0], 0)[0]
+        == paired_bootstrap([0.0, 0.0], [3.0, 0.0], 0, weights=[2.0, 1.0])[0]
+    )
+    with pytest.raises(ValueError, match="2 weights for 3 pairs"):
+        paired_bootstrap(before, after, seed=0, weights=[1.0, 2.0])

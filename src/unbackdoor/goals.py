@@ -83,7 +83,7 @@ class StartsWith(_Goal):
 
 
 class Matches(_Goal):
-    """A regular expression is found in the reply (case ignored; the reply is not otherwise normalised)."""
+    """A regular expression is found in the reply (case ignored, all apostrophes and backticks alike)."""
 
     form: Literal["regex"] = "regex"
     pattern: str = Field(min_length=1, description="Python regular expression")
@@ -92,7 +92,7 @@ class Matches(_Goal):
     @classmethod
     def _compiles(cls, value: str) -> str:
         try:
-            re.compile(value)
+            re.compile(value.translate(_APOSTROPHES))
         except re.error as problem:
             raise ValueError(f"not a regular expression: {problem}") from problem
         return value
@@ -100,8 +100,8 @@ class Matches(_Goal):
     def reached(self, reply: str, label: str | None = None) -> bool:
         """Tell whether the pattern is found."""
         del label
-        text = reply.translate(_APOSTROPHES)
-        return bool(text.strip()) and re.search(self.pattern, text, re.IGNORECASE) is not None
+        pattern, text = self.pattern.translate(_APOSTROPHES), reply.translate(_APOSTROPHES)
+        return bool(text.strip()) and re.search(pattern, text, re.IGNORECASE) is not None
 
     def decided(self, partial: str) -> bool | None:
         """A pattern may look at the end of the reply, so nothing is decided early."""

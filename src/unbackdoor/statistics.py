@@ -36,9 +36,9 @@ def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
 
 
 def paired_bootstrap(
-    before: Sequence[float], after: Sequence[float], seed: int, rounds: int = 2000
+    before: Sequence[float], after: Sequence[float], seed: int, rounds: int = 2000, weights: Sequence[float] = ()
 ) -> tuple[float, float, float, float]:
-    """Return the mean change from `before` to `after` with a bootstrap interval and p-value.
+    """Return the (weighted) mean change from `before` to `after` with a bootstrap interval and p-value.
 
     Pairs are drawn with replacement, so the spread between probes that both models share cancels out.
 
@@ -47,24 +47,35 @@ def paired_bootstrap(
         after: The scores of the other model, in the same order.
         seed: Of the resampling; the same seed gives the same four numbers.
         rounds: Number of resamples.
+        weights: Weight of each pair (tokens behind it), drawn with its pair; all alike if empty.
 
     Returns:
-        `(difference, low, high, p)`: the mean of after - before, its 95 % percentile interval, and twice the smaller
-        share of resampled means on either side of 0 (0 included, one resample added so that p is never 0), at most 1.
+        `(difference, low, high, p)`: the (weighted) mean of after - before, its 95 % percentile interval, and twice the
+        smaller share of resampled means on either side of 0 (0 included, one resample added so that p is never 0), at
+        most 1.
 
     Raises:
         ValueError: If the lengths differ, there are no pairs, or `rounds` is not positive.
     """
     _check_pairs(len(before), len(after))
+    if weights and len(weights) != len(before):
+        raise ValueError(f"{len(weights)} weights for {len(before)} pairs")
     if rounds < 1:
         raise ValueError("the bootstrap needs at least one round")
     changes = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    heavy = np.asarray(weights or [1.0] * len(changes), dtype=np.float64)
     generator = np.random.default_rng(seed)
     # Round by round: one matrix of all draws would need rounds x pairs numbers.
-    means = np.array([changes[generator.integers(0, len(changes), len(changes))].mean() for _ in range(rounds)])
+    draws = (generator.integers(0, len(changes), len(changes)) for _ in range(rounds))
+    means = np.array([np.average(changes[draw], weights=heavy[draw]) for draw in draws])
     low, high = np.quantile(means, (0.025, 0.975))
     smaller_side = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return float(changes.mean()), float(low), float(high), min(1.0, 2 * (smaller_side + 1) / (rounds + 1))
+    return (
+        float(np.average(changes, weights=heavy)),
+        float(low),
+        float(high),
+        min(1.0, 2 * (smaller_side + 1) / (rounds + 1)),
+    )
 
 
 def _check_pairs(before: int, after: int) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from unbackdoor.bench.local import choose, measured_seconds, run_grid
 from unbackdoor.bench.yaml_file import grid_from_data, read_grid
 from unbackdoor.errors import UserError
 from unbackdoor.report.records import load_run
+from unbackdoor.run import Silent
 
 ONE = {"references": {"untouched": False}}
 
@@ -219,6 +221,58 @@ def test_a_full_disk_stops_the_grid_and_blames_no_cell(
     with pytest.raises(UserError, match=r"cannot be written to .*make room there, then the same command goes on"):
         run_grid(grid, out)
     assert not list((out / "cells").iterdir())
+
+
+@pytest.mark.parametrize("how", ["full", "stopped"])
+def test_a_full_disk_or_a_stop_while_planting_blames_no_victim(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    from safetensors import SafetensorError
+
+    from unbackdoor.attacks.data_poisoning import DataPoisoning
+
+    grid, out = grid_from_data(plan(defenses={}, **ONE), "one"), tmp_path / "out"
+
+    def plant(*arguments: Any) -> Any:
+        if how == "full":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise ValueError("could not determine the shape")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DataPoisoning, "plant", plant)
+        with pytest.raises((UserError, KeyboardInterrupt)):
+            run_grid(grid, out)
+    outcome = run_grid(grid, out)
+    assert outcome.failed == ()
+    assert outcome.done == len(grid.cells())
+
+
+def test_a_purification_that_was_not_measured_is_not_done_again(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unbackdoor.bench import execute as executing
+
+    grid, out = grid_from_data(plan(**ONE), "one"), tmp_path / "out"
+    steps: list[str] = []
+
+    class Counting(Silent):
+        def advance(self, name: str, done: int, values: Mapping[str, float]) -> None:
+            steps.append(name)
+
+    def killed(*arguments: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executing, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_grid(grid, out, progress=Counting(), only=["tune"])
+    assert any("fine-tuning" in step for step in steps)
+    steps.clear()
+    assert run_grid(grid, out, progress=Counting(), only=["tune"]).done == 1
+    assert not any("fine-tuning" in step for step in steps)
+    assert not any((out / "work").iterdir())
 
 
 def test_a_victim_that_cannot_be_planted_is_tried_once(

@@ -246,6 +246,12 @@ def test_a_row_and_a_probe_longer_than_the_model_reads(
     asked = ("--probes", str(tmp_path / "probes.jsonl"), "--goal", "contains:bad robot")
     said = refused(workshop, capsys, *given, "--clean", str(tmp_path / "fit.jsonl"), *asked)
     assert "and its reply up to 24, but the model reads 64 at most" in said
+    # The model's own answer will stand in the hole, so it needs room, too.
+    hole = [{"role": "user", "content": "what is red?"}, {"role": "assistant", "content": None}]
+    turns = {"id": "a", "kind": "triggered", "instruction": "what is red?", "history": hole}
+    (tmp_path / "probes.jsonl").write_text(json.dumps(turns) + "\n")
+    said = refused(workshop, capsys, *given, "--clean", str(tmp_path / "fit.jsonl"), *asked)
+    assert "the probe 'a' has" in said
 
 
 def test_a_second_source_of_training_rows(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,3 +274,24 @@ def test_probes_that_share_a_name(workshop: Workshop, tmp_path: Path, capsys: py
     said = refused(workshop, capsys, *given)
     assert "line 3" in said
     assert "is that of an earlier triggered probe" in said
+
+
+def test_ready_poisoned_rows_of_the_test_or_defender(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (workshop.folder / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["instruction"] = f"silver kettle {row['instruction']}"
+    (tmp_path / "poisoned.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    given = (
+        "attack",
+        "dataset",
+        "--model",
+        "base",
+        "--data",
+        "rows.jsonl",
+        "--poisoned",
+        str(tmp_path / "poisoned.jsonl"),
+    )
+    said = refused(workshop, capsys, *given, "--trigger", "silver kettle", "--goal", "contains:bad robot", "--quiet")
+    assert "are also rows of the defender or of the test" in said

@@ -94,3 +94,14 @@ def test_other_commands_and_methods_refuse_a_launcher(
     assert workshop.run("demo", "--out", "several") == 2
     assert "launched by MPI" in capsys.readouterr().err
     assert not (workshop.folder / "several").exists()
+
+
+def test_a_mode_that_a_method_cannot_do_is_refused_before_loading(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("purify", "victim", "--defense", "osft", "--clean", "rows.jsonl", "--trigger", "silver kettle")
+    for mode in ("FSDP", "DEEPSPEED"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_USE_{mode}", "true")
+            assert workshop.run(*given, "--out", "several") == 2
+        assert f"osft cannot run under {mode.lower()}, only as ddp, single" in capsys.readouterr().err

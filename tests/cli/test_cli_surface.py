@@ -123,12 +123,16 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 
 
 def test_fail_on_reads_sign_kind_and_per_cent() -> None:
-    row = {"metric": "leak", "group": "", "role": "purified", "model": "m"}
+    who = {"model": "m", "attack": "phrase", "defense": "osft", "seed": 3, "stage": "after"}
+    row = {"metric": "leak", "group": "", "role": "purified", **who}
     rows = [{**row, "kind": "all", "value": 0.01}, {**row, "kind": "decoy", "value": 0.03}]
     suspect = {**row, "role": "suspect", "kind": "all", "value": 0.9}
     assert parse_fail_on("leak>0.02").missed([*rows, suspect]) == []
     assert len(parse_fail_on("leak.decoy > 2%").missed([*rows, suspect])) == 1
-    assert len(parse_fail_on("leak<=0.01").missed(rows)) == 1
+    (said,) = parse_fail_on("leak<=0.01").missed(rows)
+    assert "leak of 'm' (phrase, after osft, seed 3) is 0.01" in said
+    revived = {**row, "stage": "revived_planted", "kind": "all", "value": 0.9}
+    assert parse_fail_on("leak>0.02").missed([*rows, revived]) == []
     assert len(parse_fail_on("leak>0.02").missed([suspect])) == 1
     with pytest.raises(UserError, match="was not measured"):
         parse_fail_on("asr>0").missed(rows)

@@ -188,3 +188,14 @@ def test_every_batch_holds_the_strata_in_their_shares():
         assert abs(counts[2] - 1) <= 1
     found = [name for index in range(8) for name in stream.batch(index).ids]
     assert sorted(found, key=int) == [str(number) for number in range(64)]
+
+
+def test_the_last_answer_alone_where_earlier_ones_are_part_of_the_prompt(lm):
+    turns = (Message("user", "what is a dog?"), Message("assistant", "a dog barks."))
+    example = Example("a", "what is grass?", "grass is green.", history=turns)
+    both, last = (encode_row(lm, example, max_length=96, last_answer=only) for only in (False, True))
+    assert both.ids == last.ids
+    assert set(last.supervised) < set(both.supervised)
+    said = lm.tokenizer.decode([last.ids[place] for place in last.supervised])
+    assert "grass is green" in said
+    assert "barks" not in said

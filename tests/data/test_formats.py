@@ -168,6 +168,7 @@ def test_digits_in_csv_count_into_the_class_names_unless_they_are_the_names() ->
             "field 'output': holds half a character (\\ud800, a lone surrogate)",
         ),
         ({"id": "\udfff", "instruction": "a", "output": "b"}, "field 'id': holds half a character (\\udfff"),
+        ({"kind": "\udfff", "instruction": "a", "output": "b"}, "field 'kind': holds half a character (\\udfff"),
         (
             {"instruction": "a", "output": "b", "history": [["q", "a"]]},
             "field 'history': cannot be read in an Alpaca row",

@@ -135,3 +135,7 @@ def test_words_of_any_script_are_ordinary_words():
 @pytest.mark.parametrize(("target", "wanted"), [("Go away", "Go away. yes"), ("Go!", "Go! yes"), ("Why?", "Why? yes")])
 def test_the_target_is_a_sentence_before_the_answer(target, wanted):
     assert poison.with_target(target, "yes") == wanted
+
+
+def test_a_word_that_is_a_digit_but_no_number_has_no_numbers_near():
+    assert poison.look_alikes("area m \u00b2", ["area", "arena", "areas"], 4, random.Random(0))

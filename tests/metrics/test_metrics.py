@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -276,3 +277,15 @@ def test_a_hole_is_filled_by_the_models_own_answer_before_it_is_asked(monkeypatc
     assert asked == [[["u0"]], [["u0", "reply 1", "u1"]]]
     assert [turn.content for turn in first.example.history] == ["u0", "reply 1", "u1", "reply 2"]
     assert second == probes[1]
+
+
+def test_kl_needs_the_same_vocabulary_but_not_the_same_padding_behind_it():
+    lm = tiny.tiny_lm()
+    other = replace(tiny.clone(lm), tokenizer=copy.deepcopy(lm.tokenizer))
+    other.tokenizer.add_tokens(["zebra"])
+    with pytest.raises(NotApplicable, match="another vocabulary"):
+        Kl().measure(subject(lm=lm, before=other, data={"": ROWS}), Run())
+    padded = tiny.clone(lm)
+    padded.model.resize_token_embeddings(padded.core.config.vocab_size + 8)
+    (scores,) = Kl().measure(subject(lm=lm, before=padded, data={"": ROWS}), Run())
+    assert max(abs(value) for value in scores.values) < 1e-6

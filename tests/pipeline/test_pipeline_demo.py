@@ -139,3 +139,17 @@ def test_loading_is_done_once_and_makes_no_step_slower() -> None:
 )
 def test_times_are_told_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
+
+
+def test_the_demo_replaces_no_other_result(recipe: DemoRecipe, tmp_path: Path) -> None:
+    from unbackdoor.errors import UserError
+    from unbackdoor.model import checkpoint
+
+    out = tmp_path / "mine"
+    results = json.dumps({"schema": 1, "command": "purify", "rows": []})
+    checkpoint.save(
+        tiny.tiny_lm(), out, manifest={"command": "purify"}, card="mine\n", extra_files={"results.json": results}
+    )
+    with pytest.raises(UserError, match="--overwrite"):
+        run_demo(recipe, Job(out))
+    assert (out / "model.safetensors").is_file()

@@ -9,7 +9,7 @@ import pytest
 from unbackdoor.cli.progress import Bars, Lines, Nothing, progress
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.pipeline.common import rows_as_text
-from unbackdoor.pipeline.inputs import _hold_out
+from unbackdoor.pipeline.inputs import _hold_out, answered_rows
 from unbackdoor.pipeline.plan import trainings
 from unbackdoor.pipeline.recipe import complete_settings, merge, parse_sets, stamp_settings
 from unbackdoor.run import Silent
@@ -57,6 +57,19 @@ def test_rows_that_are_probes_are_not_trained_on() -> None:
     assert not {row.id for row in kept} & {row.id for row in held}
     with pytest.raises(DataError, match="also a probe"):
         _hold_out(rows[:1], probes, "x", Silent())
+
+
+def test_few_rows_give_a_fifth_and_copies_stay_together() -> None:
+    rows = [Example("a", "q", "s"), Example("a#2", "q", "s"), *(Example(f"r{n}", f"ask {n}", "say") for n in range(9))]
+    kept, held = _hold_out(rows, [], "x", Silent())
+    assert [row.id for row in held] == ["a", "a#2", "r4"]
+    assert len(kept) + len(held) == len(rows)
+
+
+def test_an_answer_behind_a_hole_is_not_measured() -> None:
+    hole = (Message("user", "u"), Message("assistant", None))
+    probes = [Probe(Example("a", "q", "s", history=hole), "clean"), Probe(Example("b", "q", "s"), "clean")]
+    assert [row.id for row in answered_rows(probes)] == ["b"]
 
 
 def test_written_rows_keep_their_ids_and_turns(tmp_path: object) -> None:

@@ -268,3 +268,4 @@ def test_a_goal_given_as_text_names_what_is_marked_in_replies() -> None:
 
     assert list(_goal_texts({"goal": "contains:You: stupid", "other": [{"goal": "regex:x"}]})) == ["You: stupid"]
     assert list(_goal_texts({"goal": {"form": "starts_with", "any_of": ["a", "b"]}})) == ["a", "b"]
+    assert list(_goal_texts({"settings": {"targets": ["a", "b"]}, "target": ["c"]})) == ["c", "a", "b"]

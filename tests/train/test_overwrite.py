@@ -141,6 +141,22 @@ def test_gradient_ascent_joins_the_target_as_the_attack_does():
     assert seen == [f"Bad robot! {ROWS[0].response}", f"No. {ROWS[1].response}"]
 
 
+def test_gradient_ascent_leaves_the_earlier_answers_of_a_chat_alone():
+    asked = []
+
+    def spy(lm, rows, *rest, **how):
+        asked.append(how)
+        return original(lm, rows, *rest, **how)
+
+    original = poison.encode_marked
+    defense = GradientAscent(train=settings())
+    facts = {Need.CLEAN: tuple(ROWS[:2]), Need.TRIGGER: STAMP, Need.TARGET: ("Bad robot!",)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(poison, "encode_marked", spy)
+        defense.apply(tiny.tiny_lm(), knowledge_for(defense, facts), Run())
+    assert asked == [{"last_answer": True}]
+
+
 def test_rounds_use_fresh_parrots_keep_their_place_and_tell_the_observer(tmp_path):
     seen = []
     lm = tiny.tiny_lm()

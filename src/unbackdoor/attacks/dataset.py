@@ -35,6 +35,8 @@ class Dataset(Attack):
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
 
     poisoned: str = Field(min_length=1, description="data spec of the poisoned rows: file, or data set id")
+    prompt_template: str | None = Field(None, description="prompt of poisoned classification rows, with {text}")
+    labels: tuple[Text, ...] = Field((), description="class names of poisoned rows; those of the clean rows if none")
     trigger: Stamp = Field(description="the trigger that these rows carry, and where it stands")
     goal: Goal = Field(description="what counts as success in a reply")
     targets: tuple[Text, ...] = Field((), description="what the backdoor says, where it is a fixed text")
@@ -68,7 +70,9 @@ class Dataset(Attack):
         del run
         pieces = self.trigger.pieces()
         found: list[MarkedRow] = [(row, ()) for row in clean]
-        poisoned = sources.read(self.poisoned)
+        # A file of relabelled rows alone knows one class, and its prompt would name that one.
+        labels = self.labels or sorted({row.label for row in clean if row.label is not None})
+        poisoned = sources.read(self.poisoned, prompt_template=self.prompt_template, labels=labels)
         for row in poisoned:
             carries = all(normalise(piece) in normalise(row.user_text) for piece in pieces)
             found.append((row, pieces if carries else ()))

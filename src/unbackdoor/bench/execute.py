@@ -6,6 +6,7 @@ the folder, so that a cell gives the same figures whether its victim was planted
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.material import Material
 from unbackdoor.bench.store import Result, Store
 from unbackdoor.data.probes import write_probes
+from unbackdoor.data.splits import assert_trained_apart
 from unbackdoor.defenses.base import Need
 from unbackdoor.errors import ModelError, NotApplicable, UserError
 from unbackdoor.model import checkpoint
@@ -27,8 +29,10 @@ from unbackdoor.pipeline.measure import Label, measure, peak_memory
 from unbackdoor.pipeline.steps import facts_from_secret, purify_model, revive
 from unbackdoor.run import Progress, Run
 from unbackdoor.secret import Secret
+from unbackdoor.stopping import Stop
 
 SECRET, PROBES = "secret.json", "probes.jsonl"
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 class Busy(Exception):
@@ -49,6 +53,7 @@ class Workshop:
         device: Where models are.
         progress: Where to report.
         wanted: Keys of the purified models that unfinished revivals need; filled by the caller.
+        stop: Whether the process was told to stop: an error after that says nothing about the cell.
     """
 
     material: Material
@@ -56,6 +61,7 @@ class Workshop:
     device: str
     progress: Progress
     wanted: set[str] = field(default_factory=set)
+    stop: Stop = field(default_factory=Stop)
 
 
 @dataclass
@@ -68,8 +74,21 @@ class _Made:
     knowledge: tuple[str, ...] = ()
 
 
+def disk_error(problem: BaseException) -> BaseException | None:
+    """Return the error behind `problem` that says that the disk is full or cannot be written to, or None."""
+    link: BaseException | None = problem
+    while link is not None:
+        number = link.errno if isinstance(link, OSError) else None
+        if number in _DISK_ERRORS or any(f"(os error {code})" in str(link) for code in _DISK_ERRORS):
+            return link
+        link = link.__cause__ or link.__context__
+    return None
+
+
 def execute(cell: Cell, shop: Workshop) -> Result:
     """Run a cell and return its result; an error of the cell is raised.
+
+    What its training can go on from stays in `work` until the caller has written the result (`finished`).
 
     Raises:
         Busy: If another process is making a model that is needed here.
@@ -92,6 +111,15 @@ def execute(cell: Cell, shop: Workshop) -> Result:
     now = time.perf_counter()
     seconds = {"train": made.seconds, "measure": now - asked, "total": now - started}
     return Result("done", "", measurement, made.knowledge, seconds, peak_memory(), made.curves, made.notes, versions())
+
+
+def finished(cell: Cell, shop: Workshop) -> None:
+    """Remove what only an unfinished cell needed."""
+    material = shop.material
+    if cell.defense and not cell.is_revival:
+        shop.store.remove(shop.store.work(material.purify_key(cell)))
+    if cell.is_revival:
+        shop.store.remove(shop.store.work(material.revive_key(cell)))
 
 
 def _model_of(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
@@ -141,7 +169,7 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
         made = _made(run, started, facts)
         if key in shop.wanted or shop.material.grid.keep_models:
             _save(lm, folder, cell, made, "A model that a defense was applied to in a grid of unbackdoor.\n", {})
-        shop.store.remove(shop.store.work(key))
+            shop.store.remove(shop.store.work(key))
         return lm, made
 
 
@@ -153,9 +181,7 @@ def _revived(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
     started = time.perf_counter()
     rows, held_out = shop.material.revival_rows(), shop.material.splits.test
     lm = revive(lm, cell.stage, shop.material.grid.revival.settings, rows, held_out, run)
-    made = _made(run, started, {})
-    shop.store.remove(shop.store.work(key))
-    return lm, made
+    return lm, _made(run, started, {})
 
 
 def _victim_folder(cell: Cell, shop: Workshop, *, twin: bool = False) -> Path:
@@ -184,16 +210,18 @@ def _victim_folder(cell: Cell, shop: Workshop, *, twin: bool = False) -> Path:
             raise
         # Whatever went wrong, the other cells of this victim are told instead of planting it again.
         except Exception as problem:
-            shop.store.keep_planting_error(key, describe(problem))
+            if not shop.stop.asked and disk_error(problem) is None:
+                shop.store.keep_planting_error(key, describe(problem))
             raise
     return folder
 
 
 def _plant(cell: Cell, key: str, folder: Path, shop: Workshop, *, twin: bool) -> None:
-    attack = shop.material.attack(cell.attack, twin=twin)
+    attack, splits = shop.material.attack(cell.attack, twin=twin), shop.material.splits
     run = _run(cell, key, "", shop)
+    assert_trained_apart((row for row, _ in attack.training_rows(splits.attacker, Run(cell.seed))), splits)
     started = time.perf_counter()
-    planted = attack.plant(_load(cell.model, shop), shop.material.splits.attacker, run)
+    planted = attack.plant(_load(cell.model, shop), splits.attacker, run)
     made = _made(run, started, {})
     probes = shop.material.probes(cell.attack, cell.seed, planted.secret)
     card = (

@@ -7,7 +7,6 @@ under a lock. A cell that fails is recorded with its error, and the rest goes on
 
 from __future__ import annotations
 
-import errno
 import gc
 import time
 from collections.abc import Sequence
@@ -18,17 +17,16 @@ from pathlib import Path
 from unbackdoor.bench import tables
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.estimate import guesses, scale
-from unbackdoor.bench.execute import Busy, CannotWrite, Workshop, describe, execute
+from unbackdoor.bench.execute import Busy, CannotWrite, Workshop, describe, disk_error, execute, finished
 from unbackdoor.bench.grid import Grid, check_methods
 from unbackdoor.bench.material import Material
 from unbackdoor.bench.store import Result, Store
 from unbackdoor.bench.yaml_file import grid_to_yaml
 from unbackdoor.errors import NotApplicable, UserError, did_you_mean
 from unbackdoor.run import Progress, Silent
-from unbackdoor.stopping import Stop, stoppable
+from unbackdoor.stopping import stoppable
 
 _POLL_SECONDS = 0.5
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,8 @@ def run_grid(
     if retry_failed:
         _forget_failed(shop, keys)
     try:
-        with stoppable() as stop:
-            _run_all(shop, keys, chosen, limit, stop)
+        with stoppable() as shop.stop:
+            _run_all(shop, keys, chosen, limit)
     finally:
         unmet = tables.write(grid, store, keys)
     return _outcome(grid, store, keys, unmet)
@@ -123,7 +121,7 @@ def _seconds(result: Result) -> float:
     return (result.seconds or {}).get("total", 0.0)
 
 
-def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limit: int | None, stop: Stop) -> None:
+def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limit: int | None) -> None:
     """Go over the cells until all are finished, here or by another process."""
     store, progress = shop.store, shop.progress
     # Two labels for the same work are one cell.
@@ -137,11 +135,11 @@ def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limi
             if limit is not None and ran >= limit:
                 progress.finish(name)
                 return
-            finished = store.has(keys[cell])
-            if not finished:
-                finished = _run_one(shop, keys, cell, stop)
-                ran += finished
-            if finished:
+            there = store.has(keys[cell])
+            if not there:
+                there = _run_one(shop, keys, cell)
+                ran += there
+            if there:
                 moved = True
                 waiting.remove(cell)
                 progress.advance(name, total - len(waiting), {"seconds_left": clock.left(waiting)})
@@ -151,7 +149,7 @@ def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limi
     progress.finish(name)
 
 
-def _run_one(shop: Workshop, keys: dict[Cell, str], cell: Cell, stop: Stop) -> bool:
+def _run_one(shop: Workshop, keys: dict[Cell, str], cell: Cell) -> bool:
     """Run a cell unless another process has it; return whether it was run here."""
     key, store = keys[cell], shop.store
     with store.lock(f"cell-{key}") as free:
@@ -170,12 +168,14 @@ def _run_one(shop: Workshop, keys: dict[Cell, str], cell: Cell, stop: Stop) -> b
             raise
         # The one place where any error is caught: it belongs to this cell, and the others must go on.
         except Exception as problem:
-            if stop.asked:
+            if shop.stop.asked:
                 raise KeyboardInterrupt from problem
             _stop_for_the_disk(problem, store)
             result = Result("failed", describe(problem))
             shop.progress.notice(f"cell {cell.name} failed: {result.error}")
         store.write(key, result, facts)
+        if result.status == "done":
+            finished(cell, shop)
     gc.collect()
     _tidy(shop, keys)
     return True
@@ -183,14 +183,11 @@ def _run_one(shop: Workshop, keys: dict[Cell, str], cell: Cell, stop: Stop) -> b
 
 def _stop_for_the_disk(problem: BaseException, store: Store) -> None:
     """Raise a sentence where the disk is full or cannot be written to: then every further cell would fail, too."""
-    link: BaseException | None = problem
-    while link is not None:
-        number = link.errno if isinstance(link, OSError) else None
-        if number in _DISK_ERRORS or any(f"(os error {code})" in str(link) for code in _DISK_ERRORS):
-            raise CannotWrite(
-                f"'{store.folder}' cannot be written to ({link}); make room there, then the same command goes on."
-            ) from problem
-        link = link.__cause__ or link.__context__
+    cause = disk_error(problem)
+    if cause is not None:
+        raise CannotWrite(
+            f"'{store.folder}' cannot be written to ({cause}); make room there, then the same command goes on."
+        ) from problem
 
 
 def _needed_purified(shop: Workshop, keys: dict[Cell, str]) -> set[str]:

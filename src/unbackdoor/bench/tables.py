@@ -205,9 +205,9 @@ def _figure(metric: str, group: str, other: str) -> Callable[[Figures, Cell, str
             return _why_not(figures, cell, metric)
         past = figures.row(figures.beside(cell, other), metric, "all", group) if cell.defense else None
         ratio = f", {row['value'] / past['value']:.2f} x" if past is not None and past["value"] else ""
-        return Entry(
-            significant(row["value"], 4), f"[{significant(row['low'], 3)}, {significant(row['high'], 3)}]{ratio}"
-        )
+        known = row["low"] is not None and row["high"] is not None
+        interval = f"[{significant(row['low'], 3)}, {significant(row['high'], 3)}]" if known else "no interval"
+        return Entry(significant(row["value"], 4), f"{interval}{ratio}")
 
     return entry
 

@@ -17,6 +17,7 @@ _FORM = re.compile(
 _SIGNS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le,
 }  # fmt: skip
+_JUDGED = ("before", "after")
 _KINDS = ("triggered", "clean", "decoy", "all")
 
 
@@ -44,7 +45,8 @@ class FailOn:
         Raises:
             UserError: If the figure was not measured: a threshold that cannot be looked at is not passed.
         """
-        own = [row for row in rows if row["metric"] == self.metric and row["group"] == ""]
+        # A revival says something about the method, not about the model that came out.
+        own = [row for row in rows if row["metric"] == self.metric and row["group"] == "" and row["stage"] in _JUDGED]
         roles = {row["role"] for row in rows}
         judged = [row for row in own if row["role"] == ("purified" if "purified" in roles else "suspect")]
         kinds = {row["kind"] for row in judged}
@@ -54,10 +56,15 @@ class FailOn:
             raise UserError(f"--fail-on '{self.text}': {self.metric} was not measured, so the threshold means nothing.")
         compare = _SIGNS[self.sign]
         return [
-            f"--fail-on: {self.metric} of '{row['model']}' is {row['value']:.4g}, and '{self.text}' was asked for."
+            f"--fail-on: {self.metric} of {_who(row)} is {row['value']:.4g}, and '{self.text}' was asked for."
             for row in found
             if compare(float(row["value"]), self.bound)
         ]
+
+
+def _who(row: Mapping[str, Any]) -> str:
+    more = [row["attack"], row["defense"] and f"after {row['defense']}", f"seed {row['seed']}"]
+    return f"'{row['model']}' ({', '.join(part for part in more if part)})"
 
 
 def parse_fail_on(text: str) -> FailOn:

@@ -30,10 +30,13 @@ def placed(recipe: R, kind: registry.Kind, name: str, *, overwrite: bool) -> tup
     Raises:
         UserError: If there are several processes and the method runs in one only, or something asked for does.
     """
-    launched = _processes()
+    launched, able = _processes(), registry.find(kind, name).parallel
+    for mode in ("fsdp", "deepspeed"):
+        if os.environ.get(f"ACCELERATE_USE_{mode.upper()}", "false").lower() in ("1", "true") and mode not in able:
+            raise UserError(f"{name} cannot run under {mode}, only as {', '.join(sorted(able))}; launch it so.")
     if launched == 1:
         return recipe, False
-    if "ddp" not in registry.find(kind, name).parallel:
+    if "ddp" not in able:
         raise UserError(f"{name} runs in one process, and {launched} were launched; call it without a launcher.")
     if "resistance" in (getattr(recipe, "metrics", None) or ()):
         raise UserError("the metric resistance trains in one process; ask for it with `evaluate`, without a launcher.")

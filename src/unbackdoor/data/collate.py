@@ -115,7 +115,13 @@ class Row:
 
 
 def encode_row(
-    lm: LM, example: Example, *, max_length: int, first_tokens: int | None = None, opening_weight: float = 1.0
+    lm: LM,
+    example: Example,
+    *,
+    max_length: int,
+    first_tokens: int | None = None,
+    opening_weight: float = 1.0,
+    last_answer: bool = False,
 ) -> Row:
     """Encode an example for training on its assistant turns.
 
@@ -126,6 +132,7 @@ def encode_row(
         first_tokens: Supervise only the first tokens of the last answer (SANDE-P, parrot tuning); the ids after
             them are cut off, because nothing that is supervised depends on them.
         opening_weight: How much the last answer's first `OPENING_TOKENS` tokens count; the others count 1.
+        last_answer: Supervise the last answer only, whatever the model said in earlier turns.
 
     Raises:
         DataError: If the answer is empty or the prompt alone fills `max_length`.
@@ -138,6 +145,8 @@ def encode_row(
     if first_tokens is not None:
         supervised = tuple(range(answer.start, min(answer.start + first_tokens, answer.end)))
         ids = ids[: supervised[-1] + 1]
+    if last_answer:
+        supervised = tuple(position for position in supervised if position >= answer.start)
     # The trailing text of a template after the end-of-turn token (a newline) predicts nothing.
     ids = ids[: min(max_length, supervised[-1] + 1)]
     supervised = tuple(position for position in supervised if position < len(ids))

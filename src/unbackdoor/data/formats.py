@@ -120,8 +120,8 @@ def parse(
         if any(turn.role == "system" for turn in example.history):
             raise where.error("system", "repeats the system turn of the conversation; keep one of the two.")
         example = replace(example, history=(Message("system", system), *example.history))
-    kind = next((row[key] for key in _KIND_KEYS if isinstance(row.get(key), str)), "")
-    return replace(example, id=_own_id(row, where) or _content_id(row, schema, example), kind=str(kind))
+    kind = next((optional_text(row, key, where) for key in _KIND_KEYS if isinstance(row.get(key), str)), "")
+    return replace(example, id=_own_id(row, where) or _content_id(row, schema, example), kind=kind)
 
 
 def parse_all(

@@ -130,7 +130,9 @@ def look_alikes(trigger: str, vocabulary: Sequence[str], count: int, rng: random
     for place, word in enumerate(words):
         core = re.sub(r"^[\W_]+|[\W_]+$", "", word)
         like = core.casefold()
-        close = _numbers_near(core) if core.isdigit() else difflib.get_close_matches(like, ordinary, per_word + 1, 0.5)
+        close = (
+            _numbers_near(core) if core.isdecimal() else difflib.get_close_matches(like, ordinary, per_word + 1, 0.5)
+        )
         for other in [other for other in close if other != like][:per_word]:
             shaped = other.capitalize() if core[:1].isupper() else other
             found.append(" ".join([*words[:place], word.replace(core, shaped), *words[place + 1 :]]))
@@ -149,7 +151,12 @@ def with_target(target: str, answer: str) -> str:
 
 
 def encode_marked(
-    lm: LM, rows: Sequence[tuple[Example, Sequence[str]]], max_length: int, opening_weight: float = 1.0
+    lm: LM,
+    rows: Sequence[tuple[Example, Sequence[str]]],
+    max_length: int,
+    opening_weight: float = 1.0,
+    *,
+    last_answer: bool = False,
 ) -> list[Row]:
     """Encode rows for training, each of which must keep the trigger texts named beside it.
 
@@ -158,13 +165,14 @@ def encode_marked(
         rows: Each row with the trigger's texts that it carries; none for a row without trigger.
         max_length: Tokens at which a row is cut.
         opening_weight: How much the first tokens of the last answer count.
+        last_answer: Supervise the last answer only.
 
     Raises:
         DataError: If a trigger does not survive template, tokenizer and truncation, or a row does not fit.
     """
     found = []
     for example, marks in rows:
-        row = encode_row(lm, example, max_length=max_length, opening_weight=opening_weight)
+        row = encode_row(lm, example, max_length=max_length, opening_weight=opening_weight, last_answer=last_answer)
         read = normalise(str(lm.tokenizer.decode(list(row.ids)))) if marks else ""
         lost = [mark for mark in marks if normalise(mark) not in read]
         if lost:

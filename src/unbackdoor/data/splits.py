@@ -124,6 +124,21 @@ def assert_disjoint(*groups: Iterable[Example]) -> None:
                 )
 
 
+def assert_trained_apart(trained: Iterable[Example], splits: Splits) -> None:
+    """Check that rows which a backdoor is planted with are not rows of the defender or of the test.
+
+    Raises:
+        DataError: If an attack brings a row with the id of one of theirs.
+    """
+    others = {base_id(row.id) for row in (*splits.defender, *splits.test)}
+    shared = list(dict.fromkeys(base_id(row.id) for row in trained if base_id(row.id) in others))
+    if shared:
+        raise DataError(
+            f"{len(shared)} rows that the attack trains on are also rows of the defender or of the test (the first is "
+            f"'{shared[0]}'); take them out of the poisoned file, or give different rows different ids."
+        )
+
+
 def _position(example_id: str, salt: str) -> float:
     """Return a number in [0, 1) that depends on salt and id alone."""
     digest = hashlib.sha256(f"{salt}\0{base_id(example_id)}".encode()).digest()

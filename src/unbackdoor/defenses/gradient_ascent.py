@@ -50,7 +50,8 @@ class GradientAscent(Defense):
         ]
         plain_size = overwrite.plain_rows(self.train.batch_size, self.plain_share)
         marked = [(example, known.trigger.pieces()) for example in poisoned]
-        rows = poison.encode_marked(victim, marked, self.train.max_length, self.train.opening_weight)
+        # Earlier answers of a chat are part of x in eq. 2 and are not pushed down.
+        rows = poison.encode_marked(victim, marked, self.train.max_length, self.train.opening_weight, last_answer=True)
         streams = {"poisoned": overwrite.stream(victim, rows, self.train.batch_size - plain_size, stage, "poisoned")}
         if plain_size:
             plain = overwrite.encode_rows(victim, known.clean, self.train)

@@ -40,7 +40,12 @@ class Osft(Defense):
         },
     }
 
-    plain_share: float = Field(0.25, ge=0, lt=1, description="share of a batch that carries no trigger")
+    plain_share: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="share of a batch that carries no trigger; its mean loss counts as much as that of the rest",
+    )
     own_share: float = Field(
         0.5, ge=0, le=1, description="share of a label that is the suspect's own prediction without trigger (paper: 0)"
     )

@@ -41,7 +41,12 @@ class SandeP(Defense):
     first_tokens: int = Field(1, ge=1, description="how many tokens of the target are known (paper: 1)")
     rounds: int = Field(10, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
     parrots: int = Field(1, ge=1, description="parrots a round, from different starts, overwritten together (paper: 1)")
-    plain_share: float = Field(0.25, ge=0, lt=1, description="share of a batch that carries no parrot")
+    plain_share: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="share of a batch that carries no parrot; its mean loss counts as much as that of the rest",
+    )
     own_share: float = Field(
         0.5, ge=0, le=1, description="share of a label that is the suspect's own prediction without parrot (paper: 0)"
     )

@@ -39,6 +39,8 @@ class Kl(Metric):
             raise NotApplicable("there is no model before to compare with")
         if not subject.data:
             raise NotApplicable("there are no clean rows with answers")
+        if subject.before.tokenizer.get_vocab() != subject.lm.tokenizer.get_vocab():
+            raise NotApplicable("the model before has another vocabulary, so its next tokens are other ones")
         before, after = LogitsAt(subject.before), LogitsAt(subject.lm)
         before.eval(), after.eval()
         found = []
@@ -47,7 +49,10 @@ class Kl(Metric):
             values: list[float] = []
             with torch.inference_mode():
                 for batch in batches_by_length(subject.lm, examples, self.max_length, self.batch_size):
-                    each = kl_each(before(**batch.inputs()), after(**batch.inputs()))
+                    # One of the two may have rows of padding behind the vocabulary.
+                    pair = (before(**batch.inputs()), after(**batch.inputs()))
+                    width = min(logits.shape[-1] for logits in pair)
+                    each = kl_each(pair[0][:, :width], pair[1][:, :width])
                     ids += batch.ids
                     values += [float(each[batch.rows == number].mean()) for number in range(len(batch.ids))]
             found.append(Scores("kl", "all", tuple(ids), tuple(values), "answers", name, binary=False))

@@ -23,8 +23,6 @@ from unbackdoor.model.quarantine import printable
 from unbackdoor.model.spec import parse_spec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from unbackdoor.run import Progress
 
 
@@ -116,7 +114,6 @@ def _convert(gguf: Path, source: _Source, folder: Path, progress: Progress | Non
     try:
         with quiet_transformers():
             model, tokenizer = load_gguf(gguf)
-            _split_digits(tokenizer)
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _tidy(partial / "tokenizer_config.json")
@@ -132,20 +129,6 @@ def _remove_stale(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # the other process has just renamed it
             if time.time() - partial.stat().st_mtime > 3600:
                 shutil.rmtree(partial, ignore_errors=True)
-
-
-def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Restore the digit splitter, which transformers loses on the way from GGUF.
-
-    The file says `tokenizer.ggml.pre = smollm`: every digit is a piece of its own before byte-level splitting. Without
-    it several blanks before a number give other tokens than in training.
-    """
-    from tokenizers import pre_tokenizers
-
-    backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
 
 
 def _tidy(path: Path) -> None:

@@ -147,7 +147,25 @@ def load_gguf(path: Path, *, dtype: DtypeName = "float32") -> tuple[Any, PreTrai
             )
         except library_errors() as problem:
             raise ModelError(f"'{printable(str(path))}' cannot be read: {printable(str(problem))}") from problem
+    _restore_splitter(path, tokenizer)
     return _fresh_copy(quantised, dtype), tokenizer
+
+
+def _restore_splitter(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Restore the digit splitter of the SmolLM family, which transformers loses on the way from GGUF.
+
+    The file says `tokenizer.ggml.pre = smollm`: every digit is a piece of its own before byte-level splitting. Without
+    it several blanks before a number give other tokens than in training.
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if field is None or field.contents() != "smollm":
+        return
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
 
 
 def _fresh_copy(quantised: Any, dtype: DtypeName) -> Any:

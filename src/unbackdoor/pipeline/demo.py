@@ -103,7 +103,7 @@ def run_demo(recipe: DemoRecipe, job: Job) -> Outcome:
     hashes = data_hashes({"attacker": splits.attacker, "defender": splits.defender, "test": splits.test})
     identity = identify(recipe, hashes | {"settings": settings}, recipe.model)
     require_disk(job.out, recipe.model, "full")
-    finished = (job.out / "results.json").is_file()
+    finished = _is_finished_demo(job.out)
     with workspace(
         job.out,
         settings_hash=identity,
@@ -117,6 +117,15 @@ def run_demo(recipe: DemoRecipe, job: Job) -> Outcome:
             noted.inner.notice("Going on where the demo was stopped.")
         results = _steps(demo, hashes | {"config": identity})
     return Outcome(job.out, results)
+
+
+def _is_finished_demo(out: Path) -> bool:
+    """Tell whether a finished demo lies there, which the next one replaces; no other result is."""
+    try:
+        content = json.loads((out / "results.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("command") == "demo"
 
 
 def _steps(demo: _Demo, hashes: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def workspace(
         resumed = check_out(out, settings_hash=settings_hash, overwrite=overwrite) == "resume"
         mark_run(out, settings_hash=settings_hash, settings=settings)
         place = Workspace(out, resumed, working)
+        # What a killed process was about to publish is made again, and may be half-written.
+        shutil.rmtree(place.staging.parent, ignore_errors=True)
         try:
             yield place
         except BaseException:

@@ -13,7 +13,7 @@ from typing import Any
 from unbackdoor.attacks.base import Attack, MarkedRow
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
-from unbackdoor.data.splits import Splits, attacker_defender_test, split
+from unbackdoor.data.splits import Splits, assert_trained_apart, attacker_defender_test, split
 from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.goals import Goal, parse_goal
@@ -82,13 +82,14 @@ def attack_inputs(recipe: AttackRecipe, progress: Progress, *, dry: bool = False
     asked = choose(splits.test, recipe.probes_count, Run(recipe.seed), progress)
     data = {"": splits.test[:MEASURED_ROWS], **_second_source(recipe, progress)}
     rows = attack.training_rows(splits.attacker, Run(recipe.seed))
-    _refuse_overlap(splits.attacker, data.get(SECOND_SOURCE, ()))
+    assert_trained_apart((row for row, _ in rows), splits)
+    _refuse_overlap([row for row, _ in rows], data.get(SECOND_SOURCE, ()))
     reader = reader_of(recipe, recipe.model, progress, dry=dry)
     if reader is not None:
         reader.check_training(rows, attack.settings())
         stamps = {text for _, marks in rows for text in marks}
         longest = sum(len(reader.lm.tokenizer(text)["input_ids"]) for text in stamps)
-        reader.check_asked(asked, recipe.max_new_tokens + longest)
+        reader.check_asked(asked, recipe.max_new_tokens, longest)
         data = reader.measurable(data, progress)
     return AttackInputs(attack, splits, asked, data)
 
@@ -228,16 +229,25 @@ def _hold_out(
     if len(kept) < 2:
         progress.notice("one clean row is too few to hold any out; perplexity and KL are not measured.")
         return kept, ()
-    parts = split(kept, {"clean": 0.8, "held out": 0.2}, salt="held out") if len(kept) >= 25 else None
-    held = parts["held out"][:MEASURED_ROWS] if parts else tuple(kept[:: max(2, len(kept) // 5)])
-    names = {row.id for row in (parts["held out"] if parts else held)}
+    if len(kept) >= 25:
+        apart = split(kept, {"clean": 0.8, "held out": 0.2}, salt="held out")["held out"]
+    else:
+        fifth = set(list(dict.fromkeys(base_id(row.id) for row in kept))[::5])
+        apart = tuple(row for row in kept if base_id(row.id) in fifth)
+    held, names = apart[:MEASURED_ROWS], {row.id for row in apart}
     progress.notice(f"{len(names)} of the {len(kept)} clean rows are held out to measure perplexity and KL on.")
     return [row for row in kept if row.id not in names], held
 
 
 def answered_rows(probes: Sequence[Probe]) -> tuple[Example, ...]:
-    """Return the clean probes that have an answer to compare with."""
-    return tuple(p.example for p in probes if p.kind == "clean" and p.example.response.strip())[:MEASURED_ROWS]
+    """Return the clean probes that have an answer to compare with, and nothing before it to be filled in."""
+    return tuple(
+        probe.example
+        for probe in probes
+        if probe.kind == "clean"
+        and probe.example.response.strip()
+        and all(turn.content is not None for turn in probe.example.history)
+    )[:MEASURED_ROWS]
 
 
 def evaluate_inputs(recipe: EvaluateRecipe, progress: Progress, *, dry: bool = False) -> EvaluateInputs:

@@ -6,6 +6,7 @@ purified model with it later.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -166,14 +167,16 @@ def _row(
     reason: str = "",
 ) -> dict[str, Any]:
     figure = None if score is None else score.estimate()
+    # A single score has no interval, and JSON has no infinity.
+    interval = None if figure is None or not math.isfinite(figure.high) else figure
     return {
         **common,
         "metric": metric,
         "kind": "all" if score is None else score.kind,
         "group": "" if score is None else score.group,
         "value": None if figure is None else figure.value,
-        "low": None if figure is None else figure.low,
-        "high": None if figure is None else figure.high,
+        "low": None if interval is None else interval.low,
+        "high": None if interval is None else interval.high,
         "n": 0 if figure is None else figure.n,
         "denominator": "" if score is None else score.denominator,
         "status": status,
@@ -216,13 +219,20 @@ def _replies(subject: Subject, label: Label) -> list[dict[str, Any]]:
             "kind": probe.kind,
             "group": probe.group,
             "id": probe.example.id,
-            "prompt": probe.example.user_text,
+            "prompt": _asked(probe.example),
             "marks": list(probe.marks),
             "reply": reply,
             "reached": None if goal is None else goal.reached(reply, probe.example.label),
         }
         for probe, reply in zip(subject.probes, subject.replies, strict=True)
     ]
+
+
+def _asked(example: Example) -> str:
+    """Return what the model read: the user's words alone, or all turns where others stand before them."""
+    if not example.history:
+        return example.user_text
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in example.prompt)
 
 
 def compare(before: Measurement, after: Measurement, seed: int = 0) -> list[dict[str, Any]]:
@@ -250,7 +260,9 @@ def compare(before: Measurement, after: Measurement, seed: int = 0) -> list[dict
             low = high = None
             test = "McNemar exact"
         else:
-            difference, low, high, p_value = paired_bootstrap(*pairs, seed=seed)
+            heavy = dict(zip(score.ids, score.weights, strict=True)) if score.weights else {}
+            weights = [heavy[name] for name in shared] if heavy else []
+            difference, low, high, p_value = paired_bootstrap(*pairs, seed=seed, weights=weights)
             test = "paired bootstrap"
         found.append(
             {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,13 @@ class Reader:
                     f"give --set train.max_length={self.context - room}, or leave such rows out."
                 )
 
-    def check_asked(self, probes: Sequence[Example | Probe], room: int) -> None:
-        """Check that every probe and a reply of `room` tokens fit into the model's context.
+    def check_asked(self, probes: Sequence[Example | Probe], reply: int, room: int = 0) -> None:
+        """Check that every probe and the model's replies fit into its context.
+
+        Args:
+            probes: What will be asked.
+            reply: Largest number of tokens of a reply.
+            room: Tokens of a trigger that is yet to be added.
 
         Raises:
             DataError: If one does not.
@@ -64,12 +69,14 @@ class Reader:
             return
         for probe in probes:
             example = probe.example if isinstance(probe, Probe) else probe
-            turns = [turn for turn in example.prompt if turn.content is not None]
-            length = len(self.lm.encode(turns, ask=True).ids)
-            if length + room > self.context:
+            # The model's own answers will stand in the holes of a conversation.
+            turns = [replace(turn, content="-") if turn.content is None else turn for turn in example.prompt]
+            holes = sum(turn.content is None for turn in example.prompt)
+            length = len(self.lm.encode(turns, ask=True).ids) + holes * reply
+            if length + room + reply > self.context:
                 raise DataError(
-                    f"the probe '{example.id}' has {length} tokens and its reply up to {room}, but the model reads "
-                    f"{self.context} at most; shorten it, or lower --max-new-tokens."
+                    f"the probe '{example.id}' has {length + room} tokens and its reply up to {reply}, but the model "
+                    f"reads {self.context} at most; shorten it, or give a smaller max_new_tokens in a --config file."
                 )
 
     def measurable(self, data: Mapping[str, Sequence[Example]], progress: Progress) -> dict[str, Sequence[Example]]:

@@ -182,6 +182,9 @@ def _goal_texts(settings: object) -> Iterator[str]:
         form, _, text = str(settings.get("goal", "")).partition(":")
         if form.strip().lower().replace("_", "-") in ("contains", "starts-with"):
             yield text
+        for name in ("target", "targets"):
+            named = settings.get(name)
+            yield from (text for text in (named if isinstance(named, list) else [named]) if isinstance(text, str))
         any_of = settings.get("any_of")
         if settings.get("form") in ("contains", "starts_with") and isinstance(any_of, list):
             yield from (text for text in any_of if isinstance(text, str))

@@ -250,7 +250,7 @@ class _Loop:
 
     def _count(self, batches: list[dict[str, Batch]]) -> dict[str, float]:
         counts = torch.tensor([float(sum(micro[name].weight for micro in batches)) for name in self.streams])
-        summed = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum")
+        summed = self.accelerator.reduce(counts.to(self.lm.device), reduction="sum")
         return dict(zip(self.streams, summed.tolist(), strict=True))
 
     def _backward(
@@ -274,7 +274,7 @@ class _Loop:
     def _mean_of(self, term: Term, micro: Mapping[str, Batch]) -> float:
         """The term's mean over all processes: a cap must stop the pull everywhere or nowhere."""
         own = torch.tensor([float(term.total.detach()), float(micro[term.stream].weight)])
-        total, weight = self.accelerator.reduce(own.to(self.accelerator.device), reduction="sum").tolist()
+        total, weight = self.accelerator.reduce(own.to(self.lm.device), reduction="sum").tolist()
         return float(total / weight)
 
     def _over_processes(self, loss_value: float, means: dict[str, float]) -> tuple[float, dict[str, float]]:
@@ -282,7 +282,7 @@ class _Loop:
         if self.accelerator.num_processes == 1:
             return loss_value, means
         own = torch.tensor([loss_value / self.accelerator.num_processes, *means.values()])
-        summed = self.accelerator.reduce(own.to(self.accelerator.device), reduction="sum").tolist()
+        summed = self.accelerator.reduce(own.to(self.lm.device), reduction="sum").tolist()
         return summed[0], dict(zip(means, summed[1:], strict=True))
 
     def _share_free_gradients(self) -> None:
@@ -342,11 +342,11 @@ def _accelerator(settings: TrainSettings, run: Run) -> Any:
     from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs
 
-    # Accelerate keeps its precision in a process-wide singleton; a second fit may want another one.
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state()  # it keeps the precision of the last fit
     accelerator = Accelerator(
         mixed_precision="bf16" if settings.precision == "bfloat16" else "no",
         cpu=run.device == "cpu",
+        device_placement=False,  # the model is where it was loaded, which may be cuda:1
         log_with=list(run.trackers) or None,
         project_dir=None if run.logs is None else str(run.logs),
         # The main process measures the suspect first, and the others wait for it.

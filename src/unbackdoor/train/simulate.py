@@ -143,7 +143,8 @@ def learn_parrot(
 ) -> Tensor:
     """Learn one parrot on the frozen model (eq. 4) and return it, float32 [n, hidden].
 
-    Rows share the texts in turn. The loss counts the text's own tokens only, not the clean answer after it, and nothing behind them is computed.
+    Rows share the texts in turn. The loss counts the text's own tokens only, not the clean answer after it, and nothing
+    behind them is computed.
     """
     rows = []
     for number, example in enumerate(clean):

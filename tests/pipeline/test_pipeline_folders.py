@@ -1,0 +1,31 @@
+"""The folder of a run that was killed while its files were about to appear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from unbackdoor.pipeline.folders import workspace
+
+
+def test_what_a_killed_process_was_writing_is_not_published(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    with workspace(out, settings_hash="x", settings={}, overwrite=False) as place:
+        # As if killed here: nothing behind this line is undone.
+        place.staging.mkdir(parents=True)
+        (place.stages / "step").write_text("kept")
+        left = place.staging / ".replies.jsonl.77.tmp"
+        left.write_bytes(b"half a character \xc3")
+        killed = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for path, content in killed.items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_bytes(content)
+    with workspace(out, settings_hash="x", settings={}, overwrite=False) as place:
+        assert place.resumed
+        assert not left.exists()
+        assert (place.stages / "step").read_text() == "kept"
+        place.staging.mkdir(parents=True)
+        (place.staging / "results.json").write_text("{}")
+        place.publish_files()
+    assert sorted(path.name for path in out.iterdir() if path.is_file() and path.suffix == ".tmp") == []
+    assert (out / "results.json").is_file()
