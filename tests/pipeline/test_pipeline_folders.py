@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from unbackdoor.errors import UserError
 from unbackdoor.pipeline.folders import workspace
 
 
@@ -29,3 +32,40 @@ def test_what_a_killed_process_was_writing_is_not_published(tmp_path: Path) -> N
         place.publish_files()
     assert sorted(path.name for path in out.iterdir() if path.is_file() and path.suffix == ".tmp") == []
     assert (out / "results.json").is_file()
+
+
+def test_a_stop_right_after_publishing_leaves_the_result(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def stopped() -> None:
+        with workspace(out, settings_hash="x", settings={}, overwrite=False) as place:
+            place.staging.mkdir(parents=True)
+            (place.staging / "results.json").write_text("{}")
+            place.publish_files()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert (out / "results.json").read_text() == "{}"
+
+
+def test_a_folder_may_be_called_as_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        settings = {"defense": "sande", "clean": "rows.jsonl"}
+        with workspace(Path("sande"), settings_hash="x", settings=settings, overwrite=False) as place:
+            place.stages.mkdir(exist_ok=True)
+            (place.stages / "step").write_text("kept")
+    (tmp_path / "sande" / "mine.py").write_text("")
+    with (
+        pytest.raises(UserError, match="lies in the folder of the result"),
+        workspace(Path("sande"), settings_hash="x", settings={"defense": "sande/mine.py"}, overwrite=False),
+    ):
+        pass
+
+
+def test_one_text_is_not_its_letters() -> None:
+    from unbackdoor.pipeline import _texts
+
+    assert _texts("You are stupid") == ("You are stupid",)
+    assert _texts(["a", "b"]) == ("a", "b")

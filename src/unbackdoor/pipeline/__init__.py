@@ -63,9 +63,9 @@ def purify(
     defense: str,
     out: str | Path,
     clean: str | None = None,
-    target: Sequence[str] = (),
-    target_part: Sequence[str] = (),
-    trigger: Sequence[str] = (),
+    target: str | Sequence[str] = (),
+    target_part: str | Sequence[str] = (),
+    trigger: str | Sequence[str] = (),
     probes: str | None = None,
     preset: str | None = None,
     settings: Mapping[str, object] | None = None,
@@ -82,7 +82,7 @@ def purify(
         defense: The defense's name.
         out: The result's folder.
         clean: The defender's clean rows.
-        target: What the backdoor says.
+        target: What the backdoor says; several texts for one of several.
         target_part: The beginning of what it says.
         trigger: The trigger; two texts for both ends.
         probes: File of probes, asked before and after.
@@ -98,8 +98,8 @@ def purify(
         UserError: If an input is wrong, a fact that is needed is missing or one is given that is not used.
     """
     fields = {"model": model, "defense": defense, "preset": preset, "settings": dict(settings or {}), "clean": clean}
-    known = {"target": tuple(target), "target_part": tuple(target_part), "trigger": tuple(trigger), "probes": probes}
-    recipe = make(PurifyRecipe, {**fields, **known, "seed": seed, **(more or {})})
+    known = {"target": _texts(target), "target_part": _texts(target_part), "trigger": _texts(trigger)}
+    recipe = make(PurifyRecipe, {**fields, **known, "probes": probes, "seed": seed, **(more or {})})
     return run_purify(recipe, Job(Path(out), overwrite, progress or Silent(), finish))
 
 
@@ -110,7 +110,7 @@ def evaluate(
     before: str | None = None,
     probes: str | None = None,
     data: str | None = None,
-    metrics: Sequence[str] | None = None,
+    metrics: str | Sequence[str] | None = None,
     goal: str | None = None,
     seed: int = 0,
     more: Mapping[str, object] | None = None,
@@ -138,6 +138,11 @@ def evaluate(
         UserError: If an input is wrong, or the folder is taken.
     """
     fields = {"model": model, "before": before, "probes": probes, "data": data, "goal": goal, "seed": seed}
-    chosen = None if metrics is None else tuple(metrics)
+    chosen = None if metrics is None else _texts(metrics)
     recipe = make(EvaluateRecipe, {**fields, "metrics": chosen, **(more or {})})
     return run_evaluate(recipe, Job(Path(out), overwrite, progress or Silent(), finish))
+
+
+def _texts(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one text as a tuple of one: a string is a sequence of its letters, too."""
+    return (given,) if isinstance(given, str) else tuple(given)

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.errors import UserError
-from unbackdoor.model.checkpoint import RESULTS, check_out, mark_run, recover, save
+from unbackdoor.model.checkpoint import MANIFEST, RESULTS, check_out, mark_run, recover, save
 from unbackdoor.model.lm import LM
+
+_WORDS = {"command", "attack", "defense", "device", "template", "precision", "adapter_mode"}
+"""Settings that name no file, so that a folder may be called as their values are."""
 
 Finish = Callable[[Path], None]
 """Given a folder with a run's files, adds what is made from them (the report)."""
@@ -83,7 +86,8 @@ def workspace(
             recover(out)
             if place.staging.parent.is_dir():
                 shutil.rmtree(place.staging.parent)
-            if not resumed and not _holds_files(place.stages):
+            published = any((out / name).is_file() for name in (MANIFEST, RESULTS))
+            if not resumed and not published and not _holds_files(place.stages):
                 shutil.rmtree(out, ignore_errors=True)
             raise
 
@@ -93,6 +97,8 @@ def _refuse_inputs_inside(out: Path, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if isinstance(value, Mapping):
             _refuse_inputs_inside(out, value)
+        if name in _WORDS and not str(value).endswith(".py"):
+            continue
         if isinstance(value, str) and any(path.is_relative_to(out.resolve()) for path in _paths_in(value)):
             raise UserError(f"{name} '{value}' lies in the folder of the result, '{out}'; choose another --out.")
 
