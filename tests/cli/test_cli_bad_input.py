@@ -295,3 +295,8 @@ def test_ready_poisoned_rows_of_the_test_or_defender(
     )
     said = refused(workshop, capsys, *given, "--trigger", "silver kettle", "--goal", "contains:bad robot", "--quiet")
     assert "are also rows of the defender or of the test" in said
+
+
+def test_metrics_that_name_nothing(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("evaluate", "base", "--data", "rows.jsonl", "--quiet")
+    assert "--metrics names no metric" in refused(workshop, capsys, *given, "--metrics", ",")

@@ -104,6 +104,12 @@ def test_lines_come_at_most_every_five_seconds_and_only_there_where_no_terminal_
     shown = out.getvalue().splitlines()
     assert len(shown) == 4
     assert shown[0] == "plant: 5/100, 1.0/s, 1:35 left, loss 1.5"
+    # Gone on with at step 50: what was done before is no speed of now.
+    lines.start("plant", 100)
+    for step in range(51, 58):
+        moment[0] = 20 + 2 * (step - 50)
+        lines.advance("plant", step, {})
+    assert out.getvalue().splitlines()[-1] == "plant: 56/100, 2.0 s each, 1:28 left"
     assert isinstance(progress(quiet=False, stream=out), Lines)
     assert isinstance(progress(quiet=True, stream=out), Nothing)
 

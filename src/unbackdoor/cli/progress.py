@@ -25,21 +25,25 @@ class Lines:
         self.stream, self.now = stream, now
         self.begun: dict[str, tuple[float, int]] = {}
         self.reached: dict[str, int] = {}
+        self.origin: dict[str, int] = {}
         self.last = -EVERY_SECONDS
 
     def start(self, name: str, total: int) -> None:
         """Begin; a piece of work that is short says nothing."""
         self.begun[name] = (self.now(), total)
+        self.origin.pop(name, None)
 
     def advance(self, name: str, done: int, values: Mapping[str, float]) -> None:
         """Print a line, unless one was printed a moment ago."""
         moment = self.now()
         self.reached[name] = done
+        # What a resumed piece of work had done before says nothing about its speed now.
+        origin = self.origin.setdefault(name, done - 1)
         started, total = self.begun.get(name, (moment, 0))
         if moment - self.last < EVERY_SECONDS or moment - started < EVERY_SECONDS:
             return
         self.last = moment
-        rate = done / (moment - started)
+        rate = (done - origin) / (moment - started)
         left = (total - done) / rate if rate > 0 else 0.0
         shown = f"{name}: {done}/{total}, {_rate(rate)}, {_clock(left)} left"
         self._say(shown + _values(values))
@@ -82,6 +86,7 @@ class Bars:
             transient=True,
         )
         self.tasks: dict[str, tuple[TaskID, float]] = {}
+        self.origin: dict[str, int] = {}
 
     def start(self, name: str, total: int) -> None:
         """Draw a bar; the live display begins with the first one."""
@@ -95,14 +100,18 @@ class Bars:
         if name not in self.tasks:
             return
         task, started = self.tasks[name]
+        if name not in self.origin:
+            self.origin[name] = done - 1
+            self.bars.reset(task, completed=done - 1)
         seconds = time.monotonic() - started
-        rate = _rate(done / seconds) if seconds > 0 else ""
+        rate = _rate((done - self.origin[name]) / seconds) if seconds > 0 else ""
         self.bars.update(task, completed=done, rate=rate, values=_values(values).removeprefix(", "))
 
     def finish(self, name: str) -> None:
         """Take the bar away."""
         if name in self.tasks:
             self.bars.remove_task(self.tasks.pop(name)[0])
+            self.origin.pop(name, None)
 
     def notice(self, text: str) -> None:
         """Print a sentence above the bars."""

@@ -10,6 +10,7 @@ import typer
 
 from unbackdoor.cli import launch
 from unbackdoor.cli.options import Common, command, gather, print_json, showing
+from unbackdoor.errors import UserError
 from unbackdoor.pipeline import commands
 from unbackdoor.pipeline import recipe as recipes
 
@@ -259,4 +260,9 @@ def _flags(common: Common, *names: str) -> dict[str, Any]:
 
 
 def _split(names: str | None) -> list[str] | None:
-    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    if names is None:
+        return None
+    found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not found:
+        raise UserError("--metrics names no metric; `unbackdoor list` shows them.")
+    return found

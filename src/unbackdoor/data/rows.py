@@ -46,7 +46,9 @@ def text_of(row: Row, field: str, where: Where, *, empty: str = "every row needs
         DataError: If it is missing, not text, blank, or holds a lone surrogate (which no file can store).
     """
     if field not in row:
-        raise where.error(field, f"is missing; every row needs the fields of the first row (here: {names_of(row)}).")
+        raise where.error(
+            field, f"is missing; every row needs the fields of the first row, and this one has {names_of(row)}."
+        )
     return checked_text(row[field], field, where, empty=empty)
 
 

@@ -230,8 +230,9 @@ def _paired(run: RunData, metrics: set[str]) -> tuple[str, ...]:
         joiner = "against" if isinstance(item.before, str) else "to"
         sides = f"{side_words(item, item.before)} {joiner} {side_words(item, item.after)}"
         within = f" (95 % interval {interval.strip('[]').replace(', ', ' to ')})" if interval else ""
+        asked = "rows" if item.metric in ("perplexity", "kl") else "probes"
         sentences.append(
-            f"{measure_words(item.metric, item.kind, item.group)}{name}: {sides} on the same {item.n} probes, {change}"
+            f"{measure_words(item.metric, item.kind, item.group)}{name}: {sides} on the same {item.n} {asked}, {change}"
             f"{within}; {item.test}, {p_value_words(item.p_value)}."
         )
     return tuple(sentences)
