@@ -66,6 +66,11 @@ def test_few_rows_give_a_fifth_and_copies_stay_together() -> None:
     assert len(kept) + len(held) == len(rows)
 
 
+def test_copies_of_one_row_are_not_all_held_out() -> None:
+    rows = [Example("a", "q", "s"), Example("a#2", "q", "s"), Example("a#3", "q", "s")]
+    assert _hold_out(rows, [], "x", Silent()) == (rows, ())
+
+
 def test_an_answer_behind_a_hole_is_not_measured() -> None:
     hole = (Message("user", "u"), Message("assistant", None))
     probes = [Probe(Example("a", "q", "s", history=hole), "clean"), Probe(Example("b", "q", "s"), "clean")]

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     # Bars of libraries would run through our own; stderr carries what `cli/progress.py` shows and nothing else.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # Activations come and go with every step. In huge pages (Linux) that costs a training step a seventh less.
+    # Activations come and go with every step; in huge pages (Linux) that costs fewer page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)

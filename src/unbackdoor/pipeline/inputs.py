@@ -226,14 +226,14 @@ def _hold_out(
     answered = answered_rows(probes)
     if answered or not kept:
         return kept, answered
-    if len(kept) < 2:
+    different = list(dict.fromkeys(base_id(row.id) for row in kept))
+    if len(different) < 2:
         progress.notice("one clean row is too few to hold any out; perplexity and KL are not measured.")
         return kept, ()
-    if len(kept) >= 25:
+    if len(different) >= 25:
         apart = split(kept, {"clean": 0.8, "held out": 0.2}, salt="held out")["held out"]
     else:
-        fifth = set(list(dict.fromkeys(base_id(row.id) for row in kept))[::5])
-        apart = tuple(row for row in kept if base_id(row.id) in fifth)
+        apart = tuple(row for row in kept if base_id(row.id) in different[::5])
     held, names = apart[:MEASURED_ROWS], {row.id for row in apart}
     progress.notice(f"{len(names)} of the {len(kept)} clean rows are held out to measure perplexity and KL on.")
     return [row for row in kept if row.id not in names], held
