@@ -6,6 +6,12 @@ that says what to do. Everything else is a defect of ours and keeps its tracebac
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Set
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+READ_ONLY = frozenset({errno.EROFS})
+
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend; the message names the place and the fix."""
@@ -25,6 +31,20 @@ class Diverged(UserError):
 
 class NotApplicable(Exception):
     """A measurement or defense that has no meaning for this case; a table shows the reason instead of a number."""
+
+
+def disk_error(problem: BaseException, numbers: Set[int] = FULL) -> BaseException | None:
+    """Return the error in a chain of errors that says that the disk is full (or another of `numbers`), or None.
+
+    safetensors has an error of its own for it, which holds the number in its text.
+    """
+    link: BaseException | None = problem
+    while link is not None:
+        number = link.errno if isinstance(link, OSError) else None
+        if number in numbers or any(f"(os error {code})" in str(link) for code in numbers):
+            return link
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

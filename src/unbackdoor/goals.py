@@ -169,7 +169,10 @@ def parse_goal(text: str) -> Contains | StartsWith | Matches | LabelIs | Refusal
     Raises:
         UserError: If the form is unknown or its text is missing.
     """
+    from pydantic import ValidationError
+
     from unbackdoor.errors import UserError, did_you_mean
+    from unbackdoor.method import explain_validation
 
     form, _, rest = text.partition(":")
     key = form.strip().lower().replace("_", "-")
@@ -188,5 +191,5 @@ def parse_goal(text: str) -> Contains | StartsWith | Matches | LabelIs | Refusal
         raise UserError(f"goal '{key}' needs a text: write {key}:TEXT.")
     try:
         return makers[key](rest)
-    except ValueError as problem:
-        raise UserError(f"goal '{text}': {problem}") from problem
+    except ValidationError as problem:
+        raise UserError(f"--goal '{text}' is not understood: {explain_validation(problem)}.") from problem

@@ -75,7 +75,9 @@ def build(cls: type[M], settings: Mapping[str, object], preset: str | None = Non
     try:
         return cls(**merged)
     except ValidationError as problem:
-        raise UserError(f"{cls.name()}: {explain_validation(problem)}") from problem
+        raise UserError(
+            f"{cls.name()}: {explain_validation(problem)}; `unbackdoor explain {cls.name()}` lists its options."
+        ) from problem
 
 
 def explain_validation(problem: ValidationError) -> str:
@@ -83,5 +85,8 @@ def explain_validation(problem: ValidationError) -> str:
     parts = []
     for error in problem.errors():
         place = ".".join(str(step) for step in error["loc"]) or "settings"
+        if error["type"] == "missing":
+            parts.append(f"'{place}' is missing")
+            continue
         parts.append(f"'{place}' = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}")
     return "; ".join(parts)

@@ -1,8 +1,9 @@
 """Paired tests between the scores of two models on the same probes.
 
 Both models answered the same probes, so the scores are compared pair by pair: McNemar's exact test for 0/1 scores
-(Q. McNemar, 1947; the exact form is a binomial test on the pairs that changed) and a bootstrap over pairs for the rest
-(B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 16). numpy only.
+(Q. McNemar, 1947; the exact form is a binomial test on the pairs that changed); for the rest random signs (R. Fisher,
+"The Design of Experiments", 1935, section 21), with an interval from a bootstrap over pairs (B. Efron and
+R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13). numpy only.
 """
 
 from __future__ import annotations
@@ -37,45 +38,76 @@ def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
 
 def paired_bootstrap(
     before: Sequence[float], after: Sequence[float], seed: int, rounds: int = 2000, weights: Sequence[float] = ()
-) -> tuple[float, float, float, float]:
-    """Return the (weighted) mean change from `before` to `after` with a bootstrap interval and p-value.
+) -> tuple[float, float, float]:
+    """Return the (weighted) mean change from `before` to `after` with a bootstrap interval.
 
     Pairs are drawn with replacement, so the spread between probes that both models share cancels out.
 
     Args:
         before: One score a probe.
         after: The scores of the other model, in the same order.
-        seed: Of the resampling; the same seed gives the same four numbers.
+        seed: Of the resampling; the same seed gives the same three numbers.
         rounds: Number of resamples.
         weights: Weight of each pair (tokens behind it), drawn with its pair; all alike if empty.
 
     Returns:
-        `(difference, low, high, p)`: the (weighted) mean of after - before, its 95 % percentile interval, and twice the
-        smaller share of resampled means on either side of 0 (0 included, one resample added so that p is never 0), at
-        most 1.
+        `(difference, low, high)`: the (weighted) mean of after - before and its 95 % percentile interval.
 
     Raises:
         ValueError: If the lengths differ, there are no pairs, or `rounds` is not positive.
     """
-    _check_pairs(len(before), len(after))
-    if weights and len(weights) != len(before):
-        raise ValueError(f"{len(weights)} weights for {len(before)} pairs")
-    if rounds < 1:
-        raise ValueError("the bootstrap needs at least one round")
-    changes = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    heavy = np.asarray(weights or [1.0] * len(changes), dtype=np.float64)
+    changes, heavy = _changes(before, after, weights, rounds)
     generator = np.random.default_rng(seed)
     # Round by round: one matrix of all draws would need rounds x pairs numbers.
     draws = (generator.integers(0, len(changes), len(changes)) for _ in range(rounds))
     means = np.array([np.average(changes[draw], weights=heavy[draw]) for draw in draws])
     low, high = np.quantile(means, (0.025, 0.975))
-    smaller_side = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return (
-        float(np.average(changes, weights=heavy)),
-        float(low),
-        float(high),
-        min(1.0, 2 * (smaller_side + 1) / (rounds + 1)),
-    )
+    return float(np.average(changes, weights=heavy)), float(low), float(high)
+
+
+def sign_flip(
+    before: Sequence[float], after: Sequence[float], seed: int, rounds: int = 9999, weights: Sequence[float] = ()
+) -> float:
+    """Return the two-sided p-value of the paired permutation test on the (weighted) mean change.
+
+    Without an effect a pair's change is as likely to have either sign. All 2^n assignments of signs are counted where
+    that is no more than `rounds`, so that few pairs cannot give a small p: two pairs give 0.5 at best.
+
+    Args:
+        before: One score a probe.
+        after: The scores of the other model, in the same order.
+        seed: Of the random signs.
+        rounds: Number of random assignments; the observed one is added.
+        weights: Weight of each pair; all alike if empty.
+
+    Raises:
+        ValueError: If the lengths differ, there are no pairs, or `rounds` is not positive.
+    """
+    changes, heavy = _changes(before, after, weights, rounds)
+    parts = changes * heavy
+    # Sums that differ only by rounding are as extreme as each other.
+    extreme = abs(parts.sum()) - 1e-12 * np.abs(parts).sum()
+    count = len(parts)
+    if 2**count <= rounds:
+        signs = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
+        return float((np.abs(signs @ parts) >= extreme).mean())
+    generator = np.random.default_rng(seed)
+    draws = (generator.integers(0, 2, count) for _ in range(rounds))
+    as_extreme = sum(abs(((1 - 2 * draw) * parts).sum()) >= extreme for draw in draws)
+    return float((as_extreme + 1) / (rounds + 1))
+
+
+def _changes(
+    before: Sequence[float], after: Sequence[float], weights: Sequence[float], rounds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the change and the weight of each pair, checked."""
+    _check_pairs(len(before), len(after))
+    if weights and len(weights) != len(before):
+        raise ValueError(f"{len(weights)} weights for {len(before)} pairs")
+    if rounds < 1:
+        raise ValueError("at least one round is needed")
+    changes = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    return changes, np.asarray(weights or [1.0] * len(changes), dtype=np.float64)
 
 
 def _check_pairs(before: int, after: int) -> None:

@@ -45,6 +45,22 @@ def test_a_part_is_run_then_the_rest_and_the_plan_knows(
     assert bench("--fail-on", "asr>1")[0] == 0
 
 
+def test_a_plan_reads_what_the_grid_will_read(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "mine.yaml", tmp_path / "out"
+    for wrong, words in (
+        ({"second_source": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"models": [str(tmp_path)]}, "holds no config.json"),
+    ):
+        file.write_text(yaml.safe_dump(plan(**wrong)))
+        for more in ((), ("--dry-run",)):
+            assert main(["bench", str(file), "--out", str(out), "--quiet", *more]) == 2
+            assert words in capsys.readouterr().err
+    file.write_text(yaml.safe_dump(plan()))
+    assert main(["bench", str(file), "--out", str(out), "--fail-on", "resistance>1"]) == 2
+    assert "will not be measured here" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_failed_cell_is_exit_code_2_and_names_the_reason(
     plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

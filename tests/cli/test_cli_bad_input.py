@@ -43,6 +43,36 @@ def test_missing_model(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -
     assert "./bass" in refused(workshop, capsys, "purify", "./bass", *OSFT, "--clean", "rows.jsonl")
 
 
+def test_a_threshold_on_what_will_not_be_measured(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("purify", "base", *OSFT, "--clean", "rows.jsonl")
+    said = refused(workshop, capsys, *given, "--fail-on", "asr>0.05")
+    assert "will not be measured here; what will is kl, perplexity, seconds." in said
+    asked = ("evaluate", "base", "--probes", "victim/probes.jsonl", "--quiet")
+    assert "what will is asr.triggered" in refused(workshop, capsys, *asked, "--fail-on", "kl>1")
+    assert "leak.decoy" in refused(workshop, capsys, *asked, "--fail-on", "leak.triggered>1")
+
+
+def test_a_model_without_weights_is_found_before_anything_is_trained(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(workshop.folder / "base", tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    bare = str(tmp_path / "bare")
+    assert "no safetensors weights" in refused(
+        workshop, capsys, "purify", bare, *OSFT, "--clean", "rows.jsonl", "--dry-run"
+    )
+    other = ("evaluate", "base", "--before", bare, "--data", "rows.jsonl", "--quiet", "--dry-run")
+    assert "no safetensors weights" in refused(workshop, capsys, *other)
+
+
+def test_what_a_method_lacks_is_said_in_words(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("attack", "dataset", "--model", "base", "--data", "rows.jsonl", "--poisoned", "rows.jsonl")
+    said = refused(workshop, capsys, *given)
+    assert "dataset: 'trigger' is missing; 'goal' is missing; `unbackdoor explain dataset`" in said
+    said = refused(workshop, capsys, *given, "--trigger", "silver kettle", "--goal", "regex:(")
+    assert "--goal 'regex:(' is not understood: 'pattern' = '(': not a regular expression" in said
+
+
 def test_empty_data(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.jsonl").touch()
     said = refused(workshop, capsys, "purify", "base", *OSFT, "--clean", str(tmp_path / "empty.jsonl"))

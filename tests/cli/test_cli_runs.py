@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,60 @@ def test_evaluate_compares_with_the_model_before_and_report_renders_again(
     assert page.read_text(encoding="utf-8") == first
 
 
+def test_a_run_of_fine_tuning_is_the_control_of_another(workshop: Workshop, tmp_path: Path) -> None:
+    given = ("--clean", "victim/defender.jsonl", "--probes", "victim/probes.jsonl", "--quiet")
+    tuning = ("purify", "victim", "--defense", "fine_tuning", *given)
+    pure, control, longer = (str(tmp_path / name) for name in ("pure", "control", "longer"))
+    assert workshop.run(*SANDE, "--quiet", "--out", pure) == 0
+    assert workshop.run(*tuning, *QUICK, "--out", control) == 0
+    assert workshop.run(*tuning, "--set", "train.steps=2", "--set", "train.batch_size=4", "--out", longer) == 0
+    assert {row["role"] for row in read(Path(control) / "results.json")["rows"]} == {"suspect", "control"}  # type: ignore[attr-defined]
+    own = (Path(pure) / "report.md").read_text(encoding="utf-8")
+    assert "Fine-tuning at the same budget was not measured" in own
+    assert workshop.run("report", pure, control, "--out", str(tmp_path / "both")) == 0
+    joined = (tmp_path / "both" / "report.md").read_text(encoding="utf-8")
+    assert "Fine-tuning at the same budget was not measured" not in joined
+    assert "The control was measured in the run 'control'." in joined
+    assert joined.count("Fine-tuning (control): ASR") == 2
+    assert workshop.run("report", pure, longer, "--out", str(tmp_path / "unequal")) == 0
+    unequal = (tmp_path / "unequal" / "report.md").read_text(encoding="utf-8")
+    assert "Fine-tuning at the same budget was not measured" in unequal
+    assert "The run 'longer' is no control for this one: weight updates or batch differ." in unequal
+
+
+def test_a_report_of_several_runs_leaves_theirs_alone(workshop: Workshop, tmp_path: Path) -> None:
+    given = ("--data", "rows.jsonl[:5]", "--quiet")
+    for place in ("a", "b"):
+        assert workshop.run("evaluate", "victim", *given, "--out", str(tmp_path / place / "run")) == 0
+    own = (tmp_path / "a" / "run" / "report.html").read_bytes()
+    elsewhere = Workshop(tmp_path)
+    assert elsewhere.run("report", "a/run", "b/run") == 0
+    assert (tmp_path / "a" / "run" / "report.html").read_bytes() == own
+    page = (tmp_path / "runs" / "report" / "report.md").read_text(encoding="utf-8")
+    assert "(a/run)" in page
+    assert "(b/run)" in page
+
+
+def test_a_report_made_anew_keeps_the_manifest_true(workshop: Workshop, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    shutil.copytree(workshop.folder / "victim", victim)
+    results = read(victim / "results.json")
+    (victim / "results.json").write_text(json.dumps({**results, "notices": ["one more"]}))
+    assert verify(victim) == ["results.json"]
+    assert workshop.run("report", str(victim)) == 0
+    assert "one more" in (victim / "report.md").read_text(encoding="utf-8")
+    assert verify(victim) == ["results.json"], "what was changed by hand is still told"
+
+
+def test_a_model_that_is_only_looked_at(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("evaluate", "base", "--probes", "victim/probes.jsonl", "--quiet", "--out", str(tmp_path / "out"))
+    assert workshop.run(*given) == 0
+    said = capsys.readouterr().out
+    assert "Leak 0/5 on clean probes" in said
+    assert "erplexity" in said
+    assert "firmly planted" not in said
+
+
 def test_without_probes_there_is_no_asr(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     assert workshop.run(*CONTROL, *QUICK, "--out", "no-probes", "--json") == 0
     results = json.loads(capsys.readouterr().out)
@@ -93,6 +148,9 @@ def test_inspect_exits_with_1_on_a_finding_and_0_without(
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     assert workshop.run("inspect", str(tmp_path)) == 1
     assert "pytorch_model.bin" in capsys.readouterr().out
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert workshop.run("inspect", str(tmp_path)) == 1
+    assert "a folder without weights" in capsys.readouterr().out
 
 
 def test_dry_run_and_dump_config_write_nothing(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +165,8 @@ def test_dry_run_and_dump_config_write_nothing(workshop: Workshop, capsys: pytes
     assert "rounds: 1" in capsys.readouterr().out
     assert not (workshop.folder / "none").exists()
     assert not (workshop.folder / "runs").exists()
+    assert workshop.run(*SANDE, "--out", "victim", "--dry-run") == 2
+    assert "holds a finished result; give --overwrite" in capsys.readouterr().err
 
 
 def test_set_wins_over_flags_over_file_over_preset(

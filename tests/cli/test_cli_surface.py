@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -120,6 +121,22 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert words in shown.err
     assert "Traceback" not in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_explain_says_of_what_kind_somebodys_own_method_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "mine.py"
+    own.write_text(
+        '"""Ask nothing."""\n\nfrom unbackdoor.metrics.base import Metric\n\n\n'
+        "class Mine(Metric):\n    better = 'lower'\n\n    def measure(self, subject, run):\n        return []\n"
+    )
+    assert main(["explain", str(own)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("mine (metric)\n\nAsk nothing.")
+    assert "Settings, in Python:" in said
+    assert "--set" not in said
+    own.write_text("from unbackdoor.method import Method\n\n\nclass Mine(Method):\n    pass\n")
+    assert main(["explain", str(own)]) == 2
+    assert "derive it from one of them" in capsys.readouterr().err
 
 
 def test_fail_on_reads_sign_kind_and_per_cent() -> None:

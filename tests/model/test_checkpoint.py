@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from unbackdoor.errors import UserError
 from unbackdoor.model import checkpoint
-from unbackdoor.model.checkpoint import check_out, mark_run, read_manifest, recover, save, verify
+from unbackdoor.model.checkpoint import read_manifest, recover, save, verify
 from unbackdoor.model.lm import LM
 from unbackdoor.model.load import file_sha256, load
+from unbackdoor.model.output import check_out, mark_run
 from unbackdoor.types import GuardSpec, Message
 
 QUESTIONS = [(Message("user", "why the cat sat"),), (Message("user", "red moon"),)]
@@ -296,9 +297,9 @@ def test_partial_folders_of_the_living_stay(tied_folder, tmp_path):
 
 
 def test_out_that_is_new(tmp_path):
-    assert check_out(tmp_path / "missing", settings_hash="a", overwrite=False) == "new"
+    assert check_out(tmp_path / "missing", settings_hash="a", overwrite=False, working="stages") == "new"
     (tmp_path / "empty").mkdir()
-    assert check_out(tmp_path / "empty", settings_hash="a", overwrite=False) == "new"
+    assert check_out(tmp_path / "empty", settings_hash="a", overwrite=False, working="stages") == "new"
 
 
 def test_out_with_an_unfinished_run(tmp_path):
@@ -306,12 +307,11 @@ def test_out_with_an_unfinished_run(tmp_path):
     mark_run(out, settings_hash="a", settings={"seed": 1})
     (out / "stage").mkdir()
     for overwrite in (False, True):
-        assert check_out(out, settings_hash="a", overwrite=overwrite) == "resume"
+        assert check_out(out, settings_hash="a", overwrite=overwrite, working="stages") == "resume"
     with pytest.raises(UserError, match="unfinished run of other settings; give --overwrite"):
-        check_out(out, settings_hash="b", overwrite=False)
+        check_out(out, settings_hash="b", overwrite=False, working="stages")
+    assert check_out(out, settings_hash="b", overwrite=True, working="stages") == "replace"
     assert (out / "stage").is_dir()
-    assert check_out(out, settings_hash="b", overwrite=True) == "new"
-    assert not out.exists()
 
 
 @pytest.mark.parametrize("mark", ["unbackdoor.json", "results.json"])
@@ -320,16 +320,20 @@ def test_out_with_a_finished_result(mark, tmp_path):
     mark_run(out, settings_hash="a", settings={})
     (out / mark).write_text(json.dumps({"schema": 1, "rows": []}))
     with pytest.raises(UserError, match="holds a finished result; give --overwrite"):
-        check_out(out, settings_hash="a", overwrite=False)
+        check_out(out, settings_hash="a", overwrite=False, working="stages")
+    assert check_out(out, settings_hash="a", overwrite=True, working="stages") == "replace"
     assert (out / mark).exists()
-    assert check_out(out, settings_hash="a", overwrite=True) == "new"
-    assert not out.exists()
+    (out / "stages").mkdir()
+    assert check_out(out, settings_hash="a", overwrite=True, working="stages") == "resume"
+    assert check_out(out, settings_hash="b", overwrite=True, working="stages") == "replace"
+    with pytest.raises(UserError, match="holds a finished result; give --overwrite"):
+        check_out(out, settings_hash="a", overwrite=False, working="stages")
 
 
 def test_out_with_results_that_say_they_are_unfinished(tmp_path):
     mark_run(tmp_path, settings_hash="a", settings={})
     (tmp_path / "results.json").write_text(json.dumps({"schema": 1, "finished": False, "rows": []}))
-    assert check_out(tmp_path, settings_hash="a", overwrite=False) == "resume"
+    assert check_out(tmp_path, settings_hash="a", overwrite=False, working="stages") == "resume"
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "results.json", "config.json", "run.json"])
@@ -337,7 +341,7 @@ def test_out_with_foreign_files_is_never_deleted(name, tmp_path):
     (tmp_path / name).write_text("{}")
     for overwrite in (False, True):
         with pytest.raises(UserError, match=r"choose another --out|did not write|unfinished run"):
-            check_out(tmp_path, settings_hash="a", overwrite=overwrite)
+            check_out(tmp_path, settings_hash="a", overwrite=overwrite, working="stages")
     assert (tmp_path / name).read_text() == "{}"
 
 
@@ -347,4 +351,4 @@ def test_out_that_is_a_file_or_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for name in ("file", "link"):
         with pytest.raises(UserError, match="not a plain folder"):
-            check_out(tmp_path / name, settings_hash="a", overwrite=True)
+            check_out(tmp_path / name, settings_hash="a", overwrite=True, working="stages")

@@ -52,6 +52,15 @@ def test_weights_are_those_of_the_file_and_facts_are_recorded(plain_folder):
     assert (lm.spec, lm.base, lm.is_adapter, lm.model.training) == (str(plain_folder), None, False, False)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, copy):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][1, 2] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj\.weight holds values that are not finite; get the model"):
+        load(str(copy))
+
+
 def test_tied_weights_stay_tied(tied_folder):
     model = load(str(tied_folder)).model
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()

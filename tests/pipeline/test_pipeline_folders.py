@@ -49,6 +49,58 @@ def test_a_stop_right_after_publishing_leaves_the_result(tmp_path: Path) -> None
     assert (out / "results.json").read_text() == "{}"
 
 
+def finish(out: Path, settings_hash: str, text: str, *, overwrite: bool = False) -> None:
+    with workspace(out, settings_hash=settings_hash, settings={}, overwrite=overwrite) as place:
+        place.staging.mkdir(parents=True)
+        (place.staging / "results.json").write_text(text)
+        (place.staging / f"{settings_hash}.txt").write_text(text)
+        place.publish_files()
+
+
+def content(out: Path) -> dict[str, str]:
+    return {str(path.relative_to(out)): path.read_text() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("problem", [UserError("no such weights"), KeyboardInterrupt(), MemoryError()])
+def test_the_old_result_stays_until_there_is_a_new_one(tmp_path: Path, problem: BaseException) -> None:
+    out = tmp_path / "run"
+    finish(out, "old", "{}")
+    before = content(out)
+
+    def begin(*, keep: bool) -> None:
+        with workspace(out, settings_hash="new", settings={}, overwrite=True) as place:
+            if keep:
+                (place.stages / "step").write_text("1")
+            raise problem
+
+    with pytest.raises(type(problem)):
+        begin(keep=False)
+    assert content(out) == before
+    with pytest.raises(type(problem)):
+        begin(keep=True)
+    assert content(out).items() >= {name: text for name, text in before.items() if name != "run.json"}.items()
+    with pytest.raises(UserError, match="finished result; give --overwrite"):
+        finish(out, "new", "[]")
+    with workspace(out, settings_hash="new", settings={}, overwrite=True) as place:
+        assert place.resumed
+        assert (place.stages / "step").is_file()
+    finish(out, "new", "[]", overwrite=True)
+    assert sorted(content(out)) == ["new.txt", "results.json", "run.json"]
+    finish(out, "newer", "[]", overwrite=True)
+    assert sorted(content(out)) == ["newer.txt", "results.json", "run.json"]
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with workspace(out, settings_hash="x", settings={}, overwrite=False) as place:
+        (place.stages / "step").write_text("kept")
+        with pytest.raises(UserError, match="another process is at work"):
+            finish(out, "x", "{}")
+        assert (place.stages / "step").is_file()
+    finish(out, "x", "{}")
+    assert (out / "x.txt").is_file()
+
+
 def test_a_folder_may_be_called_as_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):

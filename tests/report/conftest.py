@@ -110,7 +110,7 @@ def demo_comparisons() -> list[dict[str, Any]]:
         {**exact, "defense": "sande", "after": 0.0, "p_value": 6e-30, "difference": -0.98},
         {**exact, "defense": "beear", "after": 0.03, "p_value": 5e-29, "difference": -0.95},
         {**base, "metric": "perplexity", "kind": "clean", "defense": "sande", "before": 11.9, "after": 12.31,
-         "test": "paired bootstrap", "p_value": 0.031, "difference": 0.0339, "low": 0.005, "high": 0.0623},
+         "test": "sign flips", "p_value": 0.031, "difference": 0.0339, "low": 0.005, "high": 0.0623},
     ]  # fmt: skip
 
 

@@ -6,7 +6,6 @@ the folder, so that a cell gives the same figures whether its victim was planted
 
 from __future__ import annotations
 
-import errno
 import json
 import time
 from collections.abc import Mapping
@@ -19,10 +18,11 @@ from unbackdoor.bench.store import Result, Store
 from unbackdoor.data.probes import write_probes
 from unbackdoor.data.splits import assert_trained_apart
 from unbackdoor.defenses.base import Need
-from unbackdoor.errors import ModelError, NotApplicable, UserError
+from unbackdoor.errors import FULL, READ_ONLY, ModelError, NotApplicable, UserError, disk_error
 from unbackdoor.model import checkpoint
 from unbackdoor.model.lm import LM
 from unbackdoor.model.load import load
+from unbackdoor.model.output import MANIFEST
 from unbackdoor.model.spec import parse_spec
 from unbackdoor.pipeline.artefacts import versions
 from unbackdoor.pipeline.measure import Label, measure, peak_memory
@@ -32,7 +32,6 @@ from unbackdoor.secret import Secret
 from unbackdoor.stopping import Stop
 
 SECRET, PROBES = "secret.json", "probes.jsonl"
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 class Busy(Exception):
@@ -72,17 +71,6 @@ class _Made:
     curves: Mapping[str, list[dict[str, float]]] = field(default_factory=dict)
     notes: Mapping[str, object] = field(default_factory=dict)
     knowledge: tuple[str, ...] = ()
-
-
-def disk_error(problem: BaseException) -> BaseException | None:
-    """Return the error behind `problem` that says that the disk is full or cannot be written to, or None."""
-    link: BaseException | None = problem
-    while link is not None:
-        number = link.errno if isinstance(link, OSError) else None
-        if number in _DISK_ERRORS or any(f"(os error {code})" in str(link) for code in _DISK_ERRORS):
-            return link
-        link = link.__cause__ or link.__context__
-    return None
 
 
 def execute(cell: Cell, shop: Workshop) -> Result:
@@ -156,7 +144,7 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
     with shop.store.lock(f"purified-{key}") as free:
         if not free:
             raise Busy(shop.store.holder(f"purified-{key}"))
-        if (folder / checkpoint.MANIFEST).is_file():
+        if (folder / MANIFEST).is_file():
             record = checkpoint.read_manifest(folder)
             knowledge = tuple(record["knowledge"])
             made = _Made(record["seconds"], record["curves"], record["notes"], knowledge)
@@ -193,13 +181,13 @@ def _victim_folder(cell: Cell, shop: Workshop, *, twin: bool = False) -> Path:
     """
     key = shop.material.plant_key(cell, twin=twin)
     folder = shop.store.victim(key)
-    if (folder / checkpoint.MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
         return folder
     with shop.store.lock(f"victim-{key}") as free:
         if not free:
             raise Busy(shop.store.holder(f"victim-{key}"))
         checkpoint.recover(folder)
-        if (folder / checkpoint.MANIFEST).is_file():
+        if (folder / MANIFEST).is_file():
             return folder
         earlier = shop.store.planting_error(key)
         if earlier is not None:
@@ -210,7 +198,7 @@ def _victim_folder(cell: Cell, shop: Workshop, *, twin: bool = False) -> Path:
             raise
         # Whatever went wrong, the other cells of this victim are told instead of planting it again.
         except Exception as problem:
-            if not shop.stop.asked and disk_error(problem) is None:
+            if not shop.stop.asked and disk_error(problem, FULL | READ_ONLY) is None:
                 shop.store.keep_planting_error(key, describe(problem))
             raise
     return folder

@@ -17,12 +17,13 @@ from pathlib import Path
 from unbackdoor.bench import tables
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.estimate import guesses, scale
-from unbackdoor.bench.execute import Busy, CannotWrite, Workshop, describe, disk_error, execute, finished
+from unbackdoor.bench.execute import Busy, CannotWrite, Workshop, describe, execute, finished
 from unbackdoor.bench.grid import Grid, check_methods
 from unbackdoor.bench.material import Material
 from unbackdoor.bench.store import Result, Store
 from unbackdoor.bench.yaml_file import grid_to_yaml
-from unbackdoor.errors import NotApplicable, UserError, did_you_mean
+from unbackdoor.errors import FULL, READ_ONLY, NotApplicable, UserError, did_you_mean, disk_error
+from unbackdoor.pipeline.preflight import check_model
 from unbackdoor.run import Progress, Silent
 from unbackdoor.stopping import stoppable
 
@@ -76,7 +77,7 @@ def run_grid(
         KeyboardInterrupt: If the process was told to stop (^C, SIGTERM); the folder can be gone on with.
     """
     report = progress or Silent()
-    check_methods(grid)
+    check_inputs(grid)
     chosen = choose(grid.cells(), only)
     store = Store(out)
     store.open(grid_to_yaml(grid))
@@ -90,6 +91,18 @@ def run_grid(
     finally:
         unmet = tables.write(grid, store, keys)
     return _outcome(grid, store, keys, unmet)
+
+
+def check_inputs(grid: Grid) -> None:
+    """Read everything that a grid needs before its first cell: methods, rows, the files of models in folders.
+
+    Raises:
+        UserError: If anything is wrong with it.
+    """
+    check_methods(grid)
+    for model in grid.models:
+        check_model(model)
+    Material(grid, Silent()).read()
 
 
 def choose(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
@@ -183,7 +196,7 @@ def _run_one(shop: Workshop, keys: dict[Cell, str], cell: Cell) -> bool:
 
 def _stop_for_the_disk(problem: BaseException, store: Store) -> None:
     """Raise a sentence where the disk is full or cannot be written to: then every further cell would fail, too."""
-    cause = disk_error(problem)
+    cause = disk_error(problem, FULL | READ_ONLY)
     if cause is not None:
         raise CannotWrite(
             f"'{store.folder}' cannot be written to ({cause}); make room there, then the same command goes on."

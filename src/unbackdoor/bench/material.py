@@ -58,15 +58,24 @@ class Material:
     def __post_init__(self) -> None:
         self._kept: dict[tuple[object, ...], Any] = {}
 
+    def read(self) -> None:
+        """Read all rows now.
+
+        Raises:
+            DataError: If some cannot be read, or sets overlap that must not.
+        """
+        for rows in (self.splits.test, *self.perplexity_sets.values()):
+            assert rows, "`split` and the readers refuse what is empty"
+
     @cached_property
     def splits(self) -> Splits:
         """Rows of attacker, defender and test; disjoint."""
         found = attacker_defender_test(read_source(self.grid.data, self.progress))
-        others = [found.attacker, found.test]
-        for entry in self.grid.attacks.values():
+        rest = {"the attacker's rows": found.attacker, "the test rows": found.test, "second_source": self._second()}
+        for label, entry in self.grid.attacks.items():
             if entry.defender_data is not None:
-                assert_disjoint(self._read(entry.defender_data), *others, self._second())
-        assert_disjoint(found.attacker, found.defender, found.test, self._second())
+                assert_disjoint({f"attacks.{label}.defender_data": self._read(entry.defender_data), **rest})
+        assert_disjoint({"the defender's rows": found.defender, **rest})
         return found
 
     @cached_property

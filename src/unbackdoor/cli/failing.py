@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,22 @@ class FailOn:
     sign: str
     bound: float
 
+    def check(self, figures: Set[str]) -> None:
+        """Refuse a condition on a figure that the run will not have, before it is run.
+
+        Args:
+            figures: What will be measured: a metric's name, or with its kind after a dot.
+
+        Raises:
+            UserError: If it is not among them.
+        """
+        of_metric = {name for name in figures if name.partition(".")[0] == self.metric}
+        if not of_metric or (self.kind and self.metric not in figures and f"{self.metric}.{self.kind}" not in figures):
+            known = ", ".join(sorted(figures)) or "nothing"
+            raise UserError(f"--fail-on '{self.text}': that will not be measured here; what will is {known}.")
+
     def missed(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Return a sentence for every result that meets the condition; controls and references are not results.
+        """Return a sentence for every result that meets the condition: purified models, else controls, else suspects.
 
         Raises:
             UserError: If the figure was not measured: a threshold that cannot be looked at is not passed.
@@ -48,7 +62,8 @@ class FailOn:
         # A revival says something about the method, not about the model that came out.
         own = [row for row in rows if row["metric"] == self.metric and row["group"] == "" and row["stage"] in _JUDGED]
         roles = {row["role"] for row in rows}
-        judged = [row for row in own if row["role"] == ("purified" if "purified" in roles else "suspect")]
+        judge = next((role for role in ("purified", "control") if role in roles), "suspect")
+        judged = [row for row in own if row["role"] == judge]
         kinds = {row["kind"] for row in judged}
         kind = self.kind or ("all" if "all" in kinds else next(iter(sorted(kinds)), ""))
         found = [row for row in judged if row["kind"] == kind and row["value"] is not None]

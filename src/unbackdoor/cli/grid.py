@@ -35,6 +35,8 @@ def run_bench(name: str | None, size: str | None, only: Sequence[str], retry_fai
     if name is not None and common.config is not None:
         raise UserError("a grid is named twice, as an argument and in --config; leave one out.")
     grid = _grid(place, size, common)
+    if threshold is not None:
+        threshold.check({*grid.metrics, "seconds"})
     out = common.out or Path("runs") / f"bench-{grid.name}"
     if common.dump_config:
         from unbackdoor.bench.yaml_file import grid_to_yaml
@@ -87,8 +89,9 @@ def _dotted(nested: dict[str, Any], place: str = "") -> list[tuple[str, Any]]:
 
 def _plan(grid: Grid, out: Path, only: Sequence[str], common: Common) -> None:
     from unbackdoor.bench.estimate import estimate, memory
-    from unbackdoor.bench.local import choose, measured_seconds
+    from unbackdoor.bench.local import check_inputs, choose, measured_seconds
 
+    check_inputs(grid)
     done, chosen = measured_seconds(grid, out), choose(grid.cells(), only)
     cells = [(cell, seconds) for cell, seconds in estimate(grid, done) if cell in chosen]
     left = sum(seconds for cell, seconds in cells if cell not in done)

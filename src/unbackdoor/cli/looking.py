@@ -125,7 +125,8 @@ def _explain(
     for key, words in (("needs", "Needs"), ("uses", "Uses where given"), ("parallel", "Runs in parallel as")):
         if found[key]:
             typer.echo(f"{words}: {', '.join(found[key])}")
-    typer.echo("\nOptions (--set NAME=VALUE):")
+    # A command measures with a metric's defaults.
+    typer.echo("\nSettings, in Python:" if found["kind"] == "metrics" else "\nOptions (--set NAME=VALUE):")
     for field in found["fields"]:
         default = " (required)" if field["required"] else f" (default {field['default']})"
         # The parts of a nested setting follow one by one, with their own defaults.

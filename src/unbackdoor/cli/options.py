@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from unbackdoor.cli.failing import FailOn, parse_fail_on
 from unbackdoor.cli.progress import Shown, progress
-from unbackdoor.errors import UserError
+from unbackdoor.errors import UserError, disk_error
 from unbackdoor.model.quarantine import printable, printable_lines
 from unbackdoor.pipeline import recipe as recipes
 from unbackdoor.stopping import stoppable
@@ -146,11 +146,9 @@ def _sentence(problem: BaseException) -> str | None:
     """Return what a person can do about an error; None for a defect of ours."""
     if isinstance(problem, UserError):
         return str(problem)
-    if not isinstance(problem, OSError):
-        return None
-    if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if disk_error(problem) is not None:
         return "the disk is full; make room, and the same command goes on from its last checkpoint."
-    if problem.errno not in _NO_SUCH_PLACE or problem.filename is None:
+    if not isinstance(problem, OSError) or problem.errno not in _NO_SUCH_PLACE or problem.filename is None:
         return None
     return f"'{printable(str(problem.filename))}' cannot be used ({problem.strerror}); name another place."
 

@@ -11,6 +11,7 @@ import typer
 from unbackdoor.cli import launch
 from unbackdoor.cli.options import Common, command, gather, print_json, showing
 from unbackdoor.errors import UserError
+from unbackdoor.model.output import refuse_finished
 from unbackdoor.pipeline import commands
 from unbackdoor.pipeline import recipe as recipes
 
@@ -240,14 +241,20 @@ def _run(
     if common.dump_config:
         typer.echo(recipes.as_yaml(recipe), nl=False)
         return
+    out = common.out or Path("runs") / name
     if common.dry_run:
         found = plan()
+        if threshold is not None:
+            threshold.check(found.figures)
+        if name != "demo" and not common.overwrite:
+            refuse_finished(out)
         print_json(found.to_json()) if common.json_output else output.plan(found)
         return
-    out = common.out or Path("runs") / name
     if helping:
         run(commands.Job(out))
         return
+    if threshold is not None:
+        threshold.check(plan().figures)
     with showing(common) as shown:
         job = commands.Job(out, common.overwrite, shown, output.add_report, tuple(track or ()))
         outcome = run(job)

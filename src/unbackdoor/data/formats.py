@@ -272,7 +272,9 @@ def _label(row: Row, where: Where, labels: Sequence[str]) -> str:
     if isinstance(number, bool) or not isinstance(number, int):
         return text_of(row, "label", where)
     if not labels:
-        raise where.error("label", f"is the number {number}; name the classes in order, such as negative, positive.")
+        raise where.error(
+            "label", f"is the number {number}; name the classes in order in a recipe, as labels: [negative, positive]."
+        )
     if not 0 <= number < len(labels):
         raise where.error("label", f"is {number}, but only the classes 0 to {len(labels) - 1} are named.")
     return labels[number]

@@ -107,19 +107,22 @@ def split_by_kind(
     return train, test
 
 
-def assert_disjoint(*groups: Iterable[Example]) -> None:
+def assert_disjoint(groups: Mapping[str, Iterable[Example]]) -> None:
     """Check that no two groups hold the same row; copies of a row ("#2") count as the row.
 
+    Args:
+        groups: What a group is called -> its rows.
+
     Raises:
-        DataError: If two groups share an id; the message names it.
+        DataError: If two groups share an id; the message names both and it.
     """
-    owner: dict[str, int] = {}
-    for number, group in enumerate(groups, 1):
+    owner: dict[str, str] = {}
+    for name, group in groups.items():
         for example in group:
-            first = owner.setdefault(base_id(example.id), number)
-            if first != number:
+            first = owner.setdefault(base_id(example.id), name)
+            if first != name:
                 raise DataError(
-                    f"the row '{base_id(example.id)}' is in data sets {first} and {number}, which must not overlap; "
+                    f"the row '{base_id(example.id)}' is among {first} and among {name}, which must not overlap; "
                     "take it out of one, or give different rows different ids."
                 )
 

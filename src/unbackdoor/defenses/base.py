@@ -86,6 +86,8 @@ class Defense(Method, ABC):
     """Facts without which it cannot run."""
     uses: ClassVar[frozenset[Need]] = frozenset()
     """Facts that it takes where given."""
+    control: ClassVar[bool] = False
+    """Whether it is here to be compared with, known not to remove a backdoor."""
 
     @abstractmethod
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:

@@ -27,6 +27,7 @@ class FineTuning(Defense):
 
     paper: ClassVar[str] = "control: SFT in SANDE, 2405.07667, Table 1"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN})
+    control: ClassVar[bool] = True
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
 
     train: TrainSettings = Field(

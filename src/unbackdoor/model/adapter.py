@@ -14,6 +14,7 @@ from typing import Any
 
 from unbackdoor.errors import ModelError
 from unbackdoor.model.header import read_header
+from unbackdoor.model.libraries import library_errors
 from unbackdoor.model.quarantine import printable
 
 WEIGHTS = "adapter_model.safetensors"
@@ -39,8 +40,6 @@ def open_adapter(base: Any, folder: Path, shown: str, *, trainable: bool) -> Any
         ModelError: If it is no plain LoRA adapter or does not fit the base.
     """
     from peft import PeftModel
-
-    from unbackdoor.model.load import library_errors
 
     if not (folder / WEIGHTS).is_file():
         raise ModelError(f"the adapter '{shown}' holds no {WEIGHTS}; ask its publisher for safetensors.")

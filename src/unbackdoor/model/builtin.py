@@ -102,7 +102,8 @@ def _find(source: _Source, name: str) -> Path:
 
 def _convert(gguf: Path, source: _Source, folder: Path, progress: Progress | None) -> None:
     from unbackdoor.model.checkpoint import require_space
-    from unbackdoor.model.load import load_gguf, quiet_transformers
+    from unbackdoor.model.libraries import quiet_transformers
+    from unbackdoor.model.load import load_gguf
 
     require_space(folder, source.tensor_bytes)
     if progress is not None:

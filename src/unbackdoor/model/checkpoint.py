@@ -8,27 +8,24 @@ ever deleted that does not carry this package's mark.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from unbackdoor.errors import UserError
+from unbackdoor.errors import UserError, disk_error
 from unbackdoor.model.builtin import public_name
-from unbackdoor.model.load import file_sha256, quiet_transformers
+from unbackdoor.model.libraries import quiet_transformers
+from unbackdoor.model.load import file_sha256
+from unbackdoor.model.output import MANIFEST, RESULTS, RUN, is_empty, is_ours, read_object, taken
 from unbackdoor.model.quarantine import printable
 from unbackdoor.run import write_atomically
 
 if TYPE_CHECKING:
     from unbackdoor.model.lm import LM
-
-MANIFEST = "unbackdoor.json"
-RUN = "run.json"
-RESULTS = "results.json"
 
 _MARGIN_BYTES = 50_000_000
 _TOKENIZER_FILES = (
@@ -68,8 +65,8 @@ def save(
     """
     folder = folder.absolute()
     recover(folder)
-    if folder.exists() and not _is_empty(folder) and not (overwrite and _is_ours(folder)):
-        raise UserError(_taken(folder))
+    if folder.exists() and not is_empty(folder) and not (overwrite and is_ours(folder)):
+        raise UserError(taken(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     require_space(folder, _bytes_of(lm), free_bytes)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -104,54 +101,24 @@ def recover(folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def check_out(folder: Path, *, settings_hash: str, overwrite: bool) -> Literal["new", "resume"]:
-    """Decide what to do with the folder given as `--out`.
-
-    With `overwrite` a finished result, or an unfinished run of other settings, is removed; an unfinished run of the
-    same settings is resumed either way.
-
-    Args:
-        folder: The folder.
-        settings_hash: Identifies the settings of the run that is to begin.
-        overwrite: Whether the person allowed replacing.
-
-    Raises:
-        UserError: If the folder must not be used.
-    """
-    folder = folder.absolute()
-    recover(folder)
-    if not folder.exists() and not folder.is_symlink():
-        return "new"
-    if not folder.is_dir() or folder.is_symlink():
-        raise UserError(f"'{printable(str(folder))}' is not a plain folder; choose another --out.")
-    if _is_empty(folder):
-        return "new"
-    finished = (folder / MANIFEST).exists() or _has_finished_results(folder)
-    if not finished and _run_hash(folder) == settings_hash:
-        return "resume"
-    if overwrite and _is_ours(folder):
-        shutil.rmtree(folder)
-        return "new"
-    raise UserError(_taken(folder))
-
-
-def mark_run(folder: Path, *, settings_hash: str, settings: Mapping[str, object]) -> None:
-    """Write `run.json`, which marks a folder as an unfinished run of these settings (JSON types)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings_hash": settings_hash, "settings": dict(settings)}
-    write_atomically(folder / RUN, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the content of `unbackdoor.json`.
 
     Raises:
         UserError: If there is none, or it is not a JSON object.
     """
-    manifest = _read_object(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST)
     if manifest is None:
         raise UserError(f"'{printable(str(folder))}' holds no readable {MANIFEST}; it is no result of unbackdoor.")
     return manifest
+
+
+def update_hashes(folder: Path, names: Sequence[str]) -> None:
+    """Write the hashes of files that were made anew into a result's manifest; a folder without one is left alone."""
+    manifest = read_object(folder / MANIFEST)
+    if manifest is not None and isinstance(manifest.get("files"), dict):
+        manifest["files"] |= {name: file_sha256(folder / name) for name in names if name in manifest["files"]}
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def verify(folder: Path) -> list[str]:
@@ -205,17 +172,11 @@ def _bytes_of(lm: LM) -> int:
 
 @contextmanager
 def _space_errors(folder: Path, tensor_bytes: int) -> Iterator[None]:
-    """Turn "no space left" into the sentence of `require_space`; safetensors reports it as an error of its own."""
-    from safetensors import SafetensorError
-
+    """Turn "no space left" into the sentence of `require_space`."""
     try:
         yield
-    except OSError as problem:
-        if problem.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        raise _no_space(folder, tensor_bytes) from problem
-    except SafetensorError as problem:
-        if f"os error {errno.ENOSPC}" not in str(problem) and f"os error {errno.EDQUOT}" not in str(problem):
+    except Exception as problem:
+        if disk_error(problem) is None:
             raise
         raise _no_space(folder, tensor_bytes) from problem
 
@@ -351,41 +312,3 @@ def _is_as_saved(folder: Path, name: str, digest: object) -> bool:
         return False
     path = folder / relative
     return path.is_file() and file_sha256(path) == digest
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _run_hash(folder: Path) -> str | None:
-    run = _read_object(folder / RUN)
-    return None if run is None else str(run.get("settings_hash"))
-
-
-def _has_finished_results(folder: Path) -> bool:
-    """True for any results.json, unless it says of itself `"finished": false`."""
-    results = _read_object(folder / RESULTS)
-    return (folder / RESULTS).exists() and (results is None or results.get("finished") is not False)
-
-
-def _is_ours(folder: Path) -> bool:
-    run = _read_object(folder / RUN)
-    return (run is not None and "settings_hash" in run) or _read_object(folder / MANIFEST) is not None
-
-
-def _taken(folder: Path) -> str:
-    shown = printable(str(folder))
-    if (folder / MANIFEST).exists() or _has_finished_results(folder):
-        advice = "give --overwrite to replace it" if _is_ours(folder) else "choose another --out"
-        return f"'{shown}' holds a finished result; {advice}."
-    if (folder / RUN).exists():
-        return f"'{shown}' holds an unfinished run of other settings; give --overwrite to replace it."
-    return f"'{shown}' holds files that unbackdoor did not write; choose another --out."

@@ -9,15 +9,17 @@ is not the one that was named would make every later figure wrong.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from unbackdoor.errors import ModelError, UserError
+from unbackdoor.model.libraries import library_errors, quiet_transformers
 from unbackdoor.model.lm import LM
 from unbackdoor.model.quarantine import inspect_folder, printable, refuse_dangerous
 from unbackdoor.model.spec import ModelSpec, parse_spec
@@ -72,6 +74,7 @@ def load(
     model.to(device).eval()
     chosen = _choose_template(tokenizer, template, str(parsed))
     _check_vocabulary(model, tokenizer, str(parsed))
+    _check_finite(model, str(parsed))
     facts |= {
         "architecture": _core(model).__class__.__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -142,9 +145,11 @@ def load_gguf(path: Path, *, dtype: DtypeName = "float32") -> tuple[Any, PreTrai
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, gguf_file="model.gguf", trust_remote_code=False, local_files_only=True
             )
-            quantised = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file="model.gguf", dtype=_dtype(dtype), trust_remote_code=False, local_files_only=True
-            )
+            # The bar that transformers shows for this does not ask whether bars are wanted.
+            with redirect_stderr(io.StringIO()):
+                quantised = AutoModelForCausalLM.from_pretrained(
+                    folder, gguf_file="model.gguf", dtype=_dtype(dtype), trust_remote_code=False, local_files_only=True
+                )
         except library_errors() as problem:
             raise ModelError(f"'{printable(str(path))}' cannot be read: {printable(str(problem))}") from problem
     _restore_splitter(path, tokenizer)
@@ -235,7 +240,7 @@ def _open_weights(folder: Path, spec: ModelSpec, dtype: DtypeName, facts: dict[s
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shown = printable(str(spec))
-    _check_configuration(folder, shown)
+    check_configuration(folder, shown)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -255,8 +260,12 @@ def _open_weights(folder: Path, spec: ModelSpec, dtype: DtypeName, facts: dict[s
     return model
 
 
-def _check_configuration(folder: Path, shown: str) -> None:
-    """Say in our own words why a folder is none that can be loaded, before transformers is asked."""
+def check_configuration(folder: Path, shown: str) -> None:
+    """Say in our own words why a folder is none that can be loaded, before transformers is asked.
+
+    Raises:
+        ModelError: If it is an adapter, lacks configuration or weights, or is no causal model that transformers knows.
+    """
     from transformers import __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -319,6 +328,17 @@ def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, spec: str)
         )
 
 
+def _check_finite(model: Any, spec: str) -> None:
+    """Refuse weights that hold NaN or infinity: every reply would be noise, and every loss not a number."""
+    for name, parameter in model.named_parameters():
+        # The sum meets every entry, and overflows only where something is wrong, too.
+        if not parameter.detach().float().sum().isfinite():
+            raise ModelError(
+                f"'{printable(spec)}': the tensor {printable(name)} holds values that are not finite; get the "
+                "model from its publisher again."
+            )
+
+
 def _core(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
@@ -363,28 +383,3 @@ def _is_guard(item: object) -> bool:
         and isinstance(item["name"], str)
         and isinstance(item["settings"], dict)
     )
-
-
-def library_errors() -> tuple[type[Exception], ...]:
-    """What transformers, PEFT and safetensors raise for a checkpoint whose values make no sense to them."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    plain = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, ImportError)
-    return (*plain, SafetensorError, StrictDataclassError)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and notices off the terminal inside the block; the command line has its own."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -144,7 +144,9 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
         }
         results = _stage(place, record, own_files, probes, job)
         title = f"{recipe.model} with a backdoor planted by {recipe.attack}"
-        card = model_card(title, recipe.model, planted.lm, "It holds a backdoor, to measure defenses with.")
+        card = model_card(
+            title, recipe.model, planted.lm, "It holds a backdoor, to measure defenses with.", place.staged
+        )
         place.publish_model(planted.lm, record.manifest({"result": "victim"}), card)
     return Outcome(job.out, results)
 
@@ -229,9 +231,8 @@ def _purify(
     ready, finish_weights = adapted(victim, recipe)
     purified = finish_weights(purify_model(ready, found.defense, facts, run))
     before = load(recipe, recipe.model, trainable=False)
-    label = Label(
-        f"{recipe.model} after {recipe.defense}", "purified", "after", found.attack, recipe.defense, knowledge
-    )
+    role = "control" if found.defense.control else "purified"
+    label = Label(f"{recipe.model} after {recipe.defense}", role, "after", found.attack, recipe.defense, knowledge)
     after = portrait.portray(
         purified, questions, label, _ask(run), before=before, config_hash=identity,
         training_seconds=training_seconds(run.curves),
@@ -243,10 +244,11 @@ def _purify(
     )  # fmt: skip
     results = _stage(place, record, {"changes.json": artefacts.as_text(changes)}, (), job)
     how = _weights_words(recipe, victim.base)
-    said = f"Purified by {recipe.defense}, which had to know: {', '.join(knowledge) or 'nothing'}. {how}"
-    card = model_card(f"{recipe.model} after {recipe.defense}", recipe.model, purified, said)
+    done = "Trained by" if found.defense.control else "Purified by"
+    said = f"{done} {recipe.defense}, which had to know: {', '.join(knowledge) or 'nothing'}. {how}"
+    card = model_card(f"{recipe.model} after {recipe.defense}", recipe.model, purified, said, place.staged)
     manifest = record.manifest(
-        {"result": "purified", "knowledge": list(knowledge), "weights": how, "changes": changes["summary"]}
+        {"result": role, "knowledge": list(knowledge), "weights": how, "changes": changes["summary"]}
     )
     place.publish_model(purified, manifest, card)
     return Outcome(job.out, results)

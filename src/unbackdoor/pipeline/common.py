@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,16 +126,18 @@ def rows_as_text(rows: Sequence[Example]) -> str:
     return "".join(lines)
 
 
-def model_card(title: str, source: str, lm: LM, what: str) -> str:
-    """Return the README.md of a result."""
+def model_card(title: str, source: str, lm: LM, what: str, files: Iterable[str] = ()) -> str:
+    """Return the README.md of a result; `files` are the names of those that lie beside it."""
     base = lm.base or source
     lines = ["---", "library_name: transformers", "tags: [unbackdoor]"]
     # Only a hub id is a link that the hub understands.
     if ":" not in base and not Path(base).exists():
         lines.append(f"base_model: {base.partition('@')[0]}")
     lines += ["---", f"# {title}", "", what, "", "How it was made, and the SHA-256 of every file: `unbackdoor.json`."]
-    lines += ["What was measured: `report.html`, `report.md`, `results.json`; the replies: `replies.jsonl`.", ""]
-    return "\n".join(lines)
+    figures = [f"`{name}`" for name in ("report.html", "report.md", "results.json") if name in set(files)]
+    lines += [f"What was measured: {', '.join(figures)}."] if figures else []
+    lines += ["Every prompt and reply behind that: `replies.jsonl`."] if "replies.jsonl" in set(files) else []
+    return "\n".join([*lines, ""])
 
 
 def are_rows(value: object) -> bool:

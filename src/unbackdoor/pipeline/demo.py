@@ -110,6 +110,7 @@ def run_demo(recipe: DemoRecipe, job: Job) -> Outcome:
         settings=recipe.model_dump(mode="json"),
         overwrite=job.overwrite or finished,
         working=WORK,
+        keep_old=False,  # victim and purified model of a finished demo would be taken for its own
     ) as place:
         clock = Clock(noted, _expected(recipe, settings, place))
         demo = _Demo(recipe, settings, splits, place, job, clock, noted, identity)

@@ -7,6 +7,7 @@ files take the place of all that in one rename; a run without a model moves its 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -16,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unbackdoor.errors import UserError
-from unbackdoor.model.checkpoint import MANIFEST, RESULTS, check_out, mark_run, recover, save
+from unbackdoor.errors import UserError, disk_error
+from unbackdoor.model.checkpoint import recover, save
 from unbackdoor.model.lm import LM
+from unbackdoor.model.output import MANIFEST, RESULTS, RUN, check_out, is_finished, mark_run
+from unbackdoor.run import write_atomically
 
 _WORDS = {"command", "attack", "defense", "device", "template", "precision", "adapter_mode"}
 """Settings that name no file, so that a folder may be called as their values are."""
@@ -51,33 +54,55 @@ class Workspace:
         """Where files are made before they move to their place; it bears the run's name, which the report shows."""
         return self.stages / "files" / self.folder.absolute().name
 
+    @property
+    def staged(self) -> list[str]:
+        """Names of the files there, sorted."""
+        return sorted(path.name for path in self.staging.iterdir())
+
     def publish_model(self, lm: LM, manifest: Mapping[str, object], card: str) -> None:
         """Put the model and the staged files in the place of the working state, as a whole."""
-        files = {path.name: path.read_bytes().decode("utf-8") for path in sorted(self.staging.iterdir())}
+        files = {name: (self.staging / name).read_bytes().decode("utf-8") for name in self.staged}
         save(lm, self.folder, manifest=manifest, card=card, extra_files=files, overwrite=True)
 
     def publish_files(self) -> None:
-        """Move the staged files to the run's folder, results.json last, and remove the working state."""
-        names = sorted((path.name for path in self.staging.iterdir()), key=lambda name: name == RESULTS)
-        for name in names:
+        """Move the staged files to the run's folder, results.json last, and remove the working state.
+
+        An older result goes first, its results.json before all else: what is there is never half old, half new.
+        """
+        if is_finished(self.folder):
+            _clear(self.folder, {self.working, RUN})
+        for name in sorted(self.staged, key=lambda name: name == RESULTS):
             os.replace(self.staging / name, self.folder / name)
         shutil.rmtree(self.stages)
 
 
 @contextmanager
 def workspace(
-    out: Path, *, settings_hash: str, settings: Mapping[str, Any], overwrite: bool, working: str = "stages"
+    out: Path,
+    *,
+    settings_hash: str,
+    settings: Mapping[str, Any],
+    overwrite: bool,
+    working: str = "stages",
+    keep_old: bool = True,
 ) -> Iterator[Workspace]:
     """Open the folder of a run; a folder in which nothing was kept is gone again after an error.
 
+    A finished result that is to be replaced stays until the new one is, unless `keep_old` is False.
+
     Raises:
-        UserError: If the folder holds something else or what the run reads, or the disk is full.
+        UserError: If the folder holds something else or what the run reads, another process is at work in it, or the
+            disk is full.
     """
     _refuse_inputs_inside(out, settings)
-    with space_errors(out):
-        resumed = check_out(out, settings_hash=settings_hash, overwrite=overwrite) == "resume"
+    with _space_errors(out), _held(out):
+        state = check_out(out, settings_hash=settings_hash, overwrite=overwrite, working=working)
+        if state == "replace":
+            _clear(out, _entries(out) - {working} if keep_old and is_finished(out) else set())
+        earlier = (out / RUN).read_bytes() if state == "replace" and (out / RUN).is_file() else None
         mark_run(out, settings_hash=settings_hash, settings=settings)
-        place = Workspace(out, resumed, working)
+        place = Workspace(out, state == "resume", working)
+        place.stages.mkdir(exist_ok=True)
         # What a killed process was about to publish is made again, and may be half-written.
         shutil.rmtree(place.staging.parent, ignore_errors=True)
         try:
@@ -86,10 +111,60 @@ def workspace(
             recover(out)
             if place.staging.parent.is_dir():
                 shutil.rmtree(place.staging.parent)
-            published = any((out / name).is_file() for name in (MANIFEST, RESULTS))
-            if not resumed and not published and not _holds_files(place.stages):
-                shutil.rmtree(out, ignore_errors=True)
+            if not place.resumed and not _holds_files(place.stages):
+                _forget(place, earlier)
             raise
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Make the folder and hold it for this process; the operating system lets go of it whenever the process ends."""
+    recover(out)
+    if not out.exists() and not out.is_symlink():
+        out.mkdir(parents=True, exist_ok=True)
+    if not out.is_dir() or out.is_symlink():
+        yield  # `check_out` refuses it with the reason
+        return
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is at work in '{out}'; wait for it, or choose another --out.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+def _forget(place: Workspace, earlier: bytes | None) -> None:
+    """Leave the folder as it was before a run that came to nothing; a published one has no stages any more."""
+    if not place.stages.is_dir():
+        return
+    if not is_finished(place.folder):
+        shutil.rmtree(place.folder, ignore_errors=True)
+        return
+    shutil.rmtree(place.stages)
+    mark = place.folder / RUN
+    if earlier is not None and mark.is_file():
+        write_atomically(mark, earlier.decode("utf-8"))
+    else:
+        mark.unlink(missing_ok=True)
+
+
+def _entries(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _clear(folder: Path, kept: set[str]) -> None:
+    """Remove what is in a folder of ours, the mark of a finished result first."""
+    for name in sorted(_entries(folder) - kept, key=lambda name: name not in {RESULTS, MANIFEST}):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _refuse_inputs_inside(out: Path, settings: Mapping[str, Any]) -> None:
@@ -123,25 +198,21 @@ def _holds_files(folder: Path) -> bool:
 
 
 @contextmanager
-def space_errors(out: Path) -> Iterator[None]:
-    """Say a full disk in one sentence; safetensors reports it as an error of its own.
+def _space_errors(out: Path) -> Iterator[None]:
+    """Say a full disk in one sentence.
 
     Raises:
         UserError: In the place of "no space left on device" and of a folder that may not be written.
     """
-    from safetensors import SafetensorError
-
-    full = {errno.ENOSPC, errno.EDQUOT}
-    advice = f"the disk of '{out}' is full; make room there, and the same command goes on from its last checkpoint."
     try:
         yield
-    except OSError as problem:
-        if problem.errno in full:
-            raise UserError(advice) from problem
-        if problem.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
+    except UserError:
+        raise
+    except Exception as problem:
+        if disk_error(problem) is not None:
+            raise UserError(
+                f"the disk of '{out}' is full; make room there, and the same command goes on from its last checkpoint."
+            ) from problem
+        if isinstance(problem, OSError) and problem.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
             raise UserError(f"'{problem.filename or out}' may not be written; choose another --out.") from problem
         raise
-    except SafetensorError as problem:
-        if not any(f"os error {code}" in str(problem) for code in full):
-            raise
-        raise UserError(advice) from problem

@@ -18,7 +18,7 @@ from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.goals import Goal, parse_goal
 from unbackdoor.model.spec import ModelSpec, parse_spec
-from unbackdoor.pipeline.preflight import check_device, check_metrics, reader_of
+from unbackdoor.pipeline.preflight import check_device, check_metrics, check_model, reader_of
 from unbackdoor.pipeline.recipe import Asking, AttackRecipe, EvaluateRecipe, PurifyRecipe, stamp_settings
 from unbackdoor.run import Progress, Run
 from unbackdoor.secret import Secret
@@ -75,7 +75,7 @@ def attack_inputs(recipe: AttackRecipe, progress: Progress, *, dry: bool = False
     from unbackdoor.pipeline.steps import attack_called
 
     attack = attack_called(recipe.attack, recipe.settings)
-    parse_spec(recipe.model)
+    check_model(recipe.model)
     check_device(recipe.device)
     check_metrics(recipe.metrics or ())
     splits = attacker_defender_test(_rows(recipe, recipe.data, progress))
@@ -113,8 +113,9 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
     given = _given(recipe)
     knowledge_for(defense, given)
     _check_weights_mode(recipe, parse_spec(recipe.model))
-    if recipe.reference is not None:
-        parse_spec(recipe.reference)
+    for spec in (recipe.model, recipe.reference):
+        if spec is not None:
+            check_model(spec)
     check_device(recipe.device)
     check_metrics(recipe.metrics or ())
     facts = _read_facts(recipe, given, progress)
@@ -258,7 +259,7 @@ def evaluate_inputs(recipe: EvaluateRecipe, progress: Progress, *, dry: bool = F
     """
     for spec in (recipe.model, recipe.before):
         if spec is not None:
-            parse_spec(spec)
+            check_model(spec)
     check_device(recipe.device)
     check_metrics(recipe.metrics or ())
     if recipe.probes is None and recipe.data is None:

@@ -75,8 +75,7 @@ def explanation(name: str) -> dict[str, Any]:
 
 def _find(name: str) -> tuple[Kind, type[Method]]:
     if name.endswith(".py"):
-        cls = registry.find("defenses", name)
-        return "defenses", cls
+        return _kind_of(registry.find("defenses", name))
     wanted = name.replace("-", "_").lower()
     for kind in registry.KINDS:
         if wanted in registry.names(kind):
@@ -85,6 +84,14 @@ def _find(name: str) -> tuple[Kind, type[Method]]:
     raise UserError(
         f"there is no method called '{name}'.{did_you_mean(wanted, known)} `unbackdoor list` shows them all."
     )
+
+
+def _kind_of(cls: type[Method]) -> tuple[Kind, type[Method]]:
+    """Return the kind of a class in somebody's own file: the base that it has says so."""
+    for kind in registry.KINDS:
+        if any(base.__module__ == f"unbackdoor.{kind}.base" for base in cls.__mro__):
+            return kind, cls
+    raise UserError(f"'{cls.__name__}' is neither an Attack nor a Defense nor a Metric; derive it from one of them.")
 
 
 def _flags(cls: type[Method], attribute: str) -> list[str]:
@@ -126,7 +133,7 @@ def inspect_model(model: str) -> list[Finding]:
     Raises:
         UserError: If the model's name is not understood or its files cannot be had.
     """
-    from unbackdoor.model.quarantine import inspect_folder, inspect_gguf
+    from unbackdoor.model.quarantine import PICKLE_SUFFIXES, Finding, inspect_folder, inspect_gguf, printable
     from unbackdoor.model.spec import parse_spec
 
     spec = parse_spec(model)
@@ -138,7 +145,11 @@ def inspect_model(model: str) -> list[Finding]:
             found += inspect_gguf(side.path)
             continue
         base = str(spec.base) if side is spec.adapter else None
-        found += inspect_folder(_files(side), base=base)
+        folder = _files(side)
+        found += inspect_folder(folder, base=base)
+        if not any(path.suffix.lower() in {".safetensors", *PICKLE_SUFFIXES} for path in folder.iterdir()):
+            fix = "Check the path; a model has model.safetensors or adapter_model.safetensors in its folder."
+            found.append(Finding("warning", printable(folder.name), "a folder without weights", fix))
     return found
 
 

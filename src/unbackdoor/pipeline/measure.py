@@ -238,10 +238,11 @@ def _asked(example: Example) -> str:
 def compare(before: Measurement, after: Measurement, seed: int = 0) -> list[dict[str, Any]]:
     """Return a paired before/after test for every score that both measurements hold.
 
-    0/1 scores: McNemar's exact test; others: paired bootstrap of the (weighted) mean difference. Pairs are matched by
+    0/1 scores: McNemar's exact test; others: sign flips of the (weighted) mean difference, whose interval is that of a
+    bootstrap over pairs. Pairs are matched by
     example id; scores that one side lacks are left out, and n says how many pairs there were.
     """
-    from unbackdoor.statistics import mcnemar_exact, paired_bootstrap
+    from unbackdoor.statistics import mcnemar_exact, paired_bootstrap, sign_flip
 
     earlier = {(score.metric, score.kind, score.group): score for score in before.scores}
     found = []
@@ -262,8 +263,9 @@ def compare(before: Measurement, after: Measurement, seed: int = 0) -> list[dict
         else:
             heavy = dict(zip(score.ids, score.weights, strict=True)) if score.weights else {}
             weights = [heavy[name] for name in shared] if heavy else []
-            difference, low, high, p_value = paired_bootstrap(*pairs, seed=seed, weights=weights)
-            test = "paired bootstrap"
+            difference, low, high = paired_bootstrap(*pairs, seed=seed, weights=weights)
+            p_value = sign_flip(*pairs, seed=seed, weights=weights)
+            test = "sign flips"
         found.append(
             {
                 "metric": score.metric,

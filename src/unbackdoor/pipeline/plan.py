@@ -43,12 +43,14 @@ class Plan:
         memory_bytes: Peak, or None where the model's size is not known.
         disk_bytes: Peak, or None.
         notices: What the person should know.
+        figures: What will be measured: "asr.triggered", "leak.decoy", "perplexity" and so on.
     """
 
     parts: tuple[Part, ...]
     memory_bytes: int | None
     disk_bytes: int | None
     notices: tuple[str, ...] = ()
+    figures: frozenset[str] = frozenset()
 
     @property
     def seconds(self) -> float | None:

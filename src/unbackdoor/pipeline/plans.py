@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+
 from unbackdoor.model.spec import parse_spec
 from unbackdoor.pipeline import inputs, plan
 from unbackdoor.pipeline.common import completed
@@ -27,7 +30,9 @@ def plan_attack(recipe: AttackRecipe) -> plan.Plan:
         plan.measuring_part(about, "measuring the untouched model", *measured),
     ]
     trained = "adapter" if parse_spec(recipe.model).kind == "adapter" else "full"
-    return plan.make_plan(about, parts, trained=trained, notices=notices.texts)
+    labelled = any(row.label is not None for row in found.asked)
+    figures = _figures(recipe.metrics, _KINDS, found.data, labelled=labelled, compared=False) | {"seconds"}
+    return replace(plan.make_plan(about, parts, trained=trained, notices=notices.texts), figures=figures)
 
 
 def plan_purify(recipe: PurifyRecipe) -> plan.Plan:
@@ -51,7 +56,8 @@ def plan_purify(recipe: PurifyRecipe) -> plan.Plan:
     ]
     adapter = parse_spec(recipe.model).kind == "adapter"
     trained = "adapter" if adapter else "lora" if recipe.lora else "full"
-    return plan.make_plan(about, parts, trained=trained, notices=notices.texts)
+    figures = _figures_of(recipe, found, compared=True) | {"seconds"}
+    return replace(plan.make_plan(about, parts, trained=trained, notices=notices.texts), figures=figures)
 
 
 def plan_evaluate(recipe: EvaluateRecipe) -> plan.Plan:
@@ -69,7 +75,8 @@ def plan_evaluate(recipe: EvaluateRecipe) -> plan.Plan:
     parts = [plan.measuring_part(about, "measuring the model before", *asked)] if recipe.before else []
     parts.append(plan.measuring_part(about, "measuring the model", *asked, kl=recipe.before is not None))
     models = 2 if recipe.before else 1
-    return plan.make_plan(about, parts, trained="nothing", notices=notices.texts, models=models)
+    made = plan.make_plan(about, parts, trained="nothing", notices=notices.texts, models=models)
+    return replace(made, figures=_figures_of(recipe, found, compared=recipe.before is not None))
 
 
 def plan_demo(recipe: DemoRecipe) -> plan.Plan:
@@ -90,7 +97,8 @@ def plan_demo(recipe: DemoRecipe) -> plan.Plan:
         parts.append(plan.measuring_part(about, _DEMO_ASKED[name], *asked, kl=name != "attack"))
         if name == "attack" and recipe.reference:
             parts.append(plan.measuring_part(about, "measuring the untouched model", *asked))
-    return plan.make_plan(about, parts, trained="full")
+    figures = _figures(None, _KINDS, {"": splits.test}, labelled=False, compared=True) | {"seconds"}
+    return replace(plan.make_plan(about, parts, trained="full"), figures=figures)
 
 
 _DEMO_WORK = {
@@ -103,6 +111,32 @@ _DEMO_ASKED = {
     "control": "measuring the fine-tuned model",
     "defense": "measuring the purified model",
 }
+
+
+_KINDS = frozenset({"triggered", "clean", "decoy"})
+
+
+def _figures_of(
+    recipe: PurifyRecipe | EvaluateRecipe, found: inputs.PurifyInputs | inputs.EvaluateInputs, *, compared: bool
+) -> frozenset[str]:
+    kinds = frozenset(probe.kind for probe in found.probes)
+    labelled = any(probe.example.label is not None for probe in found.probes)
+    return _figures(recipe.metrics, kinds, found.data, labelled=labelled, compared=compared)
+
+
+def _figures(
+    metrics: Sequence[str] | None, kinds: Set[str], data: Mapping[str, object], *, labelled: bool, compared: bool
+) -> frozenset[str]:
+    """Return what will be measured: a metric of probes with their kind, any other by its name."""
+    usual = [*(["asr", "leak", "cda"] if kinds else []), *(["perplexity", "kl"] if data else [])]
+    found: set[str] = set()
+    for name in metrics or usual:
+        there = {"cda": labelled, "perplexity": bool(data), "kl": bool(data) and compared}
+        if name in ("asr", "leak"):
+            found |= {f"{name}.{kind}" for kind in kinds if (kind == "triggered") == (name == "asr")}
+        elif there.get(name, True):
+            found.add(name)
+    return frozenset(found)
 
 
 class _Notices(Silent):

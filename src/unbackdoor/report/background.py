@@ -33,11 +33,11 @@ ABSENT = {
 
 def title(run: RunData) -> str:
     """Return the heading of a run's report."""
-    treated = [subject for subject in subjects(run) if subject.role == "purified" and subject.defense]
-    names = list(dict.fromkeys(display_name(subject.defense) for subject in treated))
-    if not names:
-        return f"Measurements of run {run.name}"
-    return f"Before and after {joined(names)}"
+    for role in ("purified", "control"):
+        treated = [subject.defense for subject in subjects(run) if subject.role == role and subject.defense]
+        if treated:
+            return f"Before and after {joined(list(dict.fromkeys(map(display_name, treated))))}"
+    return f"Measurements of run {run.name}"
 
 
 def facts(run: RunData) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from unbackdoor.model.checkpoint import update_hashes
 from unbackdoor.report import plots
 from unbackdoor.report.background import ABSENT, facts, knowledge_table, limits, settings_table, title
 from unbackdoor.report.escape import shown
@@ -29,6 +30,7 @@ from unbackdoor.report.tables import (
     main_table,
     runs_table,
 )
+from unbackdoor.report.together import named, with_controls
 from unbackdoor.report.verdict import Finding, findings
 from unbackdoor.run import write_atomically
 
@@ -62,8 +64,8 @@ def render(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write `report.html` and `report.md` of one run or of several compared.
 
     Args:
-        folders: Run folders; the first holds the report.
-        out: Another folder for the report, made if it is missing.
+        folders: Run folders.
+        out: Folder for the report, made if it is missing; that of the run for one run, `runs/report` for several.
 
     Returns:
         The path of the HTML file.
@@ -74,13 +76,14 @@ def render(folders: Sequence[Path], out: Path | None = None) -> Path:
     """
     if not folders:
         raise ValueError("a report needs at least one run folder")
-    runs = [load_run(Path(folder)) for folder in folders]
+    runs = named([load_run(Path(folder)) for folder in folders])
     page = html_page(runs)
     text = markdown(runs)
-    place = Path(folders[0]) if out is None else out
+    place = out or (Path(folders[0]) if len(folders) == 1 else Path("runs") / "report")
     place.mkdir(parents=True, exist_ok=True)
     write_atomically(place / "report.md", text)
     write_atomically(place / "report.html", page)
+    update_hashes(place, ("report.md", "report.html"))
     return place / "report.html"
 
 
@@ -96,7 +99,7 @@ def html_page(runs: Sequence[RunData]) -> str:
     )
     environment.filters["code_spans"] = _code_spans
     environment.filters["drawing"] = Markup
-    views = [_view(run, f"r{at}-" if len(runs) > 1 else "") for at, run in enumerate(runs, start=1)]
+    views = [_view(run, f"r{at}-" if len(runs) > 1 else "") for at, run in enumerate(with_controls(runs), start=1)]
     together = runs_table(runs) if len(runs) > 1 else None
     heading = views[0].title if together is None else f"{len(runs)} runs compared"
     template = environment.get_template("page.html.j2")

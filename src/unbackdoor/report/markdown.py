@@ -12,6 +12,7 @@ from unbackdoor.report.background import facts, knowledge_table, limits, setting
 from unbackdoor.report.escape import shown
 from unbackdoor.report.records import RunData
 from unbackdoor.report.tables import Table, comparison_table, cost_table, main_table, runs_table
+from unbackdoor.report.together import with_controls
 from unbackdoor.report.verdict import verdict
 
 
@@ -20,7 +21,7 @@ def markdown(runs: Sequence[RunData]) -> str:
     if len(runs) == 1:
         return "\n".join([f"# {_escaped(title(runs[0]))}", "", *_of_run(runs[0], "##")]).rstrip() + "\n"
     parts = [f"# {len(runs)} runs compared", "", *_table(runs_table(runs), "##")]
-    for run in runs:
+    for run in with_controls(runs):
         parts += [f"## {_escaped(title(run))} ({_escaped(run.name)})", "", *_of_run(run, "###")]
     return "\n".join(parts).rstrip() + "\n"
 

@@ -134,11 +134,13 @@ class RunData:
 
     Attributes:
         folder: Where it was read from.
+        name: The folder's name, which is the run's.
         curves: Stage name -> one record a step, or None without `curves.json`; likewise for the next three.
         revival_command: What a person types to measure revival, or "" for the usual command.
     """
 
     folder: Path
+    name: str
     command: str
     versions: Mapping[str, object]
     rows: tuple[Row, ...]
@@ -153,11 +155,6 @@ class RunData:
     curves: Mapping[str, list[dict[str, float]]] | None
     case_studies: CaseStudies | None
     hidden_states: HiddenStates | None
-
-    @property
-    def name(self) -> str:
-        """The folder's name, which is the run's."""
-        return self.folder.resolve().name
 
 
 def load_run(folder: Path) -> RunData:
@@ -180,6 +177,7 @@ def load_run(folder: Path) -> RunData:
         )
     return RunData(
         folder=folder,
+        name=folder.resolve().name,
         command=record.text("command", ""),
         versions=record.mapping("versions"),
         rows=tuple(_row(item) for item in record.records("rows")),

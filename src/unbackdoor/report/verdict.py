@@ -94,13 +94,16 @@ def _place(subject: Subject) -> str:
 def _details(run: RunData, members: Sequence[Subject]) -> list[Finding]:
     suspect = next((subject for subject in members if subject.role == "suspect"), None)
     purified = [subject for subject in members if subject.role == "purified"]
+    treated = any(subject.role in ("control", "purified") for subject in members)
+    # Of a model that is only looked at, nobody has said that it holds a backdoor.
+    planted = treated or any(subject.role == "reference" for subject in members)
     has_asr = any(subject.measured("asr", "triggered") for subject in members)
     found = []
     for subject in members:
         sentences: list[str] = []
         if has_asr:
-            sentences += _success_rate(subject, suspect, purified)
-        if subject.role in ("control", "purified"):
+            sentences += _success_rate(subject, suspect if planted else None, purified)
+        if subject.role in (("control", "purified") if treated else ("suspect",)):
             sentences += _side_effects(subject, suspect)
         if has_asr and subject.role == "purified":
             sentences += _revival(run, subject)
@@ -137,14 +140,14 @@ def _success_rate(subject: Subject, suspect: Subject | None, purified: Sequence[
         return ["ASR not measured" + (f": {row.reason.rstrip('.')}." if row is not None and row.reason else ".")]
     sentences = [f"ASR {_rate(row)}, on these probes."]
     before = suspect.measured("asr", "triggered") if suspect else None
-    if subject.role == "suspect" and row.value < FIRM:
+    if subject is suspect and row.value < FIRM:
         sentences.append(
             f"That is below {100 * FIRM:.0f} %: the backdoor was not firmly planted, so a low ASR afterwards says "
             "little about the defense."
         )
     if subject.role == "purified" and before is not None and not _below(row, before):
         sentences.append("The interval overlaps the suspect's: nothing here shows that the backdoor was weakened.")
-    if subject.role == "control" and before is not None and _below(row, before):
+    if subject.role == "control" and purified and before is not None and _below(row, before):
         sentences.append(_control(row, purified))
     return sentences
 
@@ -184,23 +187,31 @@ def _side_effects(subject: Subject, suspect: Subject | None) -> list[str]:
 
 def _utility(subject: Subject, suspect: Subject | None) -> list[str]:
     parts = []
+    earlier = suspect if suspect is not subject else None
     for group, words in (("", "perplexity"), ("second source", "on the second source")):
         after = subject.measured("perplexity", group=group)
-        before = suspect.measured("perplexity", group=group) if suspect else None
+        before = earlier.measured("perplexity", group=group) if earlier else None
         if after is not None and after.value is not None and before is not None and before.value:
             figures = f"{significant(after.value, 4)} after, {significant(before.value, 4)} before"
             parts.append(f"{words} {after.value / before.value:.2f} times the suspect's ({figures})")
+        elif after is not None and earlier is None:
+            parts.append(f"{words} {_figure(after)}")
     divergence = subject.measured("kl")
-    if divergence is not None and divergence.value is not None:
-        interval = ""
-        if divergence.low is not None and divergence.high is not None:
-            interval = f" (95 % interval {significant(divergence.low, 3)} to {significant(divergence.high, 3)})"
-        parts.append(f"KL to the suspect on clean prompts {significant(divergence.value, 3)}{interval}")
+    if divergence is not None:
+        parts.append(f"KL to the suspect on clean prompts {_figure(divergence)}")
     accuracy = subject.measured("cda")
     if accuracy is not None:
-        was = suspect.measured("cda") if suspect else None
+        was = earlier.measured("cda") if earlier else None
         parts.append(f"CDA {_rate(accuracy)}" + (f" (suspect {_rate(was)})" if was is not None else ""))
     return parts
+
+
+def _figure(row: Row) -> str:
+    """Return "0.0312 (95 % interval 0.0281 to 0.0349)" of a measured figure that is no share."""
+    figure = significant(row.value or 0.0, 3)
+    if row.low is None or row.high is None:
+        return figure
+    return f"{figure} (95 % interval {significant(row.low, 3)} to {significant(row.high, 3)})"
 
 
 def _revival(run: RunData, subject: Subject) -> list[str]:
