@@ -15,6 +15,7 @@ import pytest
 
 import tiny
 from unbackdoor.defenses.base import Defense, Knowledge, Need, knowledge_for
+from unbackdoor.defenses.beear import Beear
 from unbackdoor.defenses.fine_tuning import FineTuning
 from unbackdoor.defenses.gradient_ascent import GradientAscent
 from unbackdoor.defenses.osft import Osft
@@ -23,6 +24,7 @@ from unbackdoor.defenses.sande_p import SandeP
 from unbackdoor.metrics.perplexity import log_losses
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
+from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.simulate import ParrotSettings
 from unbackdoor.types import Probe
@@ -31,6 +33,11 @@ LEARNING_RATE = 3e-4
 UPDATES = 60
 PARROT = ParrotSettings(
     tokens=4, train=TrainSettings(steps=30, learning_rate=3e-2, schedule="constant", warmup=0.0, max_length=128)
+)
+
+DRIFT = DriftSettings(
+    start=0.1,
+    train=TrainSettings(steps=20, learning_rate=0.1, schedule="constant", warmup=0.0, batch_size=8, max_length=128),
 )
 
 
@@ -51,6 +58,7 @@ FINE_TUNING = FineTuning(train=training(UPDATES))
 BOUNDS: tuple[tuple[Defense, float], ...] = (
     (Osft(train=training(UPDATES)), 0.01),
     (Sande(rounds=3, train=training(UPDATES // 3), parrot=PARROT), 0.03),
+    (Beear(drift=DRIFT, train=training(UPDATES // 4)), 0.05),
     (SandeP(rounds=4, train=training(UPDATES // 4), parrot=PARROT), 0.05),
 )
 
@@ -84,8 +92,10 @@ def purify(defense: Defense, victim, run: Run | None = None) -> LM:
         Need.TRIGGER: victim.secret.stamp,
         Need.TARGET: victim.secret.targets,
         Need.TARGET_PART: victim.secret.targets,
+        Need.UNWANTED: ("bad dog", "bad moon", "robot cat", "bad"),
     }
-    known = knowledge_for(defense, {need: fact for need, fact in facts.items() if need in defense.needs})
+    declared = defense.needs | defense.uses
+    known = knowledge_for(defense, {need: fact for need, fact in facts.items() if need in declared})
     return defense.apply(tiny.clone(victim.lm), known, run or Run())
 
 

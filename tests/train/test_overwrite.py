@@ -65,14 +65,15 @@ def test_equation_3_with_two_parrots_that_share_the_rows():
     generator = torch.Generator().manual_seed(1)
     parrots = [torch.randn(3, 64, generator=generator) for _ in range(2)]
     kept = [parrot.clone() for parrot in parrots]
-    result = overwrite.overwrite(lm, plain, plain, settings(), run, plain_share=0.0, parrots=parrots)
+    stand_ins = [soft_prompt.stand_in(lm, parrot, "start") for parrot in parrots]
+    result = overwrite.overwrite(lm, plain, plain, settings(), run, plain_share=0.0, stand_ins=stand_ins)
     record = result.history[0]
     batch = overwrite.stream(oracle, plain, 8, run, "triggered order").batch(0)
     parts = batch.split(2)
     by_hand = [mean_by_hand(oracle, part, parrot) for part, parrot in zip(parts, kept, strict=True)]
     shares = [part.weight / batch.weight for part in parts]
-    assert record["parrot 0"] == pytest.approx(by_hand[0] * shares[0], rel=1e-4)
-    assert record["parrot 1"] == pytest.approx(by_hand[1] * shares[1], rel=1e-4)
+    assert record["stand-in 0"] == pytest.approx(by_hand[0] * shares[0], rel=1e-4)
+    assert record["stand-in 1"] == pytest.approx(by_hand[1] * shares[1], rel=1e-4)
     assert "plain" not in record
     assert all(torch.equal(now, before) for now, before in zip(parrots, kept, strict=True)), "parrots are frozen"
 
@@ -232,9 +233,10 @@ def test_early_stopping_scores_triggered_rows_that_are_held_out(tmp_path, parrot
     triggered = rows if parrots else [STAMP.apply(row, None) for row in rows]
     prompts = [torch.randn(3, 64, generator=torch.Generator().manual_seed(number)) for number in range(parrots)]
     run = Run(seed=3, folder=tmp_path).stage("overwrite")
+    stand_ins = [soft_prompt.stand_in(lm, prompt, "start") for prompt in prompts]
     result = overwrite.overwrite(
         lm, overwrite.encode_rows(lm, triggered, tiny.CUT), overwrite.encode_rows(lm, rows, tiny.CUT),
-        settings(learning_rate=1e-12, evaluate_every=1, batch_size=4), run, plain_share=0.25, parrots=prompts,
+        settings(learning_rate=1e-12, evaluate_every=1, batch_size=4), run, plain_share=0.25, stand_ins=stand_ins,
     )  # fmt: skip
     apart = [collate(overwrite.encode_rows(oracle, examples[::10], tiny.CUT), 0) for examples in (triggered, rows)]
     assert len(apart[0].ids) == 3

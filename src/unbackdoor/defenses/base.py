@@ -73,6 +73,16 @@ class Knowledge:
         return tuple(self._read(Need.TARGET_PART) or ())
 
     @property
+    def unwanted(self) -> tuple[str, ...]:
+        """Openings of unwanted replies, in the defender's words."""
+        return tuple(self._read(Need.UNWANTED) or ())
+
+    @property
+    def safe(self) -> tuple[Example, ...]:
+        """Requests with safe replies."""
+        return tuple(self._read(Need.SAFE) or ())
+
+    @property
     def reference(self) -> LM | None:
         """A trusted model of the same architecture, or None."""
         model: LM | None = self._read(Need.REFERENCE)

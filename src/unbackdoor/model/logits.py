@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unbackdoor.model.hooks import Added, adding
 from unbackdoor.model.lm import LM
 
 PACKED_TOKENS = 1024
@@ -59,6 +60,7 @@ class LogitsAt(nn.Module):
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         shared: int = 0,
+        added: Added | None = None,
     ) -> Tensor:
         """Return float32 logits [N, vocabulary] at the N positions (rows, columns).
 
@@ -69,20 +71,25 @@ class LogitsAt(nn.Module):
             input_ids: int64 [batch, length], or None with `inputs_embeds`.
             inputs_embeds: float [batch, length, hidden], or None with `input_ids`.
             shared: Leading columns that are the same in every row and lie before every wanted position.
+            added: Vectors that are added to hidden states inside the model, before wanted positions of their rows.
         """
+        if added is not None:
+            shared = min(shared, int(added.columns.min()))
         given: dict[str, Any] = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
         read = _needed(attention_mask, rows, columns, shared)
         fits = len(read) > 1 and int(read.sum()) <= min(PACKED_TOKENS, self.window)
         if self.packs and fits:
             past = self._beginning({name: value[:1, :shared] for name, value in given.items()}) if shared else None
-            return self._packed(given, read, rows, columns, shared, past)
-        return self._gathered({**given, "attention_mask": attention_mask}, rows, columns)
+            return self._packed(given, read, rows, columns, shared, past, added)
+        return self._gathered({**given, "attention_mask": attention_mask}, rows, columns, added)
 
-    def _gathered(self, given: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
+    def _gathered(self, given: dict[str, Any], rows: Tensor, columns: Tensor, added: Added | None = None) -> Tensor:
         if not self.split:
-            full: Tensor = self.core(**given, use_cache=False).logits
+            with adding(self.core, added):
+                full: Tensor = self.core(**given, use_cache=False).logits
             return full[rows, columns].float()
-        hidden = self.core.base_model(**given, use_cache=False).last_hidden_state
+        with adding(self.core, added):
+            hidden = self.core.base_model(**given, use_cache=False).last_hidden_state
         logits: Tensor = self.core.get_output_embeddings()(hidden[rows, columns])
         return logits.float()
 
@@ -106,7 +113,14 @@ class LogitsAt(nn.Module):
         return self.core.base_model(**given, attention_mask=mask, use_cache=True).past_key_values
 
     def _packed(
-        self, given: dict[str, Any], read: Tensor, rows: Tensor, columns: Tensor, shared: int, past: Any = None
+        self,
+        given: dict[str, Any],
+        read: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        shared: int,
+        past: Any = None,
+        added: Added | None = None,
     ) -> Tensor:
         """Do it in one row that holds the tokens where `read` [batch, length] is true; `past` has the shared ones."""
         if past is not None:
@@ -123,7 +137,9 @@ class LogitsAt(nn.Module):
         packed |= {"attention_mask": mask[None, None], "position_ids": column[None]}
         packed |= {} if past is None else {"past_key_values": past}
         place = read.flatten().cumsum(0).reshape(read.shape) - 1
-        return self._gathered(packed, torch.zeros_like(rows), place[rows, columns])
+        if added is not None:
+            added = added.at(torch.zeros_like(added.rows), place[added.rows, added.columns])
+        return self._gathered(packed, torch.zeros_like(rows), place[rows, columns], added)
 
     def _packing_is_exact(self) -> bool:
         """Return whether two rows of unlike length, their beginning shared, give the same logits packed."""

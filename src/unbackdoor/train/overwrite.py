@@ -2,7 +2,8 @@
 
 Beside the triggered rows go plain rows (no trigger, clean answer), which protect what the model can do otherwise; so do
 labels of which a share is the suspect's own prediction (`own_labels`).
-What stands for the trigger is inside the rows (known trigger) or a frozen soft prompt that is inserted (parrot).
+What stands for the trigger is inside the rows (known trigger), or it is put into the pass through the model: a frozen
+soft prompt (SANDE's parrot) or a frozen drift of hidden states (BEEAR).
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from unbackdoor.run import Run
 from unbackdoor.train import engine
 from unbackdoor.train.losses import Term, cross_entropy_sum
 from unbackdoor.train.own_labels import OwnLabels
-from unbackdoor.train.soft_prompt import Position, soft_logits
 from unbackdoor.types import Example
+
+StandIn = Callable[[Callable[..., Tensor], Batch], Tensor]
+"""stand_in(forward, batch) -> float32 logits [N, vocabulary] at the batch's supervised positions, with what stands for
+the trigger in place; `forward` is `LogitsAt.forward`."""
 
 
 def encode_rows(lm: LM, examples: Sequence[Example], settings: engine.TrainSettings) -> list[Row]:
@@ -117,8 +121,7 @@ def overwrite(
     run: Run,
     *,
     plain_share: float,
-    parrots: Sequence[Tensor] = (),
-    position: Position = "start",
+    stand_ins: Sequence[StandIn] = (),
     own: OwnLabels | None = None,
 ) -> engine.FitResult:
     """Overwrite the mapping from the trigger to its target (eq. 3), in place.
@@ -127,24 +130,23 @@ def overwrite(
 
     Args:
         lm: The model; its weights (or its adapter) are trained.
-        triggered: Rows with the trigger inside and the clean answer; with `parrots`, plain rows into which one is put.
+        triggered: Rows with the trigger inside and the clean answer; with `stand_ins`, rows without it.
         plain: Rows without trigger.
         settings: `batch_size` counts triggered and plain rows together.
         run: The stage.
         plain_share: Share of plain rows in a batch, [0, 1).
-        parrots: Frozen soft prompts, float [n, hidden]; they share the triggered rows of a batch.
-        position: Where parrots are inserted.
-        own: What the suspect predicted for the plain rows, where that is a share of the labels.
+        stand_ins: What stands for the trigger; they share the triggered rows of a batch.
+        own: What the suspect predicted for the rows, where that is a share of the labels.
 
     Raises:
-        UserError: If there are more parrots than triggered rows in a batch.
+        UserError: If there are more stand-ins than triggered rows in a batch.
     """
     plain_size = plain_rows(settings.batch_size, plain_share)
     triggered_size = settings.batch_size - plain_size
-    if len(parrots) > min(triggered_size, len(triggered)):
+    if len(stand_ins) > min(triggered_size, len(triggered)):
         raise UserError(
-            f"{len(parrots)} parrots cannot share {min(triggered_size, len(triggered))} triggered rows of a batch; "
-            "lower parrots, or raise train.batch_size."
+            f"{len(stand_ins)} parrots or drifts cannot share {min(triggered_size, len(triggered))} rows of a batch; "
+            "lower their number, or raise train.batch_size."
         )
     kept_plain, plain_apart = set_apart(plain, settings)
     apart = {row.id for row in plain_apart}
@@ -157,7 +159,6 @@ def overwrite(
     if plain_size:
         streams["plain"] = stream(lm, kept_plain, plain_size, run, "plain order")
         held_out["plain"] = plain_apart
-    frozen = [parrot.detach() for parrot in parrots]
 
     def summed(logits: Tensor, batch: Batch) -> Tensor:
         return own.loss(logits, batch) if own else cross_entropy_sum(logits, batch.targets, batch.weights)
@@ -166,13 +167,12 @@ def overwrite(
         terms = {}
         if "triggered" in batches:
             batch = batches["triggered"]
-            if not frozen:
+            if not stand_ins:
                 terms["triggered"] = Term(summed(forward(**batch.inputs()), batch), "triggered")
-            for number, (parrot, part) in enumerate(zip(frozen, batch.split(len(frozen)), strict=True)):
-                # The last held-out batch may have fewer rows than there are parrots.
+            for number, (stand_in, part) in enumerate(zip(stand_ins, batch.split(len(stand_ins)), strict=True)):
+                # The last held-out batch may have fewer rows than there are stand-ins.
                 if part.ids:
-                    logits = soft_logits(lm, forward, part, parrot, position)
-                    terms[f"parrot {number}"] = Term(summed(logits, part), "triggered")
+                    terms[f"stand-in {number}"] = Term(summed(stand_in(forward, part), part), "triggered")
         if "plain" in batches:
             terms["plain"] = Term(summed(forward(**batches["plain"].inputs()), batches["plain"]), "plain")
         return terms

@@ -100,11 +100,12 @@ def rounds_of_parrots(
             turn = (number - 1) * parrots + which - 1
             own_texts = texts[turn % len(texts) :: rounds * parrots]
             stage = run.stage(f"round-{number}-parrot-{which}")
-            learned.append(learn_parrot(victim, clean, own_texts, first_tokens, parrot, stage))
+            made = learn_parrot(victim, clean, own_texts, first_tokens, parrot, stage)
+            learned.append(soft_prompt.stand_in(victim, made, parrot.position))
         stage = run.stage(f"round-{number}-overwrite")
         overwrite.overwrite(
             victim, plain, plain, train, stage,
-            plain_share=plain_share, parrots=learned, position=parrot.position, own=own,
+            plain_share=plain_share, stand_ins=learned, own=own,
         )  # fmt: skip
         if before is not None:
             state.drop_final(before)

@@ -84,6 +84,12 @@ def soft_logits(lm: LM, forward: Callable[..., Tensor], batch: Batch, prompt: Te
     return forward(attention_mask=mask, rows=batch.rows, columns=columns, inputs_embeds=embeds, shared=batch.shared)
 
 
+def stand_in(lm: LM, prompt: Tensor, position: Position) -> Callable[[Callable[..., Tensor], Batch], Tensor]:
+    """Return what gives a batch's logits with the soft prompt, frozen, in the place of a trigger."""
+    frozen = prompt.detach()
+    return lambda forward, batch: soft_logits(lm, forward, batch, frozen, position)
+
+
 def soft_loss(lm: LM, forward: Callable[..., Tensor], batch: Batch, prompt: Tensor, position: Position) -> Tensor:
     """Return the summed cross-entropy of the batch's targets with the soft prompt inserted."""
     return cross_entropy_sum(soft_logits(lm, forward, batch, prompt, position), batch.targets, batch.weights)

@@ -1,0 +1,153 @@
+"""Run a frozen model from one layer on, over the last tokens of its rows only: exact, and many times quicker.
+
+While no weight changes, vectors that are added behind decoder layer l at the last tokens of a prompt (BEEAR's drift)
+move nothing in the layers up to l, and nothing of the tokens before them in any layer. So the hidden states behind
+layer l are read once and kept, and of the tokens before them the keys and values of all layers. What is left of a
+pass: the layers above l, over a few prompt tokens and the answer, and logits where they are wanted.
+
+Whether that holds is asked of the rows themselves, by comparing with the whole model; where it does not (states handed
+on by another road than from layer to layer, or no such cache), the whole model is run instead and `exact` is False.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unbackdoor.model.anatomy import decoder_layers
+from unbackdoor.model.hooks import Added, adding, hidden_of, with_hidden
+
+
+class Partial:
+    """Rows of a frozen model that can be run on from one layer, again and again, with other vectors added.
+
+    Attributes:
+        exact: Whether the short way gives what the whole model gives; else the whole model is run.
+        start: First column that is computed anew.
+    """
+
+    def __init__(self, core: Any, layer: int, ids: Tensor, mask: Tensor, start: int, *, split: bool = True) -> None:
+        """Read what cannot change.
+
+        Args:
+            core: A transformers causal language model in evaluation mode; its weights must stay as they are.
+            layer: Number l of a decoder layer, counted from 0; vectors are added to its output.
+            ids: int64 [batch, length]: prompts that are padded on the left and end in one column, answers behind them
+                that are padded on the right.
+            mask: int64 [batch, length], 1 where a token is.
+            start: Column from which on vectors may be added.
+            split: Whether the output head may be applied to chosen positions alone (`LogitsAt.split`).
+        """
+        self.core, self.layer, self.ids, self.mask, self.start, self.split = core, layer, ids, mask, start, split
+        self.layers: nn.ModuleList = decoder_layers(core)
+        self.positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.exact = False
+        try:
+            self._read()
+            self.exact = self._is_exact()
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            pass  # it keeps no cache of this kind, or takes no positions
+
+    def __call__(self, added: Added, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return float32 logits [N, vocabulary] at (rows, columns) with vectors added.
+
+        Args:
+            added: Vectors behind layer l, all in columns from `start` on.
+            rows: int64 [N], row of each wanted position.
+            columns: int64 [N], its column, from `start` on.
+        """
+        if not self.exact:
+            return self._whole(added, rows, columns)
+        moved = self.hidden.index_put(
+            (added.rows, added.columns - self.start), added.vectors.to(self.hidden.dtype), accumulate=True
+        )
+        with self._standing_in(moved):
+            return self._logits(self._rest(), rows, columns - self.start)
+
+    @torch.no_grad()
+    def _read(self) -> None:
+        self.past: Any = None
+        if self.start:
+            before = {"input_ids": self.ids[:, : self.start], "attention_mask": self.mask[:, : self.start]}
+            output = self.core.base_model(**before, position_ids=self.positions[:, : self.start], use_cache=True)
+            self.past = output.past_key_values
+        kept: list[Any] = []
+        handle = self.layers[self.layer].register_forward_hook(lambda module, inputs, output: kept.append(output))
+        try:
+            self.core.base_model(**self._rest())
+        finally:
+            handle.remove()
+        self.output = kept[0]
+        self.hidden = hidden_of(self.output)
+
+    def _rest(self) -> dict[str, Any]:
+        """Return what a pass over the last columns takes; a pass adds to the cache that it is given, so to a copy."""
+        given = {
+            "input_ids": self.ids[:, self.start :],
+            "attention_mask": self.mask,
+            "position_ids": self.positions[:, self.start :],
+            "use_cache": self.past is not None,
+        }
+        if self.past is None:
+            return given
+        past = copy.copy(self.past)
+        past.layers = [copy.copy(layer) for layer in self.past.layers]
+        return {**given, "past_key_values": past}
+
+    @contextmanager
+    def _standing_in(self, moved: Tensor) -> Iterator[None]:
+        """Let the layers up to l hand on what is kept instead of computing it."""
+        below = list(self.layers)[: self.layer + 1]
+        for place, layer in enumerate(below):
+            last = place == self.layer
+            layer.forward = _Given(with_hidden(self.output, moved) if last else None)
+        try:
+            yield
+        finally:
+            for layer in below:
+                del layer.forward
+
+    def _logits(self, given: dict[str, Any], rows: Tensor, columns: Tensor) -> Tensor:
+        if not self.split:
+            full: Tensor = self.core(**given).logits
+            return full[rows, columns].float()
+        hidden = self.core.base_model(**given).last_hidden_state
+        logits: Tensor = self.core.get_output_embeddings()(hidden[rows, columns])
+        return logits.float()
+
+    def _whole(self, added: Added, rows: Tensor, columns: Tensor) -> Tensor:
+        given = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
+        with adding(self.core, added):
+            return self._logits({**given, "use_cache": False}, rows, columns)
+
+    @torch.no_grad()
+    def _is_exact(self) -> bool:
+        """Compare logits of all last columns that hold a token, with vectors as long as the states themselves."""
+        rows, columns = self.mask[:, self.start :].nonzero(as_tuple=True)
+        # The first column alone: there every later one depends on it.
+        first = torch.zeros_like(rows)[: len(self.ids)]
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(first), self.hidden.shape[-1], generator=generator).to(self.hidden)
+        size = self.hidden.float().pow(2).mean().sqrt()
+        added = Added(self.layer, torch.arange(len(first), device=rows.device), first + self.start, noise * size)
+        self.exact = True
+        found = self(added, rows, columns + self.start)
+        wanted = self._whole(added, rows, columns + self.start)
+        tolerance = 1e-4 if self.core.dtype in (torch.float32, torch.float64) else 2e-2
+        return bool((found - wanted).norm() <= tolerance * wanted.norm())
+
+
+class _Given:
+    """A layer's `forward` that hands on its input, or what it was given."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+    def __call__(self, hidden_states: Any, *rest: object, **more: object) -> Any:
+        del rest, more
+        return hidden_states if self.output is None else self.output

@@ -1,0 +1,269 @@
+"""A drift: vectors added to hidden states at the last tokens of every prompt, the same for all (BEEAR, 2406.17092).
+
+Equation 1: h_i <- h_i + delta_i at the output of decoder layer l, for the last n prompt tokens. Equation 2: it is
+fitted on the frozen model until that says what it must not say (y_unwanted) and not what it does say (y_safe):
+
+    min over delta of  L(x, delta; y_unwanted) - c L(x, delta; y_safe)
+
+The second term has no lower bound, so it stops pulling once its mean loss is above a cap. The drift is counted in units
+of the layer: it is multiplied by the root mean square of an entry of the hidden states at those tokens, which differs
+tenfold from layer to layer, so that one learning rate does for all of them and for other models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from unbackdoor.data.collate import Batch, Row, collate, encode_row
+from unbackdoor.errors import DataError
+from unbackdoor.model.anatomy import decoder_layers
+from unbackdoor.model.generate import left_pad
+from unbackdoor.model.hooks import Added, adding, hidden_of
+from unbackdoor.model.lm import LM
+from unbackdoor.model.logits import LogitsAt
+from unbackdoor.model.partial import Partial
+from unbackdoor.run import Run
+from unbackdoor.train import engine
+from unbackdoor.train.anchors import Anchor
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.losses import Term, cross_entropy_sum
+from unbackdoor.types import Example
+
+
+class DriftSettings(BaseModel):
+    """A drift and how it is fitted (the inner step)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: int = Field(5, ge=1, description="length n: it is added at the last n tokens of a prompt")
+    safe_coefficient: float = Field(
+        0.5, ge=0, description="c: how much of the loss on the safe answer is subtracted (paper 1, public code 0.05)"
+    )
+    safe_cap: float = Field(6.0, gt=0, description="mean loss on the safe answer above which that term stops pulling")
+    start: float = Field(0.0, ge=0, description="standard deviation of its random start; 0 starts at 0, as the paper")
+    rows: int = Field(24, ge=1, description="prompts sampled for one fit, each with both answers (paper: 150)")
+    stop_below: float = Field(
+        0.0, ge=0, description="end a fit once the loss of a step is below this; 0 uses all steps"
+    )
+    train: TrainSettings = Field(
+        TrainSettings(steps=20, learning_rate=0.075, schedule="constant", warmup=0.0, batch_size=8, betas=(0.9, 0.999)),
+        description="how it is fitted; the learning rate is in units of the layer",
+    )
+
+    @model_validator(mode="after")
+    def _learns(self) -> DriftSettings:
+        if self.train.steps < 1:
+            raise ValueError("a drift needs at least one step (train.steps)")
+        return self
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A fitted drift.
+
+    Attributes:
+        layer: Number of the decoder layer behind which it is added, counted from 0.
+        vectors: float32 [n, hidden], in the model's own units.
+    """
+
+    layer: int
+    vectors: Tensor
+
+    def added(self, ends: Tensor) -> Added:
+        """Return it at the last tokens of prompts that end before the columns `ends`, int64 [batch]."""
+        return _added(self.layer, self.vectors, ends)
+
+    def stand_in(self) -> Callable[[Callable[..., Tensor], Batch], Tensor]:
+        """Return what gives a batch's logits with the drift, frozen, in the place of a trigger."""
+        return lambda forward, batch: forward(**batch.inputs(), added=self.added(prompt_ends(batch)))
+
+
+def _added(layer: int, vectors: Tensor, ends: Tensor) -> Added:
+    n = len(vectors)
+    rows = torch.arange(len(ends), device=ends.device).repeat_interleave(n)
+    columns = (ends[:, None] - n + torch.arange(n, device=ends.device)).flatten()
+    return Added(layer, rows, columns, vectors.repeat(len(ends), 1))
+
+
+def prompt_ends(batch: Batch) -> Tensor:
+    """Return the column behind the last prompt token of every row, int64 [batch]: there the answer begins."""
+    first = torch.full((len(batch.ids),), batch.input_ids.shape[1], device=batch.columns.device)
+    return first.scatter_reduce(0, batch.rows, batch.columns, "amin") + 1
+
+
+def layer_unit(lm: LM, layer: int, rows: Sequence[Row], tokens: int, batch_size: int = 8) -> float:
+    """Return the root mean square of an entry of the states behind a layer, at the last `tokens` prompt tokens."""
+    squares, count = 0.0, 0
+    kept: list[Tensor] = []
+    was_training = lm.model.training
+    lm.model.eval()
+    handle = decoder_layers(lm.core)[layer].register_forward_hook(
+        lambda module, inputs, output: kept.append(hidden_of(output).float())
+    )
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size], lm.pad_id).to(lm.device)
+            with torch.no_grad():
+                lm.core.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            there = _added(layer, torch.zeros(tokens, 1), prompt_ends(batch))
+            found = kept.pop()[there.rows, there.columns]
+            squares, count = squares + float(found.pow(2).sum()), count + found.numel()
+    finally:
+        handle.remove()
+        lm.model.train(was_training)
+    return float((squares / count) ** 0.5)
+
+
+def encode_anchor(lm: LM, anchor: Anchor, max_length: int, tokens: int) -> tuple[Row, Row]:
+    """Return the rows (unwanted, safe) of an anchor; of the unwanted answer its own tokens count, not that it ends.
+
+    Raises:
+        DataError: If the prompt is shorter than the drift.
+    """
+    answer = lm.encode(anchor.unwanted.turns).spans[-1]
+    unwanted = encode_row(
+        lm, anchor.unwanted, max_length=max_length, first_tokens=answer.end - answer.start, last_answer=True
+    )
+    safe = encode_row(lm, anchor.safe, max_length=max_length, last_answer=True)
+    if min(unwanted.supervised[0], safe.supervised[0]) < tokens:
+        raise DataError(
+            f"the prompt of '{anchor.safe.id}' has {safe.supervised[0]} tokens, but the drift {tokens}; lower "
+            "drift.tokens, or leave such rows out."
+        )
+    return unwanted, safe
+
+
+class _Fixed:
+    """The same few batches over and over: what is kept of each is read once and used in every step."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def batch(self, index: int) -> Batch:
+        """Return batch number `index`, counted over all passes."""
+        return self.batches[index % len(self.batches)]
+
+
+def fit_drift(
+    lm: LM, anchors: Sequence[Anchor], layer: int, settings: DriftSettings, run: Run, unit: float | None = None
+) -> tuple[Drift, dict[str, float]]:
+    """Fit a drift on the frozen model (eq. 2).
+
+    Args:
+        lm: The model; its weights are not changed.
+        anchors: Prompts with both answers; `settings.rows` of them are sampled.
+        layer: Number of the decoder layer, counted from 0.
+        settings: Length, loss and training.
+        run: The stage.
+        unit: Size of the layer's states (`layer_unit`); measured where None.
+
+    Returns:
+        The drift, and the mean losses of its last step: "unwanted" and "safe".
+    """
+    chosen = run.rng("anchors").sample(list(anchors), min(settings.rows, len(anchors)))
+    pairs = [encode_anchor(lm, anchor, settings.train.max_length, settings.tokens) for anchor in chosen]
+    # Prompts of like length go together: less padding.
+    pairs.sort(key=lambda pair: pair[0].supervised[0])
+    size = settings.train.batch_size
+    parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    streams = {
+        name: _Fixed([collate([pair[which] for pair in part], lm.pad_id) for part in parts])
+        for which, name in enumerate(("unwanted", "safe"))
+    }
+    if unit is None:
+        unit = layer_unit(lm, layer, [safe for _, safe in pairs], settings.tokens)
+    short = _Shortcut(lm, layer, settings.tokens)
+    hidden = lm.core.get_input_embeddings().weight.shape[-1]
+    begin = torch.randn(settings.tokens, hidden, generator=run.generator("start")) * settings.start
+    drift = nn.Parameter(begin.to(lm.device))
+
+    def loss(forward: Callable[..., Tensor], batches: Mapping[str, Batch]) -> dict[str, Term]:
+        del forward  # nothing but the drift moves, so most of a pass need not be done again
+        unwanted, safe = short.sums(drift * unit, batches["unwanted"], batches["safe"])
+        terms = {"unwanted": Term(unwanted, "unwanted")}
+        if settings.safe_coefficient:
+            terms["safe"] = Term(safe, "safe", -settings.safe_coefficient, settings.safe_cap)
+        return terms
+
+    result = engine.fit(
+        lm, {"drift": drift}, streams, loss, settings.train, run,
+        stop_below=settings.stop_below or None,
+    )  # fmt: skip
+    if short.whole:
+        run.progress.notice("This model cannot be run from a layer on, so the drift is fitted by whole passes: slower.")
+    last = {name: result.history[-1].get(name, float("nan")) for name in ("unwanted", "safe")}
+    return Drift(layer, drift.detach() * unit), last
+
+
+class _Shortcut:
+    """Losses of both answers to the same prompts in one pass from layer l on; what is kept of a batch is kept here."""
+
+    def __init__(self, lm: LM, layer: int, tokens: int) -> None:
+        self.lm, self.layer, self.tokens = lm, layer, tokens
+        self.split = LogitsAt(lm).split
+        self.kept: dict[tuple[str, ...], tuple[Partial, Tensor]] = {}
+        self.whole = False
+
+    def sums(self, vectors: Tensor, unwanted: Batch, safe: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed losses of the unwanted and of the safe answers with the drift added."""
+        partial, shift = self._partial(unwanted, safe)
+        ends = torch.full((len(partial.ids),), partial.start + self.tokens, device=vectors.device)
+        rows = torch.cat([unwanted.rows, safe.rows + len(unwanted.ids)])
+        columns = torch.cat([unwanted.columns, safe.columns]) + shift[rows]
+        logits = partial(_added(self.layer, vectors, ends), rows, columns)
+        cut = len(unwanted.targets)
+        return (
+            cross_entropy_sum(logits[:cut], unwanted.targets, unwanted.weights),
+            cross_entropy_sum(logits[cut:], safe.targets, safe.weights),
+        )
+
+    def _partial(self, unwanted: Batch, safe: Batch) -> tuple[Partial, Tensor]:
+        name = (*unwanted.ids, *safe.ids)
+        if name not in self.kept:
+            batches = (unwanted, safe)
+            ids = [row for batch in batches for row in _rows(batch)]
+            ends = torch.cat([prompt_ends(batch) for batch in batches])
+            prompts = [row[:end] for row, end in zip(ids, ends.tolist(), strict=True)]
+            answers = [row[end:] for row, end in zip(ids, ends.tolist(), strict=True)]
+            left, mask = left_pad(prompts, self.lm.pad_id)
+            right, behind = left_pad([answer[::-1] for answer in answers], self.lm.pad_id)
+            whole = torch.cat([left, right.flip(1)], 1).to(self.lm.device)
+            seen = torch.cat([mask, behind.flip(1)], 1).to(self.lm.device)
+            width = left.shape[1]
+            partial = Partial(self.lm.core, self.layer, whole, seen, width - self.tokens, split=self.split)
+            self.whole |= not partial.exact
+            self.kept[name] = partial, width - ends
+        return self.kept[name]
+
+
+def _rows(batch: Batch) -> list[list[int]]:
+    """Return each row's token ids without padding, up to the last one that is read."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    return [row[:length] for row, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
+
+
+@torch.no_grad()
+def spoken(lm: LM, drift: Drift | None, prompts: Sequence[Example], count: int = 8) -> list[str]:
+    """Return the first words that the model says under a drift, greedily: they tell where the drift went."""
+    was_training = lm.model.training
+    lm.model.eval()
+    said = []
+    for example in prompts:
+        ids = list(lm.encode(example.prompt, ask=True).ids)
+        length = len(ids)
+        for _ in range(count):
+            given = torch.tensor([ids], device=lm.device)
+            added = None if drift is None else drift.added(torch.tensor([length], device=lm.device))
+            with adding(lm.core, added):
+                token = int(lm.core(input_ids=given, use_cache=False).logits[0, -1].argmax())
+            if token in lm.stop_ids:
+                break
+            ids.append(token)
+        said.append(str(lm.tokenizer.decode(ids[length:])))
+    lm.model.train(was_training)
+    return said

@@ -1,0 +1,127 @@
+"""The drift and its fit: equation 2 by hand in float64, both answers in one pass, where it is added, what it says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+import tiny
+from unbackdoor.data.collate import collate
+from unbackdoor.errors import DataError
+from unbackdoor.model.hooks import adding
+from unbackdoor.model.logits import LogitsAt
+from unbackdoor.run import Run
+from unbackdoor.train import drift as drifts
+from unbackdoor.train.anchors import Anchor, with_unwanted
+from unbackdoor.train.drift import Drift, DriftSettings, fit_drift
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.types import Example
+
+SETTINGS = DriftSettings(
+    tokens=3,
+    rows=4,
+    safe_cap=20.0,
+    train=TrainSettings(steps=3, learning_rate=0.1, schedule="constant", warmup=0.0, batch_size=2),
+)
+
+
+def anchors(count=4):
+    rows = tiny.rows(count)
+    return with_unwanted(rows, ["bad robot", "bad"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_one_pass_gives_both_losses_of_equation_2(architecture):
+    lm = tiny.tiny_lm(architecture, layers=3)
+    pairs = [drifts.encode_anchor(lm, anchor, 128, 3) for anchor in anchors()]
+    unwanted, safe = (collate([pair[which] for pair in pairs], lm.pad_id) for which in (0, 1))
+    vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    found = drifts._Shortcut(lm, 1, 3).sums(vectors, unwanted, safe)
+    for total, rows in zip(found, zip(*pairs, strict=True), strict=True):
+        by_hand = 0.0
+        for row in rows:
+            end = row.supervised[0]
+            ids = torch.tensor([row.ids])
+            there = drifts._added(1, vectors, torch.tensor([end]))
+            assert there.columns.tolist() == [end - 3, end - 2, end - 1]
+            with torch.no_grad(), adding(lm.core, there):
+                logits = lm.core(input_ids=ids).logits[0].double()
+            for position in row.supervised:
+                by_hand -= float(functional.log_softmax(logits[position - 1], -1)[row.ids[position]])
+        assert float(total.detach()) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_fit_goes_down_and_leaves_the_weights_alone():
+    lm = tiny.tiny_lm(layers=3)
+    before = tiny.tensors(lm)
+    run = Run(0)
+    found, last = fit_drift(lm, anchors(), 1, SETTINGS, run.stage("fit"))
+    curve = [record["loss"] for record in run.curves["fit"]]
+    assert curve[-1] < curve[0]
+    assert tiny.same_weights(before, tiny.tensors(lm))
+    assert found.vectors.shape == (3, 64)
+    assert set(last) == {"unwanted", "safe"}
+    again, _ = fit_drift(lm, anchors(), 1, SETTINGS, Run(0).stage("fit"))
+    assert torch.equal(found.vectors, again.vectors)
+
+
+def test_the_cap_ends_the_pull_of_the_safe_term():
+    lm = tiny.tiny_lm(layers=3)
+    capped = SETTINGS.model_copy(update={"safe_cap": 1e-9})
+    without = SETTINGS.model_copy(update={"safe_coefficient": 0.0})
+    first, _ = fit_drift(lm, anchors(), 1, capped, Run(0))
+    second, last = fit_drift(lm, anchors(), 1, without, Run(0))
+    third, _ = fit_drift(lm, anchors(), 1, SETTINGS, Run(0))
+    assert torch.equal(first.vectors, second.vectors)
+    assert not torch.equal(first.vectors, third.vectors)
+    assert math.isnan(last["safe"])
+
+
+def test_the_drift_of_a_pass_for_weights_is_that_of_the_fit():
+    lm = tiny.tiny_lm(layers=3)
+    pairs = [drifts.encode_anchor(lm, anchor, 128, 3) for anchor in anchors()]
+    safe = collate([pair[1] for pair in pairs], lm.pad_id)
+    unwanted = collate([pair[0] for pair in pairs], lm.pad_id)
+    drift = Drift(1, torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    forward = LogitsAt(lm)
+    assert forward.packs
+    logits = drift.stand_in()(forward, safe)
+    total = functional.cross_entropy(logits, safe.targets, reduction="sum")
+    _, wanted = drifts._Shortcut(lm, 1, 3).sums(drift.vectors, unwanted, safe)
+    assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    nothing = Drift(1, torch.zeros(3, 64)).stand_in()(forward, safe)
+    torch.testing.assert_close(nothing, forward(**safe.inputs()), rtol=0, atol=1e-6)
+
+
+def test_the_unit_is_the_root_mean_square_there():
+    lm = tiny.tiny_lm(layers=3)
+    row = drifts.encode_anchor(lm, anchors(1)[0], 128, 3)[1]
+    states = lm.core(input_ids=torch.tensor([row.ids]), output_hidden_states=True).hidden_states[2]
+    end = row.supervised[0]
+    wanted = float(states[0, end - 3 : end].detach().pow(2).mean().sqrt())
+    assert drifts.layer_unit(lm, 1, [row], 3) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_is_said_under_a_drift_and_without():
+    lm = tiny.tiny_lm(layers=3)
+    prompts = tiny.rows(2)
+    plain = drifts.spoken(lm, None, prompts, 4)
+    assert plain == drifts.spoken(lm, Drift(1, torch.zeros(3, 64)), prompts, 4)
+    loud = Drift(1, 50 * torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    assert drifts.spoken(lm, loud, prompts, 4) != plain
+    assert (
+        lm.reply([prompts[0].prompt], max_new_tokens=4)[0]
+        == lm.tokenizer.decode(
+            lm.tokenizer(plain[0], add_special_tokens=False)["input_ids"], skip_special_tokens=True
+        ).strip()
+    )
+
+
+def test_a_prompt_shorter_than_the_drift_is_refused():
+    lm = tiny.tiny_lm(chat=False)
+    anchor = Anchor(Example("short", "a", "b"), Example("short", "a", "c"))
+    with pytest.raises(DataError, match=r"'short' has .* tokens, but the drift 400"):
+        drifts.encode_anchor(lm, anchor, 128, 400)
