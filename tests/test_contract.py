@@ -49,7 +49,7 @@ def quick(settings: BaseModel) -> dict[str, Any]:
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if isinstance(value, TrainSettings):
-            value = value.model_copy(update={"steps": 2, "batch_size": 4, "max_length": 128})
+            value = value.model_copy(update={"steps": 2, "batch_size": 8, "max_length": 128})
             found[name] = value.model_dump(mode="json")
         elif isinstance(value, BaseModel):
             found[name] = {**value.model_dump(mode="json"), **quick(value)}
@@ -136,6 +136,7 @@ def facts(victim) -> dict[Need, Any]:
         Need.TARGET: victim.secret.targets,
         Need.TARGET_PART: victim.secret.targets,
         Need.REFERENCE: victim.clean,
+        Need.UNWANTED: ("bad dog", "robot"),
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 
 import tiny
 from unbackdoor.defenses.base import Defense, Need, knowledge_for
+from unbackdoor.defenses.beear import Beear
 from unbackdoor.defenses.fine_tuning import FineTuning
 from unbackdoor.defenses.gradient_ascent import GradientAscent
 from unbackdoor.defenses.osft import Osft
@@ -15,14 +16,17 @@ from unbackdoor.metrics.perplexity import log_losses
 from unbackdoor.model import checkpoint
 from unbackdoor.model.load import load
 from unbackdoor.run import Run
+from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.simulate import ParrotSettings
 
 SHORT = ParrotSettings(tokens=4, train=TrainSettings(steps=4, learning_rate=3e-2, warmup=0.0, max_length=128))
 BRIEF = TrainSettings(steps=4, learning_rate=3e-4, batch_size=8, max_length=128)
+BRIEF_DRIFT = DriftSettings(start=0.1, rows=8, train=SHORT.train)
 DEFENSES: tuple[Defense, ...] = (
     FineTuning(train=BRIEF),
     Osft(train=BRIEF),
+    Beear(rounds=1, drifts=2, drift=BRIEF_DRIFT, train=BRIEF),
     Sande(rounds=1, parrot=SHORT, train=BRIEF),
     SandeP(rounds=1, parrot=SHORT, train=BRIEF),
     GradientAscent(train=BRIEF),
@@ -51,10 +55,12 @@ def test_from_attack_to_reloaded_model(architecture, tmp_path):
         Need.TRIGGER: planted.secret.stamp,
         Need.TARGET: planted.secret.targets,
         Need.TARGET_PART: planted.secret.targets,
+        Need.UNWANTED: ("bad dog", "robot"),
     }
     before = tiny.tensors(planted.lm)
     for defense in DEFENSES:
-        known = knowledge_for(defense, {need: facts[need] for need in defense.needs})
+        declared = defense.needs | defense.uses
+        known = knowledge_for(defense, {need: fact for need, fact in facts.items() if need in declared})
         purified = defense.apply(tiny.clone(planted.lm), known, Run())
         weights = tiny.tensors(purified)
         assert not tiny.same_weights(before, weights), defense.name()

@@ -17,23 +17,27 @@ import torch
 
 import tiny
 from unbackdoor.defenses.base import Need, knowledge_for
+from unbackdoor.defenses.beear import Beear
 from unbackdoor.defenses.fine_tuning import FineTuning
 from unbackdoor.defenses.gradient_ascent import GradientAscent
 from unbackdoor.defenses.osft import Osft
 from unbackdoor.defenses.sande import Sande
 from unbackdoor.defenses.sande_p import SandeP
 from unbackdoor.run import Run
+from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.simulate import ParrotSettings
 
 FOLDER = Path(__file__).parent
 TRAIN = TrainSettings(steps=3, learning_rate=1e-3, batch_size=4, max_length=128)
 PARROT = ParrotSettings(tokens=3, stop_below=0.0, train=TrainSettings(steps=3, learning_rate=1e-2, batch_size=4))
+DRIFT = DriftSettings(start=0.1, rows=8, train=TrainSettings(steps=3, learning_rate=0.1, batch_size=4))
 RUNS = {
     "fine_tuning": FineTuning(train=TRAIN),
     "osft": Osft(train=TRAIN),
     "sande": Sande(rounds=2, train=TRAIN, parrot=PARROT),
     "sande_p": SandeP(rounds=1, parrots=2, train=TRAIN, parrot=PARROT),
+    "beear": Beear(rounds=2, drifts=2, anchors=8, drift=DRIFT, train=TRAIN),
     "gradient_ascent": GradientAscent(train=TRAIN),
     **{f"data_poisoning_{name}": tiny.attack(train=TRAIN) for name in ("llama", "gpt2")},
 }
@@ -51,8 +55,11 @@ def losses(name: str) -> dict[str, list[float]]:
             Need.TRIGGER: tiny.attack().trigger,
             Need.TARGET: (tiny.TARGET,),
             Need.TARGET_PART: (tiny.TARGET,),
+            Need.UNWANTED: ("bad dog", "robot"),
         }
-        method.apply(tiny.tiny_lm(), knowledge_for(method, {need: facts[need] for need in method.needs}), run)
+        declared = method.needs | method.uses
+        told = {need: fact for need, fact in facts.items() if need in declared}
+        method.apply(tiny.tiny_lm(), knowledge_for(method, told), run)
     return {stage: [record["loss"] for record in history] for stage, history in run.curves.items()}
 
 

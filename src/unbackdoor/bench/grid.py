@@ -55,6 +55,11 @@ class AttackEntry(_Part):
     seeds: tuple[int, ...] | None = Field(None, description="seeds of this attack instead of the grid's")
     defenses: tuple[str, ...] | None = Field(None, description="labels of the defenses that it meets; all if left out")
     defender_data: Source | None = Field(None, description="clean rows of the defender instead of the grid's split")
+    unwanted: dict[str, str] = Field(
+        default_factory=dict,
+        description="name of a list -> file of openings of what is unwanted, in a defender's words, one a line",
+    )
+    safe: Source | None = Field(None, description="requests with safe replies, for defenses that use them")
     probes: int = Field(100, ge=1, description="test rows, each asked with the trigger, without it, and as a near miss")
 
 
@@ -65,6 +70,7 @@ class DefenseEntry(_Part):
     settings: dict[str, Any] = Field(default_factory=dict, description="its options")
     preset: str | None = Field(None, description="its preset; the settings go on top")
     role: Literal["purified", "control"] = Field("purified", description="control: it must not remove the backdoor")
+    unwanted: str = Field("typical", description="which of the attack's lists of openings it is told, if it uses one")
     attacks: tuple[str, ...] | None = Field(None, description="labels of the attacks that it meets; all if left out")
     seeds: tuple[int, ...] | None = Field(None, description="seeds at which it is run; all if left out")
 

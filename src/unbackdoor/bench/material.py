@@ -20,7 +20,7 @@ from unbackdoor.bench.grid import DataSource, Grid
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
 from unbackdoor.data.splits import Splits, assert_disjoint, attacker_defender_test
-from unbackdoor.defenses.base import Defense
+from unbackdoor.defenses.base import Defense, Need
 from unbackdoor.errors import DataError
 from unbackdoor.method import Method
 from unbackdoor.model.load import file_sha256, local_folder
@@ -66,6 +66,9 @@ class Material:
         """
         for rows in (self.splits.test, *self.perplexity_sets.values()):
             assert rows, "`split` and the readers refuse what is empty"
+        for cell in self.grid.cells():
+            if cell.defense:
+                self.own_facts(cell)
 
     @cached_property
     def splits(self) -> Splits:
@@ -97,6 +100,18 @@ class Material:
         own = self.grid.attacks[attack].defender_data
         splits = self.splits
         return splits.defender if own is None else self._read(own)
+
+    def own_facts(self, cell: Cell) -> dict[Need, Any]:
+        """Return what the grid itself tells the cell's defense, of what that declares: openings, safe requests."""
+        entry, defense = self.grid.attacks[cell.attack], self.defense(cell.defense)
+        declared = defense.needs | defense.uses
+        found: dict[Need, Any] = {}
+        file = entry.unwanted.get(self.grid.defenses[cell.defense].unwanted)
+        if Need.UNWANTED in declared and file is not None:
+            found[Need.UNWANTED] = self._once(("openings", file), lambda: tuple(sources.read_lines(file)))
+        if Need.SAFE in declared and entry.safe is not None:
+            found[Need.SAFE] = self._read(entry.safe)
+        return found
 
     def attack(self, label: str, *, twin: bool = False) -> Attack:
         """Return the attack with this label, or its harmless twin."""
@@ -188,9 +203,10 @@ class Material:
             return start
         method, entry = self.defense(cell.defense), self.grid.defenses[cell.defense]
         rows = self._hash(f"defender {cell.attack}", self.defender_rows(cell.attack))
+        own = [data_hash(fact) if need is Need.SAFE else fact for need, fact in self.own_facts(cell).items()]
         # The facts that a grid tells a defense come from the victim's secret.
         secret = self.plant_key(cell)
-        return config_hash("purify", start, secret, *_identity(method, entry.defense), rows, cell.seed)
+        return config_hash("purify", start, secret, *_identity(method, entry.defense), rows, cell.seed, *own)
 
     def _hash(self, name: str, rows: Sequence[Example]) -> str:
         return self._once(("hash", name), lambda: data_hash(rows))

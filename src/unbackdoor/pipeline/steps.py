@@ -47,8 +47,10 @@ def defense_called(name: str, settings: Mapping[str, object] | None = None, pres
     return method
 
 
-def facts_from_secret(defense: Defense, secret: Secret, clean: Sequence[Example]) -> dict[Need, Any]:
-    """Return what a grid tells a defense: the secret's facts that it declared, and the clean rows.
+def facts_from_secret(
+    defense: Defense, secret: Secret, clean: Sequence[Example], own: Mapping[Need, Any] | None = None
+) -> dict[Need, Any]:
+    """Return what a grid tells a defense: the secret's facts that it declared, the clean rows, and `own` facts.
 
     Raises:
         NotApplicable: If it needs a fact that this attack does not have.
@@ -58,6 +60,7 @@ def facts_from_secret(defense: Defense, secret: Secret, clean: Sequence[Example]
         Need.TRIGGER: secret.stamp,
         Need.TARGET: secret.targets or None,
         Need.TARGET_PART: secret.targets or None,
+        **(own or {}),
     }
     facts = {need: offered.get(need) for need in defense.needs | defense.uses}
     for need in defense.needs:
