@@ -17,6 +17,20 @@ TINY = ["--model", "config:tiny", "--repeats", "1", "--no-memory", "--json"]
 SMALL = {
     "training_step": ["--batch", "3", "--prompt", "12", "--response", "6"],
     "parrot_step": ["--batch", "3", "--prompt", "12", "--response", "6", "--target", "2", "--parrot", "4"],
+    "drift_step": [
+        "--batch",
+        "3",
+        "--prompt",
+        "12",
+        "--response",
+        "6",
+        "--opening",
+        "2",
+        "--layer",
+        "1",
+        "--steps",
+        "2",
+    ],
     "replies": ["--prompts", "6", "--tokens", "5"],
 }
 
