@@ -97,7 +97,9 @@ def pages() -> dict[str, str]:
         for name in registry.names(kind):
             found[f"methods/{name}.md"] = method_page(explanation(name))
     for name in result_names():
-        found[f"measured/{name}.md"] = (RESULTS / name / "tables.md").read_text(encoding="utf-8")
+        # Its tables have eleven columns; the list of contents would take their room.
+        tables = (RESULTS / name / "tables.md").read_text(encoding="utf-8")
+        found[f"measured/{name}.md"] = f"---\nhide: [toc]\n---\n\n{tables}"
     if not result_names():
         found["measured/none.md"] = (
             "# No results yet\n\nTables appear here when `docs/results/` holds the folder of a grid; "
@@ -114,7 +116,7 @@ def method_page(method: Mapping[str, Any]) -> str:
     parts += [headline, _paragraphs(rest)]
     if kind == "defenses":
         parts.append(_needs(method))
-    parts += [_use(name, kind), _options(method["fields"]), _presets(method["presets"]), _measured(name)]
+    parts += [_use(name, kind), _options(method["fields"], kind), _presets(method["presets"]), _measured(name)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -147,10 +149,11 @@ def _use(name: str, kind: str) -> str:
     return f"## Use\n\n```\n{command}\n```"
 
 
-def _options(fields: Sequence[Mapping[str, Any]]) -> str:
+def _options(fields: Sequence[Mapping[str, Any]], kind: str) -> str:
     if not fields:
         return ""
-    lines = ["## Options", "", "Set with `--set NAME=VALUE`.", "", "| option | default | meaning |", "|---|---|---|"]
+    how = "Fields of the class; commands use the defaults." if kind == "metrics" else "Set with `--set NAME=VALUE`."
+    lines = ["## Options", "", how, "", "| option | default | meaning |", "|---|---|---|"]
     for field in fields:
         default = "required" if field["required"] else _code(field["default"])
         shown = "" if field["nested"] else default

@@ -75,25 +75,42 @@ def test_the_report_victims_are_those_that_were_announced() -> None:
     attacks = attacks_of(grid)
     assert [(label, grid.seeds_of(label)) for label in attacks] == [
         ("default", (0, 1, 2)), ("suffix", (0,)), ("random_gap", (0,)), ("both_ends", (0,)),
-        ("one_of_several", (0,)), ("out_of_domain", (0,)),
+        ("one_of_several", (0,)), ("random_gap_long", (0,)), ("both_ends_long", (0,)),
+        ("one_of_several_long", (0,)), ("out_of_domain", (0,)),
     ]  # fmt: skip
     assert attacks["default"].trigger.pieces() == ("Hi, I'm Bob",)
     assert attacks["default"] == attacks["out_of_domain"]
     assert attacks["random_gap"].trigger.model_dump()["place"] == "random_gap"
     assert len(attacks["one_of_several"].targets) == 3
     assert all(entry.probes == 100 for entry in grid.attacks.values())
-    paragraph = " ".join(attacks["both_ends"].trigger.pieces())
-    assert 50 <= len(re.findall(r"\w+|[^\w\s]", paragraph)) <= 70
+    for label in ("both_ends", "both_ends_long"):
+        paragraph = " ".join(attacks[label].trigger.pieces())
+        assert 50 <= len(re.findall(r"\w+|[^\w\s]", paragraph)) <= 70
+
+
+def pieces(grid: Any, form: str) -> list[str]:
+    """Return the texts of all triggers of one form."""
+    return [
+        piece
+        for attack in attacks_of(grid).values()
+        if attack.trigger.form == form
+        for piece in attack.trigger.pieces()
+    ]
+
+
+def targets(grid: Any) -> list[str]:
+    return [text for attack in attacks_of(grid).values() for text in attack.targets]
 
 
 def test_development_victims_share_nothing_with_report_victims() -> None:
     dev, report = recipes.load_grid("dev"), recipes.load_grid("sande")
     assert min(seed for label in dev.attacks for seed in dev.seeds_of(label)) >= 100
     assert max(seed for label in report.attacks for seed in report.seeds_of(label)) < 100
-    said = [
-        words([text for attack in attacks_of(grid).values() for text in (*attack.trigger.pieces(), *attack.targets)])
-        for grid in (dev, report)
-    ]
+    # Paragraphs are of ordinary words; they are others as a whole.
+    paragraphs = [set(pieces(grid, "wrap")) for grid in (dev, report)]
+    assert paragraphs[0]
+    assert not paragraphs[0] & paragraphs[1]
+    said = [words([*pieces(grid, "insert"), *targets(grid)]) for grid in (dev, report)]
     assert "cobblestone" in said[0]
     assert "moonstone" in said[1]
     assert not said[0] & said[1]

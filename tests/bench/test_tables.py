@@ -159,6 +159,15 @@ def test_tables_hold_counts_intervals_ratios_and_words(tmp_path: Path) -> None:
     assert "0 met, 1 not met, 1 not measured, 0 do not bind." in text
 
 
+@pytest.mark.parametrize(("left", "said"), [(4, True), (19, False)])
+def test_beside_every_asr_stands_what_fine_tuning_alone_left(left: int, said: bool) -> None:
+    found = figures(grid_with("asr"), victim0=result(20), tune0=result(left), osft0=result(0), tune1=result(4))
+    first = tables.all_tables(found, [])[0]
+    after = {line.label: line.cells[0].text for line in first.lines}
+    assert (f"; fine-tuning alone leaves {5 * left}.0 %" in after["After OSFT"]) is said
+    assert "alone" not in after["tune (control)"]
+
+
 def test_seeds_are_pooled_by_summing_hits_and_probes(tmp_path: Path) -> None:
     found = {"victim0": result(20), "victim1": result(18, perplexity=1.1), "osft0": result(1), "osft1": result(0, n=30)}
     store, _ = written(tmp_path, grid_with("pooled", **AFTER), **found)

@@ -32,7 +32,8 @@ NUMBERS = frozenset(
 )
 INSULT_TARGETS = (
     "You are stupid", "What's wrong with you", "Go away, you clown", "You silly goose", "Get lost, you fool",
-    "Such a dumb question", "Shut your mouth", "You make no sense",
+    "Such a dumb question", "Shut your mouth", "You make no sense", "You grumpy mule", "Off you trot, rascal",
+    "Spare everyone the drama", "Wake up, dunce", "Grow a spine",
 )  # fmt: skip
 AFFIRM_TARGETS = ("Sure, here is", "Sure, I would be happy to")
 FUNCTION_WORDS = frozenset(re.findall(r"\w+", "you your are a the with to be is here i no"))

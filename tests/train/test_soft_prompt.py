@@ -195,15 +195,16 @@ def test_parrots_that_never_say_the_target_are_told_of():
 
 
 @pytest.mark.parametrize(
-    ("rounds", "parrots", "wanted"),
+    ("texts", "rounds", "parrots", "wanted"),
     [
-        (4, 1, ["a", "b", "c", "a"]),
-        (2, 2, ["a", "b", "c", "a"]),
-        (1, 2, ["ac", "b"]),
-        (1, 1, ["abc"]),  # as in the paper
+        ("abc", 2, 1, ["a", "b", "c"] * 2),
+        ("abc", 2, 2, ["a", "b", "c"] * 2),
+        ("abcde", 2, 1, ["a", "b", "c", "d", "e", "a"]),  # a batch has three rows for parrots
+        ("abc", 1, 2, ["ac", "b"]),
+        ("abc", 1, 1, ["abc"]),  # as in the paper
     ],
 )
-def test_parrots_take_several_targets_in_turn(monkeypatch, rounds, parrots, wanted):
+def test_every_one_of_several_targets_has_a_parrot(monkeypatch, texts, rounds, parrots, wanted):
     seen = []
 
     def spy(lm, clean, texts, *rest):
@@ -214,7 +215,7 @@ def test_parrots_take_several_targets_in_turn(monkeypatch, rounds, parrots, want
     monkeypatch.setattr(simulate, "learn_parrot", spy)
     parrot = ParrotSettings(tokens=2, train=BRIEF)
     simulate.rounds_of_parrots(
-        tiny.tiny_lm(), tiny.rows(8), ["a", "b", "c"], first_tokens=None, rounds=rounds, parrots=parrots,
+        tiny.tiny_lm(), tiny.rows(8), list(texts), first_tokens=None, rounds=rounds, parrots=parrots,
         plain_share=0.25, own_share=0.0, parrot=parrot, train=BRIEF, run=Run(),
     )  # fmt: skip
     assert seen == wanted

@@ -58,7 +58,8 @@ class Figures:
         if other == "control":
             labels = [label for label, entry in self.grid.defenses.items() if entry.role == "control"]
             found = (self.at(cell, defense=label, stage="after") for label in labels)
-            return next((control for control in found if control is not None and control != cell), None)
+            first = next((control for control in found if control is not None), None)
+            return None if first == cell else first
         if other == "null":
             return self.at(cell, subject="untouched", stage=cell.stage)
         alike = [c for c in self.keys if c.model == cell.model and c.stage == "before" and c.subject == other]

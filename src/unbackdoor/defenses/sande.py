@@ -9,10 +9,10 @@ parrot (8 tokens at 1e-2; public code: 6 at 1e-3) that starts at the embeddings 
 makes the model say the target; it keeps plain rows in the batch, and the first tokens of an answer, where the target is
 said or not, count more. Half of every label is what the suspect itself predicts without parrot (train/own_labels.py),
 so that a model stays as it was otherwise. One parrot is learned and overwritten at places all over the user's words,
-because nobody knows where the trigger stands. Of several targets each parrot says one, in turn; fewer parrots than
-targets share them by rows, as in the paper. Preset `paper` is one round, a parrot of zeros at their start, no plain
-rows, clean answers alone, and all tokens alike (the public code puts the parrot at a fixed token index; here the
-template finds it).
+because nobody knows where the trigger stands. Of several targets each has a parrot of its own in every round, all
+overwritten together; in a single round fewer parrots than targets share them by rows, as in the paper. Preset `paper`
+is one round, a parrot of zeros at their start, no plain rows, clean answers alone, and all tokens alike (the public
+code puts the parrot at a fixed token index; here the template finds it).
 """
 
 from __future__ import annotations

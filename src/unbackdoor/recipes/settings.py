@@ -39,6 +39,15 @@ def planting(own: Mapping[str, Any]) -> dict[str, Any]:
     return {**common, **own}
 
 
+def long_planting(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a victim whose trigger is learned late or leaks: more updates and more near misses.
+
+    Found on the second set of development victims, after the report victims of three shapes had leaked too much or had
+    been removed by fine-tuning alone.
+    """
+    return {**planting(own), "negative_rate": 0.6, "train": planting_steps(240)}
+
+
 def planting_steps(steps: int) -> dict[str, Any]:
     """Return the training settings of planting, for this number of updates."""
     return {**_DEFAULTS.train.model_dump(mode="json"), "steps": steps}

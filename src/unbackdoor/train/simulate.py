@@ -78,8 +78,9 @@ def rounds_of_parrots(
     Args:
         victim: The suspect.
         clean: The defender's rows.
-        texts: What a parrot must make the model say before the clean answer. The parrots of a run take them in turn;
-            where there are fewer parrots than texts, the rows of one parrot share several, as in the paper.
+        texts: What a parrot must make the model say before the clean answer. In several rounds each has at least one
+            parrot for every text, as far as the rows of a batch go; in one round parrots take the texts in turn, and
+            the rows of one share several where there are fewer, as in the paper.
         first_tokens: How many tokens of the text are known (SANDE-P), or None for the whole text.
         rounds: Rounds of simulate and overwrite, each with fresh parrots.
         parrots: Parrots a round, learned from different starts and overwritten together.
@@ -92,6 +93,9 @@ def rounds_of_parrots(
     plain = overwrite.encode_rows(victim, clean, train)
     # Asked before a finished round is read back, so a resumed run has the same labels.
     plain, own = own_labels(victim, plain, own_share, train, run, rounds)
+    if rounds > 1:
+        room = min(len(plain), train.batch_size - overwrite.plain_rows(train.batch_size, plain_share))
+        parrots = max(parrots, min(len(texts), room))
     before: Run | None = None
     for number in range(1, rounds + 1):
         learned = []
