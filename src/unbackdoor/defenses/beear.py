@@ -5,40 +5,41 @@ Equation 2 (inner): on the frozen model find the drift delta of the last n promp
 minimises L(x, delta; y_unwanted) - c L(x, delta; y_safe). Equation 3 (outer): train the weights on
 L(x, delta; y_safe) + L(x_perf; y_perf), no drift on the second. Rounds of both; the drift begins anew in every round.
 Needs to know: clean rows (the performance set PA) and openings of what is unwanted, in the defender's own words; in a
-label task the other labels are unwanted. Neither the trigger nor what the backdoor says.
+label task these are the labels. Neither the trigger nor what the backdoor says.
 Deviations: the printed Algorithm 1 never writes the trained weights back; here they stay. Several drifts a round, each
 with openings of its own and a random start, because one drift finds the road of one opening. The term on safe answers
 stops pulling at a cap, else it runs away. A drift is counted in units of its layer. Half of every label is what the
-suspect itself predicts (train/own_labels.py). `paper` is the paper's recipe; what it leaves open (learning rates,
-steps) is from a third party's notes on the public code, and `ic-paper` is how the information-conflict paper ran it.
+suspect itself predicts (train/own_labels.py). The defaults are first guesses: no figure has been measured with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from unbackdoor.data.collate import Row
 from unbackdoor.defenses.base import Defense, Knowledge, Need
+from unbackdoor.errors import UserError
 from unbackdoor.method import Parallel
 from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, state
-from unbackdoor.train.anchors import Anchor, anchor_prompts, with_unwanted
+from unbackdoor.train.anchors import anchor_prompts, with_unwanted
 from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, spoken
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.own_labels import OwnLabels, own_labels
+from unbackdoor.types import Example
 
 
 class Beear(Defense):
     """Entrap the backdoor by a drift in the embedding space, then remove it, round by round."""
 
     paper: ClassVar[str] = "BEEAR, 2406.17092, eq. 1 to 3"
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN})
-    uses: ClassVar[frozenset[Need]] = frozenset({Need.UNWANTED, Need.SAFE})
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.UNWANTED})
+    uses: ClassVar[frozenset[Need]] = frozenset({Need.SAFE})
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
 
     layer: int | None = Field(None, ge=0, description="decoder layer l, counted from 0; null for `depth` of all layers")
@@ -69,11 +70,10 @@ class Beear(Defense):
         """Entrap and remove, in place."""
         layer = self._layer(victim)
         safe = anchor_prompts(victim, known.safe or known.clean, self.anchors, self.own_answers, run)
-        anchors = with_unwanted(safe, known.unwanted)
         triggered, plain, own = self._outer_rows(victim, safe, known, run)
         before: Run | None = None
         for number in range(1, self.rounds + 1):
-            drifts = self._inner(victim, anchors, layer, run, number)
+            drifts = self._inner(victim, safe, known.unwanted, layer, run, number)
             stage = run.stage(f"round-{number}-remove")
             overwrite.overwrite(
                 victim, triggered, plain, self.train, stage,
@@ -90,11 +90,11 @@ class Beear(Defense):
         if self.layer is None:
             return min(count - 1, round(self.depth * count))
         if self.layer >= count:
-            raise ValueError(f"the model has {count} layers, 0 to {count - 1}; there is no layer {self.layer}")
+            raise UserError(f"the model has the layers 0 to {count - 1}, and no layer {self.layer}; set layer to one.")
         return self.layer
 
     def _outer_rows(
-        self, victim: LM, safe: Sequence[Any], known: Knowledge, run: Run
+        self, victim: LM, safe: Sequence[Example], known: Knowledge, run: Run
     ) -> tuple[list[Row], list[Row], OwnLabels | None]:
         """Return the rows of SA and PA, and the suspect's predictions for both."""
         triggered = overwrite.encode_rows(victim, safe, self.train)
@@ -105,33 +105,28 @@ class Beear(Defense):
             return triggered, plain, None
         return triggered, plain, OwnLabels(self.own_share, {**first.kept, **second.kept})
 
-    def _inner(self, victim: LM, anchors: Sequence[Anchor], layer: int, run: Run, number: int) -> list[Drift]:
-        """Fit the drifts of a round and keep what the suspect says under each."""
+    def _inner(
+        self, victim: LM, safe: Sequence[Example], openings: Sequence[str], layer: int, run: Run, number: int
+    ) -> list[Drift]:
+        """Fit the drifts of a round, openings dealt out among them, and keep what the suspect says under each."""
         found = []
-        for which in range(1, self.drifts + 1):
-            stage = run.stage(f"round-{number}-drift-{which}")
-            drift, last = fit_drift(victim, _own(anchors, which - 1, self.drifts), layer, self.drift, stage)
+        for which in range(self.drifts):
+            stage = run.stage(f"round-{number}-drift-{which + 1}")
+            anchors = with_unwanted(safe, openings[which % len(openings) :: self.drifts])
+            drift, last = fit_drift(victim, anchors, layer, self.drift, stage)
             found.append(drift)
-            _keep(run, victim, anchors, drift, last, stage)
+            _keep(run, victim, safe[:3], drift, last, stage)
         return found
 
 
-def _own(anchors: Sequence[Anchor], which: int, drifts: int) -> list[Anchor]:
-    """Return every anchor with the openings of one drift: openings are dealt out in turn."""
-    texts = list(dict.fromkeys(anchor.unwanted.response for anchor in anchors))
-    mine = texts[which % len(texts) :: drifts]
-    return [
-        Anchor(anchor.safe, anchor.safe.with_response(mine[number % len(mine)]))
-        for number, anchor in enumerate(anchors)
-    ]
-
-
-def _keep(run: Run, victim: LM, anchors: Sequence[Anchor], drift: Drift, last: Mapping[str, float], stage: Run) -> None:
+def _keep(
+    run: Run, victim: LM, prompts: Sequence[Example], drift: Drift, last: Mapping[str, float], stage: Run
+) -> None:
     """Note the losses of a drift and the first words under it: they tell where it went."""
     words = stage.stage("words")
     record = words.finished
     if record is None:
-        record = {"stage": stage.prefix, **last, "says": spoken(victim, drift, [a.safe for a in anchors[:3]])}
+        record = {"stage": stage.prefix, **last, "says": spoken(victim, drift, prompts)}
         words.finish(record)
     found = run.notes.setdefault("drifts", [])
     assert isinstance(found, list)

@@ -1,7 +1,7 @@
 """The anchoring sets of BEEAR: prompts with a safe answer (SA) and with an unwanted one (SA-H).
 
-Safe answers are the suspect's own, asked without trigger as the paper does, or those of a file. Unwanted ones are
-openings in the defender's words; in a label task they are the other labels. Neither is known to hold the trigger.
+Safe answers are the suspect's own, asked without trigger as the paper does, or those of the rows. Unwanted ones are
+openings in the defender's words; in a label task they are the labels, each on rows of another.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from unbackdoor.errors import DataError, UserError
+from unbackdoor.errors import DataError
+from unbackdoor.goals import normalise
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.types import Example
@@ -56,14 +57,22 @@ def anchor_prompts(lm: LM, examples: Sequence[Example], count: int, own_tokens: 
 
 
 def with_unwanted(rows: Sequence[Example], openings: Sequence[str]) -> list[Anchor]:
-    """Return anchors: of rows with labels one for each other label; of other rows one each, openings in turn.
+    """Return the rows with unwanted openings, which they take in turn.
+
+    A row with a label takes those that are not its label; one that has none of these is left out.
+
+    Args:
+        rows: Rows with safe answers.
+        openings: What is unwanted: first words of an answer, or in a label task the labels.
 
     Raises:
-        UserError: If there are neither openings nor labels.
+        DataError: If no row is left.
     """
-    labels = sorted({row.label for row in rows if row.label is not None})
-    if openings:
-        return [Anchor(row, row.with_response(openings[number % len(openings)])) for number, row in enumerate(rows)]
-    if len(labels) < 2:
-        raise UserError("beear needs --unwanted: a file of openings of the behaviour that is unwanted, one a line.")
-    return [Anchor(row, row.with_response(label)) for row in rows for label in labels if label != row.label]
+    found = []
+    for number, row in enumerate(rows):
+        wrong = [text for text in openings if row.label is None or normalise(text) != normalise(row.label)]
+        if wrong:
+            found.append(Anchor(row, row.with_response(wrong[number % len(wrong)])))
+    if not found:
+        raise DataError(f"every row has the label '{openings[0]}', the only unwanted one; name other labels, too.")
+    return found

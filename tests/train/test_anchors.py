@@ -1,0 +1,44 @@
+"""The anchoring sets: whose answers are safe, which are unwanted, and that labels are never their own opposite."""
+
+from __future__ import annotations
+
+import pytest
+
+import tiny
+from unbackdoor.errors import DataError
+from unbackdoor.run import Run
+from unbackdoor.train.anchors import anchor_prompts, with_unwanted
+from unbackdoor.types import Example
+
+
+def test_safe_answers_are_the_suspects_own_or_the_rows():
+    lm = tiny.tiny_lm()
+    rows = tiny.rows(8)
+    kept = anchor_prompts(lm, rows, 5, 0, Run(0))
+    assert len(kept) == 5
+    assert {row.id for row in kept} <= {row.id for row in rows}
+    own = anchor_prompts(lm, rows, 5, 6, Run(0))
+    assert [row.id for row in own] == [f"{row.id} (own answer)" for row in kept]
+    assert [row.response for row in own] == lm.reply([row.prompt for row in kept], max_new_tokens=6)
+    assert [row.prompt for row in own] == [row.prompt for row in kept]
+
+
+def test_a_suspect_that_says_nothing_is_told(monkeypatch):
+    lm = tiny.tiny_lm()
+    monkeypatch.setattr(type(lm), "reply", lambda self, asked, **_: [" "] * len(asked))
+    with pytest.raises(DataError, match="set own_answers to 0"):
+        anchor_prompts(lm, tiny.rows(3), 5, 6, Run(0))
+
+
+def test_openings_are_taken_in_turn():
+    anchors = with_unwanted(tiny.rows(3), ["a", "b"])
+    assert [anchor.unwanted.response for anchor in anchors] == ["a", "b", "a"]
+    assert [anchor.safe for anchor in anchors] == tiny.rows(3)
+
+
+def test_a_label_is_unwanted_on_rows_of_another():
+    rows = [Example(str(n), "q", label, label=label) for n, label in enumerate(["good", "bad", "good"])]
+    assert [anchor.unwanted.response for anchor in with_unwanted(rows, ["Good", "bad"])] == ["bad", "Good", "bad"]
+    assert [anchor.safe.id for anchor in with_unwanted(rows, ["bad"])] == ["0", "2"]
+    with pytest.raises(DataError, match="name other labels"):
+        with_unwanted(rows[:1], ["good"])
