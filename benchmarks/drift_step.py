@@ -48,7 +48,9 @@ def reference(lm: LM, layer: int, pair: tuple[Batch, Batch], drift: torch.nn.Par
 
         def hook(module: object, inputs: object, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
-            moved = torch.cat([hidden[:, : end - n], hidden[:, end - n : end] + drift, hidden[:, end:]], 1)
+            moved = torch.cat(
+                [hidden[:, : end - n], hidden[:, end - n : end] + drift.to(hidden.dtype), hidden[:, end:]], 1
+            )
             return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
         handle = block.register_forward_hook(hook)

@@ -58,6 +58,13 @@ def test_both_sides_agree(benchmark: ModuleType, capsys: pytest.CaptureFixture[s
         assert 0 <= result["gradient_difference"] < 1e-4
 
 
+@pytest.mark.parametrize("benchmark", ["common"], indirect=True)
+def test_no_word_of_a_random_model_has_a_zero_state(benchmark: ModuleType) -> None:
+    # 30 layers of normalising zero states would multiply gradients up to infinity.
+    lm = benchmark.model("config:tiny", "cpu", "float32")
+    assert float(lm.core.get_input_embeddings().weight.detach().norm(dim=1).min()) > 0
+
+
 @pytest.mark.parametrize("benchmark", ["training_step"], indirect=True)
 def test_a_training_step_with_a_wrong_loss_is_noticed(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     right = benchmark.cross_entropy_sum
