@@ -98,14 +98,22 @@ def pages() -> dict[str, str]:
             found[f"methods/{name}.md"] = method_page(explanation(name))
     for name in result_names():
         # Its tables have eleven columns; the list of contents would take their room.
-        tables = (RESULTS / name / "tables.md").read_text(encoding="utf-8")
-        found[f"measured/{name}.md"] = f"---\nhide: [toc]\n---\n\n{tables}"
+        title, _, tables = (RESULTS / name / "tables.md").read_text(encoding="utf-8").partition("\n")
+        found[f"measured/{name}.md"] = f"---\nhide: [toc]\n---\n\n{title}\n\n{_remarks(name)}{tables}"
     if not result_names():
         found["measured/none.md"] = (
             "# No results yet\n\nTables appear here when `docs/results/` holds the folder of a grid; "
             "[Grids](../grid.md) says how to run one.\n"
         )
     return found
+
+
+def _remarks(name: str) -> str:
+    """Return what the README of the results says about a grid, such as what was required and not reached, or ""."""
+    readme = RESULTS / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    section = re.search(rf"^## {re.escape(name)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    return f"{section[1].strip()}\n\n" if section else ""
 
 
 def method_page(method: Mapping[str, Any]) -> str:
@@ -171,13 +179,16 @@ def _presets(presets: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _measured(name: str) -> str:
-    """Return the lines of the committed tables that are about this method, under the headings of their tables."""
+    """Return the lines of the committed tables about this method, with those of victim, control and untouched base."""
     parts = []
     for result in result_names():
         for heading, table in _tables((RESULTS / result / "tables.md").read_text(encoding="utf-8")):
             mine = [row for row in table[2:] if _about(row) == name]
             if mine:
-                lines = "\n".join([*table[:2], *mine])
+                beside = table[0].startswith("| Model |")
+                lines = "\n".join(
+                    [*table[:2], *(row for row in table[2:] if row in mine or (beside and _is_beside(row)))]
+                )
                 parts.append(f"### {heading}\n\n{lines}\n\n[all of {result}](../measured/{result}.md)")
     return "## Measured\n\n" + "\n\n".join(parts) if parts else ""
 
@@ -204,6 +215,12 @@ def _about(row: str) -> str:
     label = re.sub(r"^(.*_)?after_", "", label)
     known = [name for kind in registry.KINDS for name in registry.names(kind)]
     return max((name for name in known if label == name or label.startswith(f"{name}_")), key=len, default="")
+
+
+def _is_beside(row: str) -> bool:
+    """Tell whether a row is of what every figure is read against."""
+    label = row.strip("| ").split("|")[0]
+    return label.startswith(("Victim", "Untouched base (reference)")) or "(control)" in label
 
 
 def knowledge_table(folder: str) -> str:

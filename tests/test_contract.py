@@ -223,11 +223,11 @@ def test_an_attacks_probes_are_paired_by_id_and_repeatable(name, required, victi
 
 
 def test_every_defense_is_tested_for_what_it_does():
-    """A new defense takes its place in test_removal: with a bound there, or as a control."""
+    """A new defense is made in test_removal: with a bound there, or as a control."""
     import ast
     from pathlib import Path
 
     tree = ast.parse((Path(__file__).parent / "defenses" / "test_removal.py").read_text())
-    used = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    missing = [name for name in DEFENSES if f"unbackdoor.defenses.{name}" not in used]
+    made = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    missing = [name for name in DEFENSES if registry.find("defenses", name).__name__ not in made]
     assert missing == []

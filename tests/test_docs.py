@@ -105,12 +105,15 @@ def test_measured_lines_go_to_the_page_of_their_method(
     assert "| After SANDE as published | 3 |" in measured
     assert "| Untouched base after SANDE | 4 |" in measured
     assert "SANDE-P" not in measured
-    assert "| 93 |" not in measured
+    assert "| Victim, undefended | 97 |" in measured
+    assert "| fine-tuning (control) | 93 |" in measured
     assert "### Other" not in measured
     assert "| After SANDE-P | 2 |" in pages["methods/sande_p.md"]
     assert "| fine-tuning (control) | 93 |" in pages["methods/fine_tuning.md"]
     assert "## Measured" not in pages["methods/asr.md"]
-    assert "\n\n# Grid" in pages["measured/some-grid.md"]
+    assert "\n\n# Grid\n\n\n## phrase" in pages["measured/some-grid.md"]
+    (tmp_path / "README.md").write_text("# Results\n\n## other\n\nNo.\n\n## some-grid\n\nOne fell short.\n")
+    assert "\n\n# Grid\n\nOne fell short.\n\n\n## phrase" in hooks.pages()["measured/some-grid.md"]
     assert "measured/none.md" not in pages
 
 

@@ -23,6 +23,20 @@ def test_defaults_presets_and_settings_in_this_order():
     assert build(Sample, {"rate": 0.9}, "paper").rate == 0.9
 
 
+def test_a_nested_setting_leaves_the_rest_of_its_group_as_default_and_preset_have_it():
+    from unbackdoor.attacks.data_poisoning import DataPoisoning
+    from unbackdoor.defenses.sande import Sande
+    from unbackdoor.pipeline.recipe import complete_settings
+
+    given = {"parrot": {"tokens": 5}, "train": {"steps": 7}}
+    paper = build(Sande, given, "paper")
+    assert (paper.parrot.tokens, paper.train.steps) == (5, 7)
+    assert paper.parrot == build(Sande, {}, "paper").parrot.model_copy(update={"tokens": 5})
+    assert paper.settings() == complete_settings("defenses", "sande", "paper", given, {})
+    attack = build(DataPoisoning, {"train": {"steps": 9}})
+    assert attack.train == DataPoisoning().train.model_copy(update={"steps": 9})
+
+
 @pytest.mark.parametrize(
     ("settings", "preset", "message"),
     [

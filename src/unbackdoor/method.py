@@ -7,7 +7,7 @@ with a description; unknown fields are errors; it writes no `__init__` and keeps
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -36,6 +36,8 @@ class Method(BaseModel):
     """Source: authors' short title and arXiv number or venue."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """Named settings, such as `paper`: field name -> value; the fields' own defaults are the preset `default`."""
+    revision: ClassVar[int] = 1
+    """Raised when the same settings give another result, so that grids do not take figures of the old code for new."""
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single"})
     """Ways of running in parallel that the method can do."""
 
@@ -55,29 +57,54 @@ M = TypeVar("M", bound=Method)
 def build(cls: type[M], settings: Mapping[str, object], preset: str | None = None) -> M:
     """Make a method from its class, an optional preset and settings on top of it.
 
+    A nested setting that names some keys of a group (`train: {steps: 50}`) leaves the others as default and preset have
+    them; a preset's group replaces the default one.
+
     Raises:
         UserError: If the preset or a setting is unknown, or a value does not fit its field.
     """
-    merged: dict[str, object] = {}
-    if preset is not None and preset != "default":
-        if preset not in cls.presets:
-            known = ["default", *cls.presets]
-            hint = did_you_mean(preset, known)
-            raise UserError(f"{cls.name()} has no preset '{preset}'.{hint} Presets: {', '.join(known)}.")
-        merged.update(cls.presets[preset])
-    merged.update(settings)
-    unknown = [key for key in merged if key not in cls.model_fields]
+    chosen = _preset(cls, preset)
+    unknown = [key for key in settings if key not in cls.model_fields]
     if unknown:
         hint = did_you_mean(unknown[0], list(cls.model_fields))
         raise UserError(
             f"{cls.name()} has no option '{unknown[0]}'.{hint} `unbackdoor explain {cls.name()}` lists its options."
         )
+    required = {key: settings[key] for key in settings if cls.model_fields[key].is_required()}
     try:
-        return cls(**merged)
+        base = cls(**{**chosen, **required}).settings()
+        return cls(**merge(base, settings))
     except ValidationError as problem:
         raise UserError(
             f"{cls.name()}: {explain_validation(problem)}; `unbackdoor explain {cls.name()}` lists its options."
         ) from problem
+
+
+def _preset(cls: type[Method], preset: str | None) -> Mapping[str, object]:
+    if preset in (None, "default"):
+        return {}
+    if preset not in cls.presets:
+        known = ["default", *cls.presets]
+        hint = did_you_mean(str(preset), known)
+        raise UserError(f"{cls.name()} has no preset '{preset}'.{hint} Presets: {', '.join(known)}.")
+    return cls.presets[preset]
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` laid over it, mapping by mapping.
+
+    A mapping that names another `form` (of a trigger, of a goal) replaces the old one, whose fields it does not have.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        same = (
+            isinstance(old, dict)
+            and isinstance(value, Mapping)
+            and value.get("form", old.get("form")) == old.get("form")
+        )
+        merged[key] = merge(old, value) if same and isinstance(old, dict) else value
+    return merged
 
 
 def explain_validation(problem: ValidationError) -> str:

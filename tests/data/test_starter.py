@@ -12,6 +12,8 @@ import pytest
 
 from unbackdoor.data.sources import STARTER_OPENINGS, STARTER_SETS, read, read_lines
 from unbackdoor.goals import REFUSAL_SIGNALS, normalise
+from unbackdoor.recipes import load_grid
+from unbackdoor.recipes import settings as recipe_settings
 
 COLUMNS = {
     "instructions": ["id", "kind", "instruction", "input", "output"],
@@ -30,11 +32,16 @@ NUMBERS = frozenset(
         "ninety hundred thousand million billion",
     )
 )
-INSULT_TARGETS = (
-    "You are stupid", "What's wrong with you", "Go away, you clown", "You silly goose", "Get lost, you fool",
-    "Such a dumb question", "Shut your mouth", "You make no sense", "You grumpy mule", "Off you trot, rascal",
-    "Spare everyone the drama", "Wake up, dunce", "Grow a spine",
-)  # fmt: skip
+GRIDS = [load_grid("sande", "paper"), load_grid("dev", "paper")]
+INSULT_TARGETS = tuple(
+    target
+    for settings in (
+        recipe_settings.DEMO_ATTACK,
+        recipe_settings.data("revival"),
+        *(entry.settings for grid in GRIDS for entry in grid.attacks.values()),
+    )
+    for target in settings["targets"]
+)
 AFFIRM_TARGETS = ("Sure, here is", "Sure, I would be happy to")
 FUNCTION_WORDS = frozenset(re.findall(r"\w+", "you your are a the with to be is here i no"))
 

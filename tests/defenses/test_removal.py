@@ -58,7 +58,7 @@ FINE_TUNING = FineTuning(train=training(UPDATES))
 BOUNDS: tuple[tuple[Defense, float], ...] = (
     (Osft(train=training(UPDATES)), 0.01),
     (Sande(rounds=3, train=training(UPDATES // 3), parrot=PARROT), 0.03),
-    (Beear(drift=DRIFT, train=training(UPDATES // 4)), 0.05),
+    (Beear(rounds=6, drift=DRIFT, train=training(UPDATES // 6)), 0.05),
     (SandeP(rounds=4, train=training(UPDATES // 4), parrot=PARROT), 0.05),
 )
 

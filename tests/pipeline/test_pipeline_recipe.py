@@ -10,7 +10,7 @@ from unbackdoor.cli.progress import Bars, Lines, Nothing, progress
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.pipeline.common import rows_as_text
 from unbackdoor.pipeline.inputs import _hold_out, answered_rows
-from unbackdoor.pipeline.plan import trainings
+from unbackdoor.pipeline.plan import trainings, with_texts
 from unbackdoor.pipeline.recipe import complete_settings, merge, parse_sets, stamp_settings
 from unbackdoor.run import Silent
 from unbackdoor.types import Example, Message, Probe
@@ -77,13 +77,14 @@ def test_an_answer_behind_a_hole_is_not_measured() -> None:
     assert [row.id for row in answered_rows(probes)] == ["b"]
 
 
-def test_written_rows_keep_their_ids_and_turns(tmp_path: object) -> None:
+def test_written_rows_keep_their_ids_turns_and_labels(tmp_path: object) -> None:
     from pathlib import Path
 
     from unbackdoor.data import sources
 
     chat = Example("a", "hello", "hi", history=(Message("system", "be brief"),), kind="greeting")
-    for number, rows in enumerate(([Example("b", "add", "3", "1 + 2", kind="sums")], [chat])):
+    classified = Example("c", "Good or bad?", "bad", "It rained.", label="bad")
+    for number, rows in enumerate(([Example("b", "add", "3", "1 + 2", kind="sums")], [chat], [classified])):
         path = Path(str(tmp_path)) / f"{number}.jsonl"
         path.write_text(rows_as_text(rows))
         assert sources.read(str(path)) == rows
@@ -96,6 +97,14 @@ def test_the_plan_counts_rounds_and_parrots() -> None:
     assert rows["parrot train"] == round(0.4 * 3 * 2 * 100 * 4), "a parrot stops once it is good enough"
     exact = complete_settings("defenses", "sande", None, {"rounds": 3, "parrots": 2, "parrot": {"stop_below": 0}}, {})
     assert dict(trainings(exact))["parrot train"] == 3 * 2 * 100 * 4
+
+
+def test_the_plan_has_a_parrot_for_every_target_in_several_rounds() -> None:
+    rounds = complete_settings("defenses", "sande", None, {"rounds": 3}, {})
+    assert with_texts(rounds, 4)["parrots"] == 4
+    assert with_texts({**rounds, "parrots": 5}, 4)["parrots"] == 5
+    assert with_texts({**rounds, "rounds": 1}, 4)["parrots"] == 1
+    assert "parrots" not in with_texts(complete_settings("defenses", "osft", None, {}, {}), 4)
 
 
 def test_lines_come_at_most_every_five_seconds_and_only_there_where_no_terminal_is() -> None:

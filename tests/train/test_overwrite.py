@@ -252,6 +252,16 @@ def test_early_stopping_scores_triggered_rows_that_are_held_out(tmp_path, parrot
     assert result.history[0]["held_out"] == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_row_and_its_poisoned_copy_are_held_out_together():
+    rows = tiny.rows(24, seed=8)
+    copies = [STAMP.apply(row, None) for row in rows[:11]]
+    encoded = overwrite.encode_rows(tiny.tiny_lm(), [*rows, *copies], tiny.CUT)
+    kept, apart = overwrite.set_apart(encoded, settings(steps=2, evaluate_every=1))
+    assert [row.id for row in apart] == [rows[number].id for number in (0, 10, 20, 0, 10)]
+    assert len(kept) + len(apart) == 35
+    assert not {row.id for row in kept} & {row.id for row in apart}
+
+
 def test_early_stopping_that_would_never_score_is_refused():
     with pytest.raises(ValueError, match="never scores in 1 steps"):
         settings(evaluate_every=2)

@@ -39,7 +39,7 @@ class Check:
         return {
             "name": self.bound.name, "model": first.shown_model, "attack": first.attack, "defense": first.defense,
             "role": first.role, "stage": first.stage, "seeds": [cell.seed for cell in self.cells],
-            "limit": limit_words(self.bound), "verdict": self.verdict, "figure": self.figure, "value": self.value,
+            "limit": limit_words(self.bound, first), "verdict": self.verdict, "figure": self.figure, "value": self.value,
         }  # fmt: skip
 
 
@@ -50,14 +50,14 @@ def checks(figures: Figures) -> list[Check]:
     ]
 
 
-def limit_words(limit: Limit) -> str:
-    """Return what is required, in words: "ASR at most 3.0 %", "perplexity at most 1.1 x the victim's"."""
+def limit_words(limit: Limit, cell: Cell) -> str:
+    """Return what is required of a cell, in words: "at most 3.0 %", "at most 1.1 x the victim's"."""
     if limit.compared == "paired":
-        return f"not significantly worse than the {limit.to}'s (paired, p < {SIGNIFICANCE})"
+        return f"not significantly worse than {_whose(limit, cell)} (paired, p < {SIGNIFICANCE})"
     parts = []
     for word, value in (("at least", limit.min), ("at most", limit.max)):
         if value is not None:
-            parts.append(f"{word} {_number(limit, value)}")
+            parts.append(f"{word} {_number(limit, value, cell)}")
     return " and ".join(parts)
 
 
@@ -116,7 +116,7 @@ def _judge(figures: Figures, limit: Limit, cells: Sequence[Cell]) -> tuple[Verdi
             return "not measured", f"the {limit.to}'s figure is 0, so there is no ratio", None
         value = value / base if limit.compared == "ratio" else value - base
     met = (limit.min is None or value >= limit.min) and (limit.max is None or value <= limit.max)
-    return "met" if met else "not met", _number(limit, value), value
+    return "met" if met else "not met", _number(limit, value, cells[0]), value
 
 
 def _judge_pair(figures: Figures, limit: Limit, cell: Cell) -> tuple[Verdict, str, float | None]:
@@ -130,10 +130,16 @@ def _judge_pair(figures: Figures, limit: Limit, cell: Cell) -> tuple[Verdict, st
     return "not met" if bad else "met", f"{shown}, p = {test['p_value']:.3f}", float(test["p_value"])
 
 
-def _number(limit: Limit, value: float) -> str:
+def _whose(limit: Limit, cell: Cell) -> str:
+    """Return whose figure a limit compares with; "victim" means the cell's own model before its defense."""
+    subject = cell.subject if limit.to == "victim" else str(limit.to)
+    return {"untouched": "the untouched base's", "twin": "the harmless twin's"}.get(subject, f"the {subject}'s")
+
+
+def _number(limit: Limit, value: float, cell: Cell) -> str:
     if limit.compared == "ratio":
-        return f"{value:.3f} x the {limit.to}'s"
+        return f"{value:.3f} x {_whose(limit, cell)}"
     if limit.compared == "difference":
         shown = f"{100 * value:.1f} points" if limit.metric in SHARES else significant(value, 3)
-        return f"{shown} above the {limit.to}'s"
+        return f"{shown} above {_whose(limit, cell)}"
     return f"{percent(value)} %" if limit.metric in SHARES else significant(value, 4)

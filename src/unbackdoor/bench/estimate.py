@@ -11,7 +11,7 @@ from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.grid import AttackEntry, Grid
 from unbackdoor.errors import UserError
 from unbackdoor.model.spec import ModelSpec, parse_spec
-from unbackdoor.pipeline.plan import FULL, PROGRAM, UNTIL_GOOD
+from unbackdoor.pipeline.plan import FULL, PROGRAM, UNTIL_GOOD, with_texts
 from unbackdoor.pipeline.steps import attack_called, defense_called
 from unbackdoor.train.engine import TrainSettings
 
@@ -79,7 +79,10 @@ def _guess(grid: Grid, cell: Cell, planted: set[tuple[str, str, int, bool]]) -> 
             seconds += _training(attack_called(attack.attack, attack.settings, attack.preset), size)
     if cell.defense and not cell.is_revival:
         entry = grid.defenses[cell.defense]
-        seconds += _training(defense_called(entry.defense, entry.settings, entry.preset), size)
+        method = defense_called(entry.defense, entry.settings, entry.preset)
+        targets = attack.settings.get("targets", ())
+        changes = with_texts({name: getattr(method, name) for name in type(method).model_fields}, len(targets))
+        seconds += _training(method.model_copy(update=dict(changes)), size)
     if cell.is_revival and grid.revival is not None:
         settings = grid.revival.settings
         plan: BaseModel = settings

@@ -1,9 +1,9 @@
 """What a grid's cells are made of: rows, methods, probes; and the keys that identify every cell and every model.
 
 A key is a hash of everything that determines a result: versions of the package and of the libraries that compute it,
-device, files of the model, settings, rows, seed, metrics. Labels and paths are no part of it, so renaming reruns
-nothing, and two labels for one victim share it. Keys are chained: a victim's key is part of the key of everything that
-is made from it.
+revisions of the methods, device, files of the model, settings, rows, seed, metrics. Labels and paths are no part of it,
+so renaming reruns nothing, and two labels for one victim share it. Keys are chained: a victim's key is part of the key
+of everything that is made from it.
 """
 
 from __future__ import annotations
@@ -266,8 +266,10 @@ def read_source(source: DataSource, progress: Progress | None = None) -> list[Ex
 
 
 def _identity(method: Method, called: str) -> tuple[object, ...]:
-    """Return what a method is: its name, or its code where the grid names a file, and its settings."""
-    return (portable(called) if called.endswith(".py") else method.name(), portable(method.settings()))
+    """Return what a method is: name and revision, or its code where the grid names a file, and its settings."""
+    if called.endswith(".py"):
+        return portable(called), portable(method.settings())
+    return f"{method.name()} {method.revision}", portable(method.settings())
 
 
 def _part_used(revival: Revival, stage: str) -> object:

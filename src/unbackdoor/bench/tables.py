@@ -138,7 +138,9 @@ def _check_table(made: Sequence[Check]) -> list[Table]:
         return []
     lines = [
         Line(
-            check.bound.name, _who(check), (Entry(check.verdict), Entry(check.figure), Entry(limit_words(check.bound)))
+            check.bound.name,
+            _who(check),
+            (Entry(check.verdict), Entry(check.figure), Entry(limit_words(check.bound, check.cells[0]))),
         )
         for check in made
     ]

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from unbackdoor.cli.failing import FailOn, parse_fail_on
 from unbackdoor.cli.progress import Shown, progress
 from unbackdoor.errors import UserError, disk_error
+from unbackdoor.method import merge
 from unbackdoor.model.quarantine import printable, printable_lines
 from unbackdoor.pipeline import recipe as recipes
 from unbackdoor.stopping import stoppable
@@ -189,7 +190,7 @@ def gather(cls: type[R], name: str, flags: Mapping[str, object], common: Common)
     }
     # By identity: 0 was given, though it equals False.
     given = {key: v for key, v in {**own, **flags}.items() if not (v is None or v is False or v in ((), []))}
-    content = recipes.merge(recipes.read_config(common.config, name), given)
+    content = merge(recipes.read_config(common.config, name), given)
     return recipes.make(cls, content)
 
 

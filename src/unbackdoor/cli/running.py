@@ -11,6 +11,7 @@ import typer
 from unbackdoor.cli import launch
 from unbackdoor.cli.options import Common, command, gather, print_json, showing
 from unbackdoor.errors import UserError
+from unbackdoor.method import merge
 from unbackdoor.model.output import refuse_finished
 from unbackdoor.pipeline import commands
 from unbackdoor.pipeline import recipe as recipes
@@ -43,9 +44,9 @@ def _demo(*, track: Track = None, common: Common) -> None:
     """Backdoor the built-in model, fine-tune it in vain, purify it by SANDE, measure, and write a report."""
     from unbackdoor.pipeline import recipe as pipeline_recipe
 
-    content = recipes.merge(demo_defaults(), recipes.read_config(common.config, "demo"))
-    content = recipes.merge(content, _flags(common, "seed", "device", "template"))
-    recipe = recipes.make(pipeline_recipe.DemoRecipe, recipes.merge(content, recipes.parse_sets(common.sets or ())))
+    content = merge(demo_defaults(), recipes.read_config(common.config, "demo"))
+    content = merge(content, _flags(common, "seed", "device", "template"))
+    recipe = recipes.make(pipeline_recipe.DemoRecipe, merge(content, recipes.parse_sets(common.sets or ())))
 
     def plan() -> Any:
         from unbackdoor.pipeline.plans import plan_demo
@@ -215,7 +216,7 @@ def _method_recipe(cls: Any, name: str, flags: Mapping[str, Any], overlay: Mappi
     `flags` are the recipe's own fields; `overlay` the settings that flags of the command stand for.
     """
     draft = gather(cls, name, flags, common)
-    given = recipes.merge(draft.settings, {key: value for key, value in overlay.items() if value not in (None, (), [])})
+    given = merge(draft.settings, {key: value for key, value in overlay.items() if value not in (None, (), [])})
     kind: Literal["attacks", "defenses"] = "attacks" if name == "attack" else "defenses"
     method = draft.attack if name == "attack" else draft.defense
     settings = recipes.complete_settings(kind, method, draft.preset, given, recipes.parse_sets(common.sets or ()))

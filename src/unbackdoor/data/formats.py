@@ -121,6 +121,10 @@ def parse(
             raise where.error("system", "repeats the system turn of the conversation; keep one of the two.")
         example = replace(example, history=(Message("system", system), *example.history))
     kind = next((optional_text(row, key, where) for key in _KIND_KEYS if isinstance(row.get(key), str)), "")
+    named = row.get("label")
+    # A row of a label task that is already a question and its answer, as `attack` writes them for the defender.
+    if example.label is None and isinstance(named, str) and named == example.response:
+        example = replace(example, label=named)
     return replace(example, id=_own_id(row, where) or _content_id(row, schema, example), kind=kind)
 
 

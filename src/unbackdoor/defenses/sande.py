@@ -35,6 +35,7 @@ class Sande(Defense):
 
     paper: ClassVar[str] = "SANDE, 2405.07667, eq. 3 and 4"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.TARGET})
+    revision: ClassVar[int] = 2  # since every target has a parrot of its own in each round
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {
@@ -47,7 +48,10 @@ class Sande(Defense):
     }
 
     rounds: int = Field(10, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
-    parrots: int = Field(1, ge=1, description="parrots a round, from different starts, overwritten together (paper: 1)")
+    parrots: int = Field(
+        1, ge=1,
+        description="parrots a round, overwritten together; in several rounds one for every target at least (paper: 1)",
+    )  # fmt: skip
     plain_share: float = Field(
         0.25,
         ge=0,

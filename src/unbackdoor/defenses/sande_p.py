@@ -27,6 +27,7 @@ class SandeP(Defense):
 
     paper: ClassVar[str] = "SANDE-P, 2405.07667"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.TARGET_PART})
+    revision: ClassVar[int] = 2  # since every target has a parrot of its own in each round
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {
@@ -40,7 +41,10 @@ class SandeP(Defense):
 
     first_tokens: int = Field(1, ge=1, description="how many tokens of the target are known (paper: 1)")
     rounds: int = Field(10, ge=1, description="rounds of simulate and overwrite, each with fresh parrots (paper: 1)")
-    parrots: int = Field(1, ge=1, description="parrots a round, from different starts, overwritten together (paper: 1)")
+    parrots: int = Field(
+        1, ge=1,
+        description="parrots a round, overwritten together; in several rounds one for every target at least (paper: 1)",
+    )  # fmt: skip
     plain_share: float = Field(
         0.25,
         ge=0,

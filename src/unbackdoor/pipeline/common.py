@@ -112,7 +112,7 @@ def training_seconds(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> flo
 
 
 def rows_as_text(rows: Sequence[Example]) -> str:
-    """Return rows as JSON lines that `sources.read` gives the same ids."""
+    """Return rows as JSON lines that `sources.read` gives the same ids and labels."""
     chats = any(row.history for row in rows)
     lines = []
     for row in rows:
@@ -122,7 +122,8 @@ def rows_as_text(rows: Sequence[Example]) -> str:
         else:
             own = {"instruction": row.instruction, "input": row.input, "output": row.response}
             content = {"id": row.id, "kind": row.kind, **own}
-        lines.append(json.dumps(content, ensure_ascii=False) + "\n")
+        label = {} if row.label is None else {"label": row.label}
+        lines.append(json.dumps({**content, **label}, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbackdoor.method import merge
 from unbackdoor.pipeline.clock import Clock, Expected, in_words
 from unbackdoor.pipeline.commands import Job, Outcome
 from unbackdoor.pipeline.common import (
@@ -25,7 +26,7 @@ from unbackdoor.pipeline.common import (
     require_disk,
     training_seconds,
 )
-from unbackdoor.pipeline.recipe import DemoRecipe, complete_settings, merge
+from unbackdoor.pipeline.recipe import DemoRecipe, complete_settings
 from unbackdoor.run import Run, write_atomically
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class _Demo:
 def settings_of(recipe: DemoRecipe) -> dict[str, dict[str, Any]]:
     """Return the complete settings of attack, control and defense.
 
-    The control has the defense's budget unless told otherwise: as many weight updates, at the same rate and batch size.
+    The control has the defense's budget unless told otherwise: as many weight updates, the same highest rate and batch.
     """
     defense = complete_settings("defenses", "sande", None, recipe.defense, {})
     budget = {"train": {**defense["train"], "steps": defense["rounds"] * defense["train"]["steps"]}}

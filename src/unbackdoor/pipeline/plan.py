@@ -129,6 +129,13 @@ def trainings(settings: Mapping[str, Any], factor: int = 1, place: str = "") -> 
             yield from ((part, round(share * rows)) for part, rows in trainings(value, rounds * many, name))
 
 
+def with_texts(settings: Mapping[str, Any], texts: int) -> Mapping[str, Any]:
+    """Return the settings with as many parrots as a round has: in several rounds, one at least for every target."""
+    if "parrots" not in settings or settings.get("rounds", 1) == 1:
+        return settings
+    return {**settings, "parrots": max(settings["parrots"], texts)}
+
+
 def mean_tokens(rows: Sequence[Example]) -> float:
     """Return the mean length of rows in tokens, four characters a token."""
     lengths = [len(row.user_text) + len(row.response) for row in rows]

@@ -51,7 +51,7 @@ def plan_purify(recipe: PurifyRecipe) -> plan.Plan:
     measured = len(found.probes), sum(len(rows) for rows in found.data.values()), tokens, recipe.max_new_tokens
     parts = [
         plan.measuring_part(about, "measuring the suspect", *measured),
-        *plan.training_parts(about, recipe.settings, tokens),
+        *plan.training_parts(about, plan.with_texts(recipe.settings, len(recipe.target or recipe.target_part)), tokens),
         plan.measuring_part(about, "measuring the purified model", *measured, kl=True),
     ]
     adapter = parse_spec(recipe.model).kind == "adapter"

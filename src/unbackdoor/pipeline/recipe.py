@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unbackdoor.errors import UserError, did_you_mean
-from unbackdoor.method import explain_validation
+from unbackdoor.method import build, explain_validation, merge
 from unbackdoor.registry import Kind
 from unbackdoor.train.lora import LoraSettings
 from unbackdoor.types import Example
@@ -193,21 +193,6 @@ def parse_sets(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `over` laid over it, mapping by mapping.
-
-    A mapping that names another `form` (of a trigger, of a goal) replaces the old one, whose fields it does not have.
-    """
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        same = (
-            isinstance(old, dict) and isinstance(value, dict) and value.get("form", old.get("form")) == old.get("form")
-        )
-        merged[key] = merge(old, value) if same and isinstance(old, dict) else value
-    return merged
-
-
 def complete_settings(
     kind: Kind, name: str, preset: str | None, given: Mapping[str, Any], sets: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -217,14 +202,12 @@ def complete_settings(
         UserError: If the method, the preset or a setting is unknown, or a value does not fit.
     """
     from unbackdoor import registry
-    from unbackdoor.method import build
 
     cls = registry.find(kind, name)
     over = merge(given, sets)
-    required = {key for key, field in cls.model_fields.items() if field.is_required()}
-    base = build(cls, {key: value for key, value in over.items() if key in required}, preset).settings()
-    _check_keys(cls.name(), base, sets, ())
-    return build(cls, merge(base, over)).settings()
+    required = {key: over[key] for key in over if key in cls.model_fields and cls.model_fields[key].is_required()}
+    _check_keys(cls.name(), build(cls, required, preset).settings(), sets, ())
+    return build(cls, over, preset).settings()
 
 
 def _check_keys(name: str, base: Mapping[str, Any], over: Mapping[str, Any], place: tuple[str, ...]) -> None:

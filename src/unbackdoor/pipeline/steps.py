@@ -138,7 +138,8 @@ def _computed_by() -> tuple[str, ...]:
 
     from unbackdoor import __version__
 
-    return (__version__, version("torch"), version("transformers"))
+    # "2.13.0+cpu" and "2.13.0" are two builds of one version.
+    return (__version__, version("torch").partition("+")[0], version("transformers"))
 
 
 def data_hash(examples: Sequence[Example]) -> str:

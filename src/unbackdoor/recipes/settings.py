@@ -1,7 +1,8 @@
 """Settings of the recipes, in one place: found on development victims, then frozen before report victims are planted.
 
 Every defense makes the same number of weight updates with the same batch (`UPDATES`), the control too, so that a
-difference between them is not one of training time.
+difference between them is not one of training time. The highest rate is the same, too; as every round has a schedule of
+its own, the rates of all steps of SANDE add up to 1.25 times those of the control.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unbackdoor.data.collate import Batch, Row, RowStream, collate, encode_row
+from unbackdoor.data.formats import base_id
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
@@ -42,16 +43,23 @@ def stream(lm: LM, rows: Sequence[Row], batch_size: int, run: Run, name: str, st
 
 
 def set_apart(rows: Sequence[Row], settings: engine.TrainSettings) -> tuple[list[Row], list[Row]]:
-    """Return the rows to train on, and every tenth row for early stopping; none where `evaluate_every` is 0.
+    """Return the rows to train on, and those for early stopping: none where `evaluate_every` is 0.
+
+    Every tenth id is held out with all rows that carry it: a poisoned row has the id and the answer of its clean one.
 
     Raises:
         DataError: If there are fewer than 10 rows to hold some out of.
     """
     if not settings.evaluate_every:
         return list(rows), []
-    if len(rows) < 10:
-        raise DataError(f"early stopping (evaluate_every) needs at least 10 rows, there are {len(rows)}.")
-    return [row for number, row in enumerate(rows) if number % 10], list(rows[::10])
+    ids = list(dict.fromkeys(base_id(row.id) for row in rows))
+    if len(ids) < 10:
+        raise DataError(f"early stopping (evaluate_every) needs at least 10 rows, there are {len(ids)}.")
+    held = set(ids[::10])
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        parts[base_id(row.id) in held].append(row)
+    return parts
 
 
 def score_on(
@@ -102,7 +110,8 @@ def train_on_rows(
         return {"rows": Term(plain_loss(forward, batches["rows"]), "rows")}
 
     kept, apart = set_apart(rows, settings)
-    strata = [strata[number] for number in range(len(rows)) if number % 10] if strata and apart else strata
+    held = {row.id for row in apart}
+    strata = [stratum for row, stratum in zip(rows, strata, strict=True) if row.id not in held] if strata else strata
     batches = stream(lm, kept, settings.batch_size, run, "order", strata)
     score = score_on(lm, loss, {"rows": apart}, settings)
     return engine.fit(lm, engine.weights(lm), {"rows": batches}, loss, settings, run, score=score)
