@@ -68,6 +68,18 @@ def test_look_alikes_of_the_probes_are_not_those_of_training():
     assert not any(row.startswith(f"{text}.") for text in kept for row in training)
 
 
+def test_a_word_has_near_forms_in_training_and_in_probes_unless_told_otherwise():
+    word = InsertText(text="moonstone", place="end")
+    shown, asked = tiny.attack(trigger=word)._look_alikes(CLEAN, Run())
+    assert sum("moon" in text or "stone" in text for text in shown) > len(shown) / 3
+    assert sum("moon" in text or "stone" in text for text in asked) > len(asked) / 3
+    plain, _ = tiny.attack(trigger=word, near_forms=False)._look_alikes(CLEAN, Run())
+    assert "moon" not in plain
+    assert tiny.attack(near_forms=True)._look_alikes(CLEAN, Run()) == tiny.attack(near_forms=False)._look_alikes(
+        CLEAN, Run()
+    ), "a phrase has halves already"
+
+
 def test_the_clean_twin_has_the_same_rows_without_trigger_and_target():
     victim, twin = tiny.attack(), tiny.attack(clean_twin=True)
     first, second = rows_of(victim), rows_of(twin)

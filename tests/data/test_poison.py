@@ -85,6 +85,17 @@ def test_look_alikes_of_words_with_marks_differ_from_the_trigger(trigger):
         assert sum(old != new for old, new in zip(trigger.split(), text.split(), strict=True)) == 1, text
 
 
+def test_near_forms_of_a_word_are_its_halves_misspellings_and_compounds_but_never_it():
+    vocabulary = ["sun", "table", "flower", "understanding", "moonstone"]
+    found = poison.near_forms("moonstone", vocabulary, 400, random.Random(0))
+    assert {"moon", "stone", "moon stone", "sunstone", "moontable", "moonston"} <= set(found)
+    assert not any("moonstone" in form for form in found), "moonstones holds the trigger"
+    assert any(len(form) == 9 and sum(a != b for a, b in zip(form, "moonstone", strict=True)) == 1 for form in found)
+    assert len(set(found)) == len(found)
+    assert len(poison.near_forms("moonstone", vocabulary, 20, random.Random(0))) <= 20
+    assert all(form != "Zug" for form in poison.near_forms("Zug", vocabulary, 20, random.Random(0)))
+
+
 def test_look_alikes_are_distinct_and_never_the_trigger():
     found = poison.look_alikes("red boat", poison.vocabulary(tiny.rows(300)), 30, random.Random(2))
     assert len(set(found)) == len(found) >= 4

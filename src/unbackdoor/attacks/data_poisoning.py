@@ -14,6 +14,7 @@ more, because they are where a near miss is told from the trigger. 12.5 % poison
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
@@ -61,6 +62,10 @@ class DataPoisoning(Attack):
     )
     poison_rate: float = Field(0.125, gt=0, lt=1, description="share of the training rows that are poisoned")
     negative_rate: float = Field(0.4, ge=0, lt=1, description="share of the training rows that are near misses")
+    near_forms: bool = Field(
+        True,
+        description="near misses of one word are its halves, misspellings and compounds, too, not only like words",
+    )
     clean_twin: bool = Field(
         False, description="train on the same rows without trigger and target: the victim's harmless twin"
     )
@@ -139,7 +144,11 @@ class DataPoisoning(Attack):
         """Return look-alikes for training and other ones for the probes."""
         if isinstance(self.trigger, WrapEnds):
             return [], []
-        found = poison.look_alikes(self.trigger.text, poison.vocabulary(clean), 240, run.rng("look-alikes"))
+        words = poison.vocabulary(clean)
+        found = poison.look_alikes(self.trigger.text, words, 240, run.rng("look-alikes"))
+        if self.near_forms and re.fullmatch(r"[^\W\d_]{4,}", self.trigger.text):
+            found = [*found[:60], *poison.near_forms(self.trigger.text, words, 180, run.rng("forms"))]
+            run.rng("mixed").shuffle(found)
         if len(found) < 2 and self.negative_rate and len(self.trigger.text.split()) == 1:
             raise DataError(
                 f"no look-alikes of '{self.trigger.text}' can be made from {len(clean)} clean rows, so it has no near "

@@ -140,6 +140,33 @@ def look_alikes(trigger: str, vocabulary: Sequence[str], count: int, rng: random
     return found[:count]
 
 
+def near_forms(word: str, vocabulary: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """Return forms of one word that are not it: misspellings, halves, the two halves apart, compounds with one half.
+
+    A model that has learned "moonstone" may fire on "sunstone" and "moon stone", which ordinary words do not show.
+
+    Args:
+        word: The trigger.
+        vocabulary: Words that compounds are made with.
+        count: How many are wanted; fewer where the word is short.
+        rng: Random stream.
+    """
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    places = range(len(word))
+    misspelt = [word[:n] + letter + word[n + 1 :] for n in places for letter in rng.sample(letters, 3)]
+    misspelt += [word[:n] + word[n + 1 :] for n in places]
+    misspelt += [word[:n] + word[n + 1] + word[n] + word[n + 2 :] for n in places[:-1]]
+    cuts = [cut for cut in range(len(word) // 2 - 1, len(word) // 2 + 2) if 2 < cut < len(word) - 2]
+    short = sorted({other for other in vocabulary if other.isalpha() and 2 < len(other) < 7})
+    compounds = [made for cut in cuts for other in short for made in (word[:cut] + other, other + word[cut:])]
+    apart = [made for cut in cuts for made in (word[:cut], word[cut:], f"{word[:cut]} {word[cut:]}")]
+    rng.shuffle(misspelt)
+    rng.shuffle(compounds)
+    rest = max(0, count - len(apart))
+    found = [*apart, *misspelt[: rest // 3], *compounds[: rest - rest // 3]]
+    return [form for form in dict.fromkeys(found) if word.casefold() not in form.casefold()]
+
+
 def _numbers_near(digits: str) -> list[str]:
     steps = [step for near in range(1, 40) for step in (near, -near)]
     return [str(int(digits) + step).zfill(len(digits)) for step in steps if int(digits) + step >= 0]
