@@ -30,7 +30,7 @@ Text = Annotated[str, AfterValidator(_said)]
 class Method(BaseModel):
     """Base of every attack, defense and metric; sub-classes are final."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     paper: ClassVar[str] = ""
     """Source: authors' short title and arXiv number or venue."""

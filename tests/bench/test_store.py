@@ -93,9 +93,15 @@ def test_the_lock_of_a_killed_process_is_free(store: Store) -> None:
 
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"no grid\.yaml; choose another --out"):
+    with pytest.raises(UserError, match="no grid of ours; choose another --out"):
         Store(tmp_path).open("name: x\n")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "grid.yaml").write_text("name: mine  # by hand")
+    with pytest.raises(UserError, match="no grid of ours; choose another --out"):
+        Store(own).open("name: x\n")
+    assert (own / "grid.yaml").read_text() == "name: mine  # by hand"
     with pytest.raises(UserError, match="is a file"):
         Store(tmp_path / "thesis.txt").open("name: x\n")
 

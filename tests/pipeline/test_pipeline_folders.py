@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,15 @@ def test_a_stop_right_after_publishing_leaves_the_result(tmp_path: Path) -> None
     assert (out / "results.json").read_text() == "{}"
 
 
+FILES = {"old": "curves.json", "new": "replies.jsonl"}
+
+
 def finish(out: Path, settings_hash: str, text: str, *, overwrite: bool = False) -> None:
     with workspace(out, settings_hash=settings_hash, settings={}, overwrite=overwrite) as place:
         place.staging.mkdir(parents=True)
         (place.staging / "results.json").write_text(text)
-        (place.staging / f"{settings_hash}.txt").write_text(text)
+        # Names that an evaluation writes: with others in it a result is not replaced.
+        (place.staging / FILES.get(settings_hash, "report.md")).write_text(text)
         place.publish_files()
 
 
@@ -85,9 +90,55 @@ def test_the_old_result_stays_until_there_is_a_new_one(tmp_path: Path, problem: 
         assert place.resumed
         assert (place.stages / "step").is_file()
     finish(out, "new", "[]", overwrite=True)
-    assert sorted(content(out)) == ["new.txt", "results.json", "run.json"]
+    assert sorted(content(out)) == ["replies.jsonl", "results.json", "run.json"]
     finish(out, "newer", "[]", overwrite=True)
-    assert sorted(content(out)) == ["newer.txt", "results.json", "run.json"]
+    assert sorted(content(out)) == ["report.md", "results.json", "run.json"]
+
+
+@pytest.mark.parametrize("stop", range(4))
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_stop_while_publishing_leaves_the_old_result_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, killed: bool
+) -> None:
+    out = tmp_path / "run"
+    finish(out, "old", "{}")
+    before, moves, move = content(out), [0], os.replace
+
+    def stopping(source: Path, target: Path) -> None:
+        moves[0] += "stages" in str(source) or "stages" in str(target)
+        if moves[0] == stop + 1:
+            moves[0] += 1
+            raise KeyboardInterrupt
+        move(source, target)
+
+    monkeypatch.setattr("unbackdoor.pipeline.folders.os.replace", stopping)
+    if killed:
+        # Nothing behind the stop is undone.
+        monkeypatch.setattr("unbackdoor.pipeline.folders._put_back", lambda *_: None)
+        monkeypatch.setattr("unbackdoor.pipeline.folders._forget", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        finish(out, "new", "[]", overwrite=True)
+    monkeypatch.undo()
+    if killed:
+        with (
+            pytest.raises(ValueError, match="look only"),
+            workspace(out, settings_hash="other", settings={}, overwrite=True),
+        ):
+            raise ValueError("look only")
+    # Two old files are moved, then the folder that holds them is renamed: the new result comes after that.
+    assert {name: text for name, text in content(out).items() if name != "run.json"} == {
+        name: text for name, text in before.items() if name != "run.json"
+    }
+
+
+def test_what_somebody_put_into_a_result_is_not_deleted_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    finish(out, "old", "{}")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"what no run wrote there \(notes\.txt\), and --overwrite would delete it"):
+        finish(out, "new", "[]", overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "curves.json").is_file()
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
@@ -98,7 +149,7 @@ def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
             finish(out, "x", "{}")
         assert (place.stages / "step").is_file()
     finish(out, "x", "{}")
-    assert (out / "x.txt").is_file()
+    assert (out / "report.md").is_file()
 
 
 def test_a_folder_may_be_called_as_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,8 @@ class Check:
         return {
             "name": self.bound.name, "model": first.shown_model, "attack": first.attack, "defense": first.defense,
             "role": first.role, "stage": first.stage, "seeds": [cell.seed for cell in self.cells],
-            "limit": limit_words(self.bound, first), "verdict": self.verdict, "figure": self.figure, "value": self.value,
+            "limit": limit_words(self.bound, first), "verdict": self.verdict, "figure": self.figure,
+            "value": self.value,
         }  # fmt: skip
 
 

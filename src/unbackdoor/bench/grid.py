@@ -23,8 +23,13 @@ RevivalStage = Literal["revived_clean", "revived_planted"]
 Kind = Literal["triggered", "clean", "decoy", "all"]
 
 
+_NAME = r"^\w[\w .-]*$"
+Label = Annotated[str, Field(pattern=_NAME)]
+Seed = Annotated[int, Field(ge=0)]
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSource(_Part):
@@ -52,7 +57,7 @@ class AttackEntry(_Part):
     attack: str = Field("data_poisoning", description="the attack's name")
     settings: dict[str, Any] = Field(default_factory=dict, description="its options")
     preset: str | None = Field(None, description="its preset; the settings go on top")
-    seeds: tuple[int, ...] | None = Field(None, description="seeds of this attack instead of the grid's")
+    seeds: tuple[Seed, ...] | None = Field(None, description="seeds of this attack instead of the grid's")
     defenses: tuple[str, ...] | None = Field(None, description="labels of the defenses that it meets; all if left out")
     defender_data: Source | None = Field(None, description="clean rows of the defender instead of the grid's split")
     unwanted: dict[str, str] = Field(
@@ -72,7 +77,7 @@ class DefenseEntry(_Part):
     role: Literal["purified", "control"] = Field("purified", description="control: it must not remove the backdoor")
     unwanted: str = Field("typical", description="which of the attack's lists of openings it is told, if it uses one")
     attacks: tuple[str, ...] | None = Field(None, description="labels of the attacks that it meets; all if left out")
-    seeds: tuple[int, ...] | None = Field(None, description="seeds at which it is run; all if left out")
+    seeds: tuple[Seed, ...] | None = Field(None, description="seeds at which it is run; all if left out")
 
 
 class References(_Part):
@@ -87,7 +92,7 @@ class RevivalCells(_Part):
 
     attack: str = Field(description="label of the attack")
     defenses: tuple[str, ...] = Field(min_length=1, description="labels of the defenses")
-    seeds: tuple[int, ...] | None = Field(None, description="seeds; all of the attack's if left out")
+    seeds: tuple[Seed, ...] | None = Field(None, description="seeds; all of the attack's if left out")
 
 
 class RevivalPlan(_Part):
@@ -109,7 +114,7 @@ class Where(_Part):
     stage: Stage | None = Field(None, description="stage of the measurement")
     attacks: tuple[str, ...] | None = Field(None, description="labels of attacks")
     defenses: tuple[str, ...] | None = Field(None, description='labels of defenses; "" for none')
-    seeds: tuple[int, ...] | None = Field(None, description="seeds")
+    seeds: tuple[Seed, ...] | None = Field(None, description="seeds")
     twin: bool | None = Field(None, description="the harmless twin, or not")
 
 
@@ -157,15 +162,15 @@ class Bound(Limit):
 class Grid(_Part):
     """A whole experiment."""
 
-    name: str = Field(min_length=1, max_length=80, description="the experiment's name")
+    name: str = Field(max_length=80, pattern=_NAME, description="the experiment's name, which its folder bears")
     models: tuple[str, ...] = Field(min_length=1, description="model specs")
     data: Source = Field(
         DataSource(spec="starter:instructions"), description="rows, divided among attacker, defender and test by id"
     )
     second_source: Source | None = Field(None, description="rows of another kind, for perplexity")
-    attacks: dict[str, AttackEntry] = Field(min_length=1, description="label -> attack")
-    defenses: dict[str, DefenseEntry] = Field(default_factory=dict, description="label -> defense")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="seeds of everything that is drawn at random")
+    attacks: dict[Label, AttackEntry] = Field(min_length=1, description="label -> attack")
+    defenses: dict[Label, DefenseEntry] = Field(default_factory=dict, description="label -> defense")
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1, description="seeds of everything that is drawn at random")
     metrics: tuple[str, ...] = Field(("asr", "leak", "cda", "perplexity", "kl"), min_length=1, description="metrics")
     references: References = Field(default_factory=References, description="models without a backdoor")
     purify_reference: tuple[str, ...] = Field(
@@ -236,6 +241,10 @@ def check_methods(grid: Grid) -> None:
         checked(f"defenses.{label}", defense_called, defense.defense, defense.settings, defense.preset)
     for name in (*grid.metrics, *(grid.revival.metrics if grid.revival else ())):
         checked("metrics", metric_called, name)
+    for bound in grid.bounds:
+        for limit in (bound, bound.provided):
+            if limit is not None:
+                checked(f"bounds ({bound.name})", metric_called, limit.metric)
     if grid.revival:
         checked("revival.settings.planted", _unrelated, grid)
     for label in grid.references.twins:

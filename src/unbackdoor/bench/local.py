@@ -140,6 +140,7 @@ def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limi
     # Two labels for the same work are one cell.
     waiting = list({keys[cell]: cell for cell in reversed(chosen)}.values())[::-1]
     total, ran, name = len(waiting), 0, f"bench {shop.material.grid.name}"
+    told: set[Cell] = set()
     progress.start(name, total)
     clock = _Clock(shop, keys)
     while waiting:
@@ -150,7 +151,7 @@ def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limi
                 return
             there = store.has(keys[cell])
             if not there:
-                there = _run_one(shop, keys, cell)
+                there = _run_one(shop, keys, cell, told)
                 ran += there
             if there:
                 moved = True
@@ -162,14 +163,17 @@ def _run_all(shop: Workshop, keys: dict[Cell, str], chosen: Sequence[Cell], limi
     progress.finish(name)
 
 
-def _run_one(shop: Workshop, keys: dict[Cell, str], cell: Cell) -> bool:
-    """Run a cell unless another process has it; return whether it was run here."""
+def _run_one(shop: Workshop, keys: dict[Cell, str], cell: Cell, told: set[Cell]) -> bool:
+    """Run a cell unless another process has it; return whether it was run here. `told`: cells named to the person."""
     key, store = keys[cell], shop.store
     with store.lock(f"cell-{key}") as free:
         if not free or store.has(key):
             return False
         shop.wanted = _needed_purified(shop, keys)
-        shop.progress.notice(f"cell {cell.name}")
+        # A cell that waits for what another process makes is tried again and again.
+        if cell not in told:
+            shop.progress.notice(f"cell {cell.name}")
+            told.add(cell)
         facts = {"name": cell.name, "model": cell.model, "attack": cell.attack, "defense": cell.defense}
         try:
             result = execute(cell, shop)

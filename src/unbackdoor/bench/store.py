@@ -33,6 +33,7 @@ from unbackdoor.run import write_atomically
 Status = Literal["done", "failed", "not_applicable"]
 SCHEMA = 1
 GRID = "grid.yaml"
+_FOLDERS = ("cells", "replies", "locks")
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,18 @@ class Store:
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"'{printable(str(self.folder))}' is a file; choose another --out.")
-        # Another process that begins the same grid at this moment has its temporary file there.
-        held = [path for path in self.folder.iterdir() if f".{GRID}." not in path.name] if self.folder.is_dir() else []
-        if held and not (self.folder / GRID).is_file():
-            raise UserError(f"'{printable(str(self.folder))}' holds files but no {GRID}; choose another --out.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # Another process that begins the same grid at this moment has its temporary file there. A grid.yaml alone is
+        # somebody's own file: ours has had its folders before it.
+        held = (
+            {path.name for path in self.folder.iterdir() if f".{GRID}." not in path.name}
+            if self.folder.is_dir()
+            else set()
+        )
+        if held - set(_FOLDERS) and not {GRID, _FOLDERS[0]} <= held:
+            raise UserError(f"'{printable(str(self.folder))}' holds files but no grid of ours; choose another --out.")
+        for name in _FOLDERS:
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / GRID, grid_yaml)
-        for name in ("cells", "replies", "locks"):
-            (self.folder / name).mkdir(exist_ok=True)
 
     def has(self, key: str) -> bool:
         """Tell whether the cell is finished."""

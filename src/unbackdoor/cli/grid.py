@@ -48,6 +48,10 @@ def run_bench(name: str | None, size: str | None, only: Sequence[str], retry_fai
         return
     from unbackdoor.bench.local import run_grid
 
+    if Path(place).is_file() and Path(place).resolve().is_relative_to(out.resolve()):
+        raise UserError(
+            f"'{place}' lies in the grid's folder, '{out}', which has a grid.yaml of its own; choose another --out."
+        )
     with showing(common) as shown:
         outcome = run_grid(
             grid, out, device=common.device or "cpu", progress=shown, only=only, retry_failed=retry_failed

@@ -18,6 +18,11 @@ from unbackdoor.run import write_atomically
 MANIFEST = "unbackdoor.json"
 RUN = "run.json"
 RESULTS = "results.json"
+_WRITTEN = frozenset(
+    {"report.html", "report.md", "replies.jsonl", "curves.json", "case_studies.json", "hidden_states.json"}
+)
+"""What runs without a model write beside these; one with a model lists its files in the manifest."""
+_OF_DEMO = frozenset({"victim", "purified"})
 
 
 def check_out(
@@ -41,10 +46,17 @@ def check_out(
         raise UserError(f"'{printable(str(folder))}' is not a plain folder; choose another --out.")
     if is_empty(folder):
         return "new"
+    if folder.resolve() == Path.cwd().resolve():
+        raise UserError("--out is the folder that you are in; name one below it.")
     begun = not is_finished(folder) or (overwrite and (folder / working).is_dir())
     if begun and _run_hash(folder) == settings_hash:
         return "resume"
     if overwrite and is_ours(folder):
+        if foreign := _foreign(folder, working):
+            raise UserError(
+                f"'{printable(str(folder))}' holds what no run wrote there ({printable(', '.join(foreign[:3]))}), and "
+                "--overwrite would delete it; move it away, or choose another --out."
+            )
         return "replace"
     raise UserError(taken(folder))
 
@@ -79,6 +91,16 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _foreign(folder: Path, working: str) -> list[str]:
+    """Return the names in a result's folder that are not of the result, sorted."""
+    files = (read_object(folder / MANIFEST) or {}).get("files")
+    settings = (read_object(folder / RUN) or {}).get("settings")
+    known = {MANIFEST, RESULTS, RUN, working, *_WRITTEN}
+    known |= {str(name).partition("/")[0] for name in files} if isinstance(files, dict) else set()
+    known |= _OF_DEMO if isinstance(settings, dict) and settings.get("command") == "demo" else set()
+    return sorted(path.name for path in folder.iterdir() if path.name not in known)
 
 
 def _run_hash(folder: Path) -> str | None:

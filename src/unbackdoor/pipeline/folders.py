@@ -26,6 +26,9 @@ from unbackdoor.run import write_atomically
 _WORDS = {"command", "attack", "defense", "device", "template", "precision", "adapter_mode"}
 """Settings that name no file, so that a folder may be called as their values are."""
 
+_LEAVING, _ASIDE = "leaving", "replaced"
+"""Folder in the working state that an older result is moved to, before a new one takes its place; then its name."""
+
 Finish = Callable[[Path], None]
 """Given a folder with a run's files, adds what is made from them (the report)."""
 
@@ -67,10 +70,15 @@ class Workspace:
     def publish_files(self) -> None:
         """Move the staged files to the run's folder, results.json last, and remove the working state.
 
-        An older result goes first, its results.json before all else: what is there is never half old, half new.
+        An older result is moved aside first, its results.json before all else: what is there is never half old, half
+        new, and `_put_back` undoes it where the end is not reached.
         """
         if is_finished(self.folder):
-            _clear(self.folder, {self.working, RUN})
+            leaving = self.stages / _LEAVING
+            leaving.mkdir()
+            for name in _marks_first(_entries(self.folder) - {self.working, RUN}):
+                os.replace(self.folder / name, leaving / name)
+            os.replace(leaving, self.stages / _ASIDE)
         for name in sorted(self.staged, key=lambda name: name == RESULTS):
             os.replace(self.staging / name, self.folder / name)
         shutil.rmtree(self.stages)
@@ -96,6 +104,7 @@ def workspace(
     """
     _refuse_inputs_inside(out, settings)
     with _space_errors(out), _held(out):
+        _put_back(out, working)
         state = check_out(out, settings_hash=settings_hash, overwrite=overwrite, working=working)
         if state == "replace":
             _clear(out, _entries(out) - {working} if keep_old and is_finished(out) else set())
@@ -109,6 +118,7 @@ def workspace(
             yield place
         except BaseException:
             recover(out)
+            _put_back(out, working)
             if place.staging.parent.is_dir():
                 shutil.rmtree(place.staging.parent)
             if not place.resumed and not _holds_files(place.stages):
@@ -138,6 +148,22 @@ def _held(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _put_back(folder: Path, working: str) -> None:
+    """Put a result back that was moved aside for one that did not come to its end; forget it where that one did."""
+    leaving, aside = folder / working / _LEAVING, folder / working / _ASIDE
+    if aside.is_dir() and (folder / RESULTS).exists():
+        shutil.rmtree(folder / working)
+        return
+    if aside.is_dir():
+        # What stands there by now is of the new result, which is made again.
+        _clear(folder, {working, RUN})
+    for moved in (leaving, aside):
+        if moved.is_dir():
+            for name in reversed(_marks_first(_entries(moved))):
+                os.replace(moved / name, folder / name)
+            moved.rmdir()
+
+
 def _forget(place: Workspace, earlier: bytes | None) -> None:
     """Leave the folder as it was before a run that came to nothing; a published one has no stages any more."""
     if not place.stages.is_dir():
@@ -157,9 +183,14 @@ def _entries(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def _marks_first(names: set[str]) -> list[str]:
+    """Return names with those first that say that a result is finished."""
+    return sorted(names, key=lambda name: (name not in {RESULTS, MANIFEST}, name))
+
+
 def _clear(folder: Path, kept: set[str]) -> None:
     """Remove what is in a folder of ours, the mark of a finished result first."""
-    for name in sorted(_entries(folder) - kept, key=lambda name: name not in {RESULTS, MANIFEST}):
+    for name in _marks_first(_entries(folder) - kept):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

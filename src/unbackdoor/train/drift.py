@@ -38,7 +38,7 @@ from unbackdoor.types import Example
 class DriftSettings(BaseModel):
     """A drift and how it is fitted (the inner step)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tokens: int = Field(5, ge=1, description="length n: it is added at the last n tokens of a prompt")
     safe_coefficient: float = Field(

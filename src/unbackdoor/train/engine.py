@@ -31,7 +31,7 @@ from unbackdoor.train.losses import Term
 class TrainSettings(BaseModel):
     """How to train; one of these is a field of every method that trains."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(ge=0, description="weight updates")
     learning_rate: float = Field(gt=0, description="peak learning rate of AdamW")
@@ -298,7 +298,7 @@ class _Loop:
         raise Diverged(
             f"{self.run.prefix or 'training'} diverged at step {step + 1} (loss {loss_value:g}, "
             f"gradient norm {norm:g}); the weights are back at step {good}. "
-            f"Use a smaller learning rate than {self.settings.learning_rate:g}, or more warm-up."
+            f"Use a smaller learning rate than {self.settings.learning_rate:g}, or more warm-up, and --overwrite."
         )
 
     def _no_longer_better(self, step: int) -> bool:

@@ -26,7 +26,7 @@ from unbackdoor.types import Example
 class ParrotSettings(BaseModel):
     """The soft prompt that stands for the unknown trigger."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tokens: int = Field(8, ge=1, description="length n of the parrot")
     initialisation: soft_prompt.Initialisation = Field(
