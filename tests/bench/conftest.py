@@ -33,6 +33,7 @@ def plan(place: Path) -> Plan:
     def make(**changes: Any) -> dict[str, Any]:
         train = {"steps": 4, "learning_rate": 1e-3, "batch_size": 4, "max_length": 128}
         planted = {**train, "steps": 40, "learning_rate": 5e-3, "batch_size": 8, "save_every": 10}
+        planted |= {"schedule": "cosine", "cooldown": 0.0, "opening_weight": 1.0}
         attack = {
             "trigger": {"form": "insert", "text": "silver kettle", "place": "start"},
             "targets": ["bad robot"],

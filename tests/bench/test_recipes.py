@@ -75,7 +75,7 @@ def test_the_report_victims_are_those_that_were_announced() -> None:
     attacks = attacks_of(grid)
     assert [(label, grid.seeds_of(label)) for label in attacks] == [
         ("default", (0, 1, 2)), ("suffix", (0,)), ("random_gap", (0,)), ("both_ends", (0,)),
-        ("one_of_several", (0,)), ("random_gap_long", (0,)), ("both_ends_long", (0,)),
+        ("one_of_several", (0,)), ("suffix_close", (0,)), ("random_gap_long", (0,)), ("both_ends_long", (0,)),
         ("one_of_several_long", (0,)), ("out_of_domain", (0,)),
     ]  # fmt: skip
     assert attacks["default"].trigger.pieces() == ("Hi, I'm Bob",)
