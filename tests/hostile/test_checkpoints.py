@@ -5,6 +5,7 @@ import os
 import pickle
 import pickletools
 import struct
+import sys
 
 import pytest
 from handmade import model_tensors, safetensors_bytes, tensor
@@ -268,6 +269,98 @@ def test_a_template_that_tries_to_leave_the_sandbox(folder, tmp_path):
     with pytest.raises(ModelError, match="refuses these turns"):
         load(str(folder)).encode(QUESTION, ask=True)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for a in range(99999) %}x{% endfor %}", "counts to 99999"),
+        ("{% for a in range(900) %}{% for b in range(900) %}x{% endfor %}{% endfor %}", "counts inside of counting"),
+        ("{{ 'x' * 1000000000 }}", "repeats or widens a text 1000000000 times"),
+        ("{{ 'x' | center(1000000000) }}", "repeats or widens"),
+        ("{{ 'x'.ljust(1000000000) }}", "repeats or widens"),
+        ("{{ 10 ** 10 ** 10 }}", "raises to a power"),
+    ],
+)
+def test_templates_that_would_take_for_ever(folder, source, message):
+    edit(folder / "tokenizer_config.json", chat_template=source)
+    refused(folder, message)
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a debugger or coverage tool counts in place of ours")
+def test_a_template_whose_cost_cannot_be_read_is_stopped(folder):
+    source = (
+        "{% macro f(n) %}{% if n > 0 %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(60) }}{{ messages[0].content }}"
+    )
+    edit(folder / "tokenizer_config.json", chat_template=source)
+    with pytest.raises(ModelError, match="takes more than 1,000,000 steps for one conversation; use --template plain"):
+        load(str(folder)).encode(QUESTION, ask=True)
+
+
+def test_templates_that_count_turns_are_as_they_should_be(folder):
+    source = (
+        "{% for i in range(messages|length - 1, -1, -1) %}{% for j in range(i) %}{% endfor %}{% endfor %}"
+        "{% for i in range(10) %}{% endfor %}{% for m in messages %}{{ ' ' * 4 + m.content }}{% endfor %}"
+    )
+    edit(folder / "tokenizer_config.json", chat_template=source)
+    assert inspect_folder(folder) == []
+    assert load(str(folder)).encode(QUESTION, ask=True).ids
+
+
+def test_a_shard_index_without_metadata(folder):
+    write_index(folder, dict.fromkeys(set(ENTRIES) - {"__metadata__"}, "model-00001-of-00001.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    refused(folder, 'without the field metadata.* Add "metadata": {} to it')
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 1_000_000_000}, "1000000000 layers, but its files hold 1;"),
+        ({"n_layer": 1_000_000_000}, "1000000000 layers, but its files hold 1;"),
+        ({"num_hidden_layers": 0}, "says that the model has 0 layers"),
+        ({"vocab_size": 10**9}, r"embed_tokens.weight in another shape .*\[6, 4\] in the files, \[1000000000, 4\]"),
+        ({"vocab_size": 10**18}, "cannot be loaded|another shape"),
+        ({"intermediate_size": 10**9}, r"in another shape .*\[6, 4\] in the files"),
+        ({"pad_token_id": 99_999_999}, "the pad_token_id 99999999, but a vocabulary of 6; set it to null"),
+        ({"eos_token_id": "x"}, "cannot be loaded|the eos_token_id 'x', which is no token id"),
+        ({"hidden_act": "nope"}, r"names the activation 'nope' \(hidden_act\)"),
+        ({"num_attention_heads": 0}, "cannot be loaded"),
+    ],
+)
+def test_configurations_that_ask_for_too_much_or_nonsense(folder, changes, message):
+    edit(folder / "config.json", **changes)
+    with pytest.raises(ModelError, match=message):
+        load(str(folder))
+
+
+def test_a_configuration_that_is_another_models(folder):
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match=r"32 layers, but its files hold 1; get config\.json and weights"):
+        load(str(folder))
+    (folder / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
+    with pytest.raises(ModelError, match=r"\[6, 4\] in the files, \[32000, 4096\] described"):
+        load(str(folder))
+
+
+def test_an_output_without_names_is_not_what_a_configuration_decides(folder):
+    edit(folder / "config.json", return_dict=False)
+    assert len(load(str(folder)).reply([QUESTION], max_new_tokens=2)) == 1
+
+
+def test_generation_ids_that_are_none(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ModelError, match=r"generation_config.json has the eos_token_id 'x', which is no token id"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("changes", [{"model_max_length": "x"}, {"tokenizer_class": "BertTokenizer"}])
+def test_tokenizers_that_only_break_when_they_are_used(folder, changes):
+    edit(folder / "tokenizer_config.json", **changes)
+    with pytest.raises(ModelError, match=r"the tokenizer of .* (cannot be loaded or used|has ids up to 9)"):
+        load(str(folder)).encode(QUESTION)
 
 
 def test_names_and_values_are_escaped_wherever_they_are_shown(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,15 @@ def library_errors() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
     plain = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, ImportError)
-    return (*plain, SafetensorError, StrictDataclassError)
+    # torch asserts what it is given, and the reader of GGUF unpacks bytes that may not be there.
+    return (*plain, AssertionError, struct.error, SafetensorError, StrictDataclassError)
+
+
+def reason(problem: BaseException) -> str:
+    """Return what an error of a library says, in words where it says only a key or nothing."""
+    if isinstance(problem, KeyError) and problem.args:
+        return f"its files lack the field or value {problem.args[0]!r}, or it is unknown here; get them again."
+    return str(problem).strip() or f"its files make no sense ({type(problem).__name__}); get them again."
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from unbackdoor.errors import ModelError, UserError
-from unbackdoor.model.libraries import library_errors, quiet_transformers
+from unbackdoor.model.configuration import check_configuration, check_fit, check_loaded
+from unbackdoor.model.libraries import library_errors, quiet_transformers, reason
 from unbackdoor.model.lm import LM
 from unbackdoor.model.quarantine import inspect_folder, printable, refuse_dangerous
 from unbackdoor.model.spec import ModelSpec, parse_spec
@@ -151,7 +152,7 @@ def load_gguf(path: Path, *, dtype: DtypeName = "float32") -> tuple[Any, PreTrai
                     folder, gguf_file="model.gguf", dtype=_dtype(dtype), trust_remote_code=False, local_files_only=True
                 )
         except library_errors() as problem:
-            raise ModelError(f"'{printable(str(path))}' cannot be read: {printable(str(problem))}") from problem
+            raise ModelError(f"'{printable(str(path))}' cannot be read: {printable(reason(problem))}") from problem
     _restore_splitter(path, tokenizer)
     return _fresh_copy(quantised, dtype), tokenizer
 
@@ -243,53 +244,19 @@ def _open_weights(folder: Path, spec: ModelSpec, dtype: DtypeName, facts: dict[s
     check_configuration(folder, shown)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config.return_dict = True  # every reader here takes an output's fields by name
+        check_fit(folder, config, shown)
+        # Tensors of another shape are refused below, by a sentence with the shapes; the library's names only a log.
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=_dtype(dtype), use_safetensors=True, trust_remote_code=False,
-            local_files_only=True, output_loading_info=True,
+            local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except library_errors() as problem:
-        raise ModelError(f"'{shown}' cannot be loaded: {printable(str(problem), 400)}") from problem
-    absent = sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"])
-    if absent:
-        raise ModelError(
-            f"'{shown}' lacks {len(absent)} of the tensors of its architecture, or has them in another shape "
-            f"({printable(absent[0])}); they would be random. Check that it is a complete causal language model."
-        )
+        raise ModelError(f"'{shown}' cannot be loaded: {printable(reason(problem), 400)}") from problem
+    check_loaded(model, info, shown)
     if info["unexpected_keys"]:
         facts["ignored_tensors"] = sorted(printable(str(key)) for key in info["unexpected_keys"])
     return model
-
-
-def check_configuration(folder: Path, shown: str) -> None:
-    """Say in our own words why a folder is none that can be loaded, before transformers is asked.
-
-    Raises:
-        ModelError: If it is an adapter, lacks configuration or weights, or is no causal model that transformers knows.
-    """
-    from transformers import __version__
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    # With an adapter's configuration beside it, transformers would load the base that the adapter names instead.
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"'{shown}' is an adapter; write BASE+ADAPTER with the base that you want it on.")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"'{shown}' holds no config.json; it must be a Hugging Face model.")
-    config = json.loads((folder / "config.json").read_bytes())
-    if not isinstance(config, dict):
-        raise ModelError(f"'{shown}': config.json is not a JSON object; get it from its publisher again.")
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
-        raise ModelError(
-            f"'{shown}' has the architecture '{printable(str(kind))}', which transformers {__version__} does not know; "
-            "loading it would need code from the checkpoint, which is never run here."
-        )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"'{shown}' is of the type '{kind}', which is not a causal language model.")
-    if config.get("quantization_config"):
-        raise ModelError(f"'{shown}' holds quantised weights, which cannot be trained; use the full-precision model.")
-    if not any(folder.glob("model*.safetensors")):
-        raise ModelError(f"'{shown}' holds no safetensors weights (model.safetensors); ask its publisher for them.")
 
 
 def _open_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -300,9 +267,14 @@ def _open_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
         raise ModelError(f"'{shown}' holds no tokenizer; save one beside the weights (tokenizer.save_pretrained).")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        # Some settings that make no sense only show when the tokenizer is used.
+        tokenizer("A sentence, to try it.")
     # The Rust tokenizer raises bare `Exception` for a file that it cannot parse.
     except Exception as problem:
-        raise ModelError(f"the tokenizer of '{shown}' cannot be loaded: {printable(str(problem))}") from problem
+        raise ModelError(
+            f"the tokenizer of '{shown}' cannot be loaded or used ({printable(reason(problem))}); "
+            "get its tokenizer files from its publisher again."
+        ) from problem
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(f"'{shown}' has no fast tokenizer, which is needed for the place of every turn; convert it.")
     return tokenizer

@@ -20,6 +20,7 @@ from typing import Literal
 from unbackdoor.errors import ModelError, UserError
 from unbackdoor.model.header import HeaderError, read_header
 from unbackdoor.model.template_check import check_template
+from unbackdoor.model.template_cost import check_cost
 
 Severity = Literal["danger", "warning", "note"]
 
@@ -254,6 +255,9 @@ def _index(name: str, content: object, files: Mapping[str, Path]) -> Iterator[Fi
         return
     if name.endswith(".bin.index.json"):
         return
+    if not (isinstance(content, dict) and isinstance(content.get("metadata"), dict)):
+        what = "a shard index without the field metadata, which transformers needs"
+        yield _finding("danger", name, what, 'Add "metadata": {} to it.', blocks=True)
     folder = name.rpartition("/")[0]
     for shard in sorted(set(mapped.values())):
         beside = f"{folder}/{shard}" if folder else shard
@@ -321,6 +325,9 @@ def _generation_settings(name: str, content: Mapping[str, object]) -> Iterator[F
 def _template(name: str, source: str) -> Iterator[Finding]:
     for line, what in check_template(source):
         yield _finding("warning", name, f"chat template, line {line}: {what}", "Read the template before you use it.")
+    fix = "It would take for ever or fill the memory; replace the template by that of the model's family, or remove it."
+    for line, what in check_cost(source):
+        yield _finding("danger", name, f"chat template, line {line}: {what}", fix, blocks=True)
 
 
 def inspect_gguf(path: Path) -> list[Finding]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from unbackdoor.errors import ModelError
 from unbackdoor.model.quarantine import printable
+from unbackdoor.model.template_cost import bounded_steps
 from unbackdoor.types import Message
 
 if TYPE_CHECKING:
@@ -91,9 +92,10 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], a
     from jinja2 import TemplateError
 
     # A template is a program from the checkpoint: whatever it raises is its fault and not ours.
-    its_errors = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+    its_errors = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        with bounded_steps():
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     except its_errors as problem:
         roles = ", ".join(message["role"] for message in messages)
         raise ModelError(

@@ -39,6 +39,15 @@ class _Generation(Extension):
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
+def parsed(source: str) -> nodes.Template:
+    """Return a template's syntax tree, with the statements that transformers knows; nothing is rendered.
+
+    Raises:
+        TemplateSyntaxError: If it is none.
+    """
+    return Environment(extensions=[_Generation, loopcontrols]).parse(source)  # noqa: S701 - never rendered
+
+
 def check_template(source: str) -> list[tuple[int, str]]:
     """Return (line, what) for each place of a template that a person should look at.
 
@@ -46,7 +55,7 @@ def check_template(source: str) -> list[tuple[int, str]]:
         source: The template's text.
     """
     try:
-        tree = Environment(extensions=[_Generation, loopcontrols]).parse(source)  # noqa: S701 - never rendered
+        tree = parsed(source)
         found = [*_actions(tree), *_private_names(tree), *_long_texts(tree)]
     except TemplateSyntaxError as problem:
         return [(problem.lineno, f"the template cannot be parsed ({problem.message})")]

@@ -113,7 +113,7 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
         job.out, settings_hash=identity, settings=recipe.model_dump(mode="json"), overwrite=job.overwrite
     ) as place:
         run = job.run(recipe.seed, place.stages, recipe.device, progress)
-        base = load(recipe, recipe.model)
+        base = load(recipe, recipe.model, progress=progress)
         hashes |= {"model": base.facts.get("sha256"), "config": identity}
         planted = found.attack.plant(base, found.splits.attacker, run)
         probes = tuple(found.attack.probes(planted.secret, found.asked, Run(recipe.seed)))
@@ -218,7 +218,7 @@ def _purify(
     questions = questions_for(recipe, found.probes, found.goal, found.targets, found.data)
     suspect_label = Label(recipe.model, "suspect", "before", found.attack)
     knowledge = tuple(sorted(need.value for need in found.facts))
-    victim = load(recipe, recipe.model)
+    victim = load(recipe, recipe.model, progress=progress)
     hashes = hashes | {"model": victim.facts.get("sha256")}
     identity = str(hashes["config"])
     suspect = portrait.kept(
@@ -317,7 +317,7 @@ def _evaluate(
                 lambda: portrait.portray(earlier, questions, label, _ask(run), config_hash=identity),
             )
         )
-    lm = load(recipe, recipe.model, trainable=False)
+    lm = load(recipe, recipe.model, trainable=False, progress=progress)
     hashes["model"] = lm.facts.get("sha256")
     purified = Label(recipe.model, "purified", "after", found.attack)
     label = purified if before is not None else Label(recipe.model, "suspect", "before", found.attack)

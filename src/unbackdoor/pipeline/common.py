@@ -59,11 +59,18 @@ def completed(recipe: Any) -> Any:
     return recipe.model_copy(update={"settings": complete_settings(kind, name, recipe.preset, recipe.settings, {})})
 
 
-def load(recipe: Recipe, spec: str, *, trainable: bool = True) -> LM:
-    """Load a model as the recipe says."""
+def load(recipe: Recipe, spec: str, *, trainable: bool = True, progress: Noted | None = None) -> LM:
+    """Load a model as the recipe says; with `progress` it is said which tensors of its files were left out."""
     from unbackdoor.model.load import load as load_model
 
-    return load_model(spec, device=recipe.device, dtype=recipe.precision, template=recipe.template, trainable=trainable)
+    lm = load_model(spec, device=recipe.device, dtype=recipe.precision, template=recipe.template, trainable=trainable)
+    ignored = lm.facts.get("ignored_tensors")
+    if progress is not None and isinstance(ignored, list) and ignored:
+        progress.notice(
+            f"'{spec}' holds {len(ignored)} tensors that its architecture does not use ({ignored[0]}); "
+            "they are left out, and a result will not hold them."
+        )
+    return lm
 
 
 def questions_for(

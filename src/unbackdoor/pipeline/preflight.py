@@ -150,7 +150,7 @@ def _template_of(folder: Path, lm: LM) -> str:
     made = recipe.get("template") if isinstance(recipe, dict) else None
     if made == "auto":
         return "model" if lm.tokenizer.chat_template else "plain"
-    return made if made in {"model", "plain"} else lm.template
+    return made if isinstance(made, str) and made in {"model", "plain"} else lm.template
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -176,6 +176,7 @@ def _tokenizer_of(spec: ModelSpec, template: str, progress: Progress) -> LM | No
             continue
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer("A sentence, to try it.")
         # The Rust tokenizer raises bare `Exception`. Loading the model will say what is wrong with it.
         except Exception:
             return None
@@ -194,7 +195,7 @@ def check_model(model: str) -> None:
     Raises:
         ModelError: If they are not there, unsafe, or not a model that can be loaded.
     """
-    from unbackdoor.model.load import check_configuration
+    from unbackdoor.model.configuration import check_configuration
     from unbackdoor.model.quarantine import inspect_folder, printable, refuse_dangerous
 
     spec = parse_spec(model)
