@@ -305,13 +305,13 @@ def test_out_that_is_new(tmp_path):
 def test_out_with_an_unfinished_run(tmp_path):
     out = tmp_path / "out"
     mark_run(out, settings_hash="a", settings={"seed": 1})
-    (out / "stage").mkdir()
+    (out / "stages").mkdir()
     for overwrite in (False, True):
         assert check_out(out, settings_hash="a", overwrite=overwrite, working="stages") == "resume"
     with pytest.raises(UserError, match="unfinished run of other settings; give --overwrite"):
         check_out(out, settings_hash="b", overwrite=False, working="stages")
     assert check_out(out, settings_hash="b", overwrite=True, working="stages") == "replace"
-    assert (out / "stage").is_dir()
+    assert (out / "stages").is_dir()
 
 
 @pytest.mark.parametrize("mark", ["unbackdoor.json", "results.json"])

@@ -22,6 +22,8 @@ _WRITTEN = frozenset(
     {"report.html", "report.md", "replies.jsonl", "curves.json", "case_studies.json", "hidden_states.json"}
 )
 """What runs without a model write beside these; one with a model lists its files in the manifest."""
+_WORK = frozenset({"stages", "work"})
+"""Where unfinished runs keep what they can go on from."""
 _OF_DEMO = frozenset({"victim", "purified"})
 
 
@@ -97,7 +99,7 @@ def _foreign(folder: Path, working: str) -> list[str]:
     """Return the names in a result's folder that are not of the result, sorted."""
     files = (read_object(folder / MANIFEST) or {}).get("files")
     settings = (read_object(folder / RUN) or {}).get("settings")
-    known = {MANIFEST, RESULTS, RUN, working, *_WRITTEN}
+    known = {MANIFEST, RESULTS, RUN, working, *_WORK, *_WRITTEN}
     known |= {str(name).partition("/")[0] for name in files} if isinstance(files, dict) else set()
     known |= _OF_DEMO if isinstance(settings, dict) and settings.get("command") == "demo" else set()
     return sorted(path.name for path in folder.iterdir() if path.name not in known)
