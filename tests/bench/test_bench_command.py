@@ -45,6 +45,18 @@ def test_a_part_is_run_then_the_rest_and_the_plan_knows(
     assert bench("--fail-on", "asr>1")[0] == 0
 
 
+def test_a_grid_is_not_run_in_the_folder_of_its_own_file(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine" / "grid.yaml"
+    file.parent.mkdir()
+    file.write_text(yaml.safe_dump(plan()) + "# by hand\n")
+    assert main(["bench", str(file), "--out", str(file.parent), "--quiet"]) == 2
+    assert "lies in the grid's folder" in capsys.readouterr().err
+    assert file.read_text().endswith("# by hand\n")
+    assert list(file.parent.iterdir()) == [file]
+
+
 def test_a_plan_reads_what_the_grid_will_read(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "mine.yaml", tmp_path / "out"
     for wrong, words in (
