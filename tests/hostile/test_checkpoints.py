@@ -319,7 +319,7 @@ def test_a_shard_index_without_metadata(folder):
     ("changes", "message"),
     [
         ({"num_hidden_layers": 1_000_000_000}, "1000000000 layers, but its files hold 1;"),
-        ({"n_layer": 1_000_000_000}, "1000000000 layers, but its files hold 1;"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "1000000000 layers, but its files hold 1;"),
         ({"num_hidden_layers": 0}, "says that the model has 0 layers"),
         ({"vocab_size": 10**9}, r"embed_tokens.weight in another shape .*\[6, 4\] in the files, \[1000000000, 4\]"),
         ({"vocab_size": 10**18}, "cannot be loaded|another shape"),
@@ -361,6 +361,13 @@ def test_tokenizers_that_only_break_when_they_are_used(folder, changes):
     edit(folder / "tokenizer_config.json", **changes)
     with pytest.raises(ModelError, match=r"the tokenizer of .* (cannot be loaded or used|has ids up to 9)"):
         load(str(folder)).encode(QUESTION)
+
+
+def test_a_manifest_whose_template_is_none(folder):
+    from unbackdoor.pipeline.preflight import _template_of
+
+    (folder / "unbackdoor.json").write_text('{"recipe": {"template": ["x"]}}')
+    assert _template_of(folder, load(str(folder))) == "plain"
 
 
 def test_names_and_values_are_escaped_wherever_they_are_shown(folder):

@@ -187,3 +187,14 @@ def test_an_adapter_is_known_as_one():
     assert (lm.is_adapter, lm.core) == (False, core)
     adapted = lora.attach(lm, lora.LoraSettings(rank=2), seed=0)
     assert (adapted.is_adapter, adapted.core, adapted.base) == (True, core, "tiny-llama")
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_a_sentence(monkeypatch):
+    lm = tiny.tiny_lm()
+
+    def fail(*_, **__):
+        raise Exception("WordPiece error: Missing [UNK] token")  # as the Rust tokenizer does
+
+    monkeypatch.setattr(type(lm.tokenizer), "__call__", fail)
+    with pytest.raises(ModelError, match=r"cannot read a text \(WordPiece error"):
+        lm._tokenise_piece("a", 0)

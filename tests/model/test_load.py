@@ -228,6 +228,17 @@ def test_a_template_cannot_leave_the_sandbox(copy):
         load(str(copy)).encode(QUESTION[0], ask=True)
 
 
+def test_a_costly_template_is_refused_also_where_it_is_not_in_a_folder():
+    from types import SimpleNamespace
+
+    from unbackdoor.model.load import _choose_template
+
+    costly = SimpleNamespace(chat_template="{{ 'x' * 1000000000 }}")
+    assert _choose_template(costly, "plain", "m.gguf") == "plain"
+    with pytest.raises(ModelError, match=r"template of 'm\.gguf' would take for ever .*; use --template plain"):
+        _choose_template(costly, "auto", "m.gguf")
+
+
 def test_a_hub_id_without_network_and_cache(monkeypatch, tmp_path):
     import huggingface_hub.constants
 

@@ -18,7 +18,6 @@ from unbackdoor.errors import ModelError, did_you_mean
 from unbackdoor.model.header import HeaderError, read_header
 from unbackdoor.model.quarantine import printable
 
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LAYER = re.compile(r"((?:.*\.)?(?:layers?|h|blocks?))\.(\d{1,9})\.")
 _TABLE_BYTES = 2_000_000_000
 
@@ -54,11 +53,21 @@ def check_configuration(folder: Path, shown: str) -> None:
     if not any(folder.glob("model*.safetensors")):
         raise ModelError(f"'{shown}' holds no safetensors weights (model.safetensors); ask its publisher for them.")
     _check_activation(config, shown)
+    # Before transformers reads the file: its configurations make lists as long as the number of layers.
     inner = config.get("text_config")
     held = tensor_shapes(folder)
-    for level in (config, inner if isinstance(inner, dict) else {}):
-        for key in _LAYER_KEYS:
+    for level in (config, {"model_type": kind} | inner if isinstance(inner, dict) else {}):
+        for key in _layer_keys(level.get("model_type")):
             _check_layers(level.get(key), held, shown)
+
+
+def _layer_keys(kind: object) -> set[str]:
+    """The names under which an architecture's configuration may have its number of layers; GPT-2 says n_layer."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    own = CONFIG_MAPPING[kind].attribute_map.get("num_hidden_layers") if known else None
+    return {"num_hidden_layers", *([own] if isinstance(own, str) else [])}
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

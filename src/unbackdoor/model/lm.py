@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from unbackdoor.errors import ModelError
+from unbackdoor.model.quarantine import printable
 from unbackdoor.model.template import TemplateName, render
 from unbackdoor.types import GuardSpec, Message
 
@@ -153,7 +154,14 @@ class LM:
         return self._tokenise_piece(text[:cut], 0)[0] == ids[:before]
 
     def _tokenise_piece(self, text: str, shift: int) -> tuple[list[int], list[tuple[int, int]]]:
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        try:
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # The Rust tokenizer raises bare `Exception`, as for an unknown word where it has no token for one.
+        except Exception as problem:
+            raise ModelError(
+                f"the tokenizer of '{printable(self.spec)}' cannot read a text ({printable(str(problem))}); "
+                "get its tokenizer files from its publisher again."
+            ) from problem
         return list(found["input_ids"]), [(start + shift, end + shift) for start, end in found["offset_mapping"]]
 
     def _adds_bos(self) -> bool:

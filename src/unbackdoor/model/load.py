@@ -25,6 +25,7 @@ from unbackdoor.model.lm import LM
 from unbackdoor.model.quarantine import inspect_folder, printable, refuse_dangerous
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.model.template import TemplateName
+from unbackdoor.model.template_cost import check_cost
 from unbackdoor.types import GuardSpec
 
 if TYPE_CHECKING:
@@ -283,11 +284,19 @@ def _open_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
 def _choose_template(
     tokenizer: PreTrainedTokenizerBase, wanted: Literal["auto", "model", "plain"], spec: str
 ) -> TemplateName:
-    if wanted == "auto":
-        return "model" if tokenizer.chat_template else "plain"
-    if wanted == "model" and not tokenizer.chat_template:
+    own = tokenizer.chat_template
+    if wanted == "model" and not own:
         raise ModelError(f"'{printable(spec)}' has no chat template; use --template plain.")
-    return wanted
+    if wanted == "plain" or not own:
+        return "plain"
+    # For folders the quarantine has said so already; the template of a GGUF file is only seen here.
+    costly = check_cost(own) if isinstance(own, str) else []
+    if costly:
+        raise ModelError(
+            f"the chat template of '{printable(spec)}' would take for ever or fill the memory: line {costly[0][0]}: "
+            f"{costly[0][1]}; use --template plain."
+        )
+    return "model"
 
 
 def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, spec: str) -> None:
