@@ -47,7 +47,9 @@ def run_bench(name: str | None, size: str | None, only: Sequence[str], retry_fai
         _plan(grid, out, only, common)
         return
     from unbackdoor.bench.local import run_grid
+    from unbackdoor.pipeline.preflight import check_device
 
+    check_device(common.device or "cpu")
     with showing(common) as shown:
         outcome = run_grid(
             grid, out, device=common.device or "cpu", progress=shown, only=only, retry_failed=retry_failed
