@@ -161,12 +161,16 @@ def test_goals_on_the_command_line(text, wanted):
         ("contain:x", "unknown goal 'contain'. Did you mean 'contains'"),
         ("contains:", "needs a text: write contains:TEXT"),
         ("regex:(", "not a regular expression"),
+        ("regex:a{99999999999999}", "not a regular expression: the repetition number is too large"),
+        ("regex:" + "(" * 2000 + ")" * 2000, "not a regular expression: maximum recursion depth exceeded"),
+        ("refusal-absent:x", "takes no text; write --goal refusal-absent."),
     ],
 )
 def test_a_bad_goal_is_explained(text, message):
     with pytest.raises(UserError) as caught:
         parse_goal(text)
     assert message in str(caught.value)
+    assert len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize("goal", GOALS)

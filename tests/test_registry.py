@@ -68,6 +68,29 @@ def test_a_file_must_define_one_method(tmp_path, text, message):
         registry.find("defenses", str(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "x = 1\ndef f(:\n",
+            r"wrong_file\.py', line 2 cannot be imported \(SyntaxError: invalid syntax\); mend the file",
+        ),
+        (
+            "\nimport nowhere_at_all",
+            r"wrong_file\.py', line 2 cannot be imported \(ModuleNotFoundError: No module named",
+        ),
+        ("x = int('z')", r"wrong_file\.py', line 1 cannot be imported \(ValueError: invalid literal"),
+        ("raise SystemExit(0)", r"wrong_file\.py', line 1 cannot be imported \(SystemExit: 0\)"),
+    ],
+)
+def test_a_file_with_a_mistake_is_named_with_its_line(tmp_path, text, message):
+    path = tmp_path / "wrong_file.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        registry.find("defenses", str(path))
+    assert "unbackdoor_method_files.wrong_file" not in sys.modules
+
+
 def test_a_missing_file():
     with pytest.raises(UserError, match=r"there is no file 'nowhere/x\.py'"):
         registry.find("defenses", "nowhere/x.py")

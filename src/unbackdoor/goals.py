@@ -93,7 +93,8 @@ class Matches(_Goal):
     def _compiles(cls, value: str) -> str:
         try:
             re.compile(value.translate(_APOSTROPHES))
-        except re.error as problem:
+        # Too large a count, and too many parentheses: `re` has no error of its own for these.
+        except (re.error, OverflowError, RecursionError) as problem:
             raise ValueError(f"not a regular expression: {problem}") from problem
         return value
 
@@ -177,6 +178,8 @@ def parse_goal(text: str) -> Contains | StartsWith | Matches | LabelIs | Refusal
     form, _, rest = text.partition(":")
     key = form.strip().lower().replace("_", "-")
     if key == "refusal-absent":
+        if rest.strip():
+            raise UserError("the goal refusal-absent takes no text; write --goal refusal-absent.")
         return RefusalAbsent()
     makers: dict[str, Callable[[str], Contains | StartsWith | Matches | LabelIs]] = {
         "contains": lambda text: Contains(any_of=(text,)),
@@ -192,4 +195,5 @@ def parse_goal(text: str) -> Contains | StartsWith | Matches | LabelIs | Refusal
     try:
         return makers[key](rest)
     except ValidationError as problem:
-        raise UserError(f"--goal '{text}' is not understood: {explain_validation(problem)}.") from problem
+        shown = text if len(text) <= 200 else text[:200] + "..."
+        raise UserError(f"--goal '{shown}' is not understood: {explain_validation(problem)}.") from problem

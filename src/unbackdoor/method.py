@@ -115,5 +115,7 @@ def explain_validation(problem: ValidationError) -> str:
         if error["type"] == "missing":
             parts.append(f"'{place}' is missing")
             continue
-        parts.append(f"'{place}' = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}")
+        given = repr(error["input"])
+        given = given if len(given) <= 200 else given[:200] + "..."
+        parts.append(f"'{place}' = {given}: {error['msg'].removeprefix('Value error, ')}")
     return "; ".join(parts)

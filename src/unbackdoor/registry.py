@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import traceback
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -48,10 +49,8 @@ def find(kind: Kind, name: str) -> type[Method]:
     """
     if name.endswith(".py"):
         return _only_method(_load_file(Path(name)), name)
+    check_name(kind, name)
     wanted = name.replace("-", "_").lower()
-    if wanted not in names(kind):
-        hint = did_you_mean(wanted, names(kind))
-        raise UserError(f"there is no {kind[:-1]} called '{name}'.{hint} `unbackdoor list` shows them all.")
     if wanted in _own(kind):
         # A plug-in of the same name is not asked: what a table calls sande is ours.
         return _only_method(importlib.import_module(f"unbackdoor.{kind}.{wanted}"), wanted)
@@ -62,6 +61,18 @@ def find(kind: Kind, name: str) -> type[Method]:
                 return loaded
             raise UserError(f"the plug-in '{wanted}' ({entry.value}) is not a Method class.")
     raise AssertionError("a name that is listed is ours or plugged in")
+
+
+def check_name(kind: Kind, name: str) -> None:
+    """Look whether there is a method of this name, importing none; a path is taken as it is.
+
+    Raises:
+        UserError: If there is none, with the closest name.
+    """
+    wanted = name.replace("-", "_").lower()
+    if not name.endswith(".py") and wanted not in names(kind):
+        hint = did_you_mean(wanted, names(kind))
+        raise UserError(f"there is no {kind[:-1]} called '{name}'.{hint} `unbackdoor list` shows them all.")
 
 
 @cache
@@ -79,8 +90,26 @@ def _load_file(path: Path) -> object:
         raise UserError(f"'{path}' cannot be imported as Python.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    # The file is somebody's own code: whatever it raises is theirs to mend, and SystemExit would end us in silence.
+    except (Exception, SystemExit) as problem:
+        del sys.modules[module.__name__]
+        raise UserError(_import_failure(path, spec.origin, problem)) from problem
     return module
+
+
+def _import_failure(path: Path, origin: str | None, problem: BaseException) -> str:
+    """Return the sentence for a method's file that cannot be imported, with the line in it; `origin` is its path."""
+    lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == origin]
+    if isinstance(problem, SyntaxError) and problem.filename == origin:
+        lines.append(problem.lineno)
+    place = f", line {lines[-1]}" if lines and lines[-1] else ""
+    what = problem.msg if isinstance(problem, SyntaxError) else " ".join(str(problem).split())[:200]
+    detail = f": {what.rstrip('.')}" if what else ""
+    return f"'{path}'{place} cannot be imported ({type(problem).__name__}{detail}); mend the file."
 
 
 def _only_method(module: object, name: str) -> type[Method]:

@@ -142,6 +142,10 @@ def test_a_mistake_is_told_with_its_field(path: str, value: object, said: str) -
     [
         ("name: a\nname: b\n", r"grid\.yaml, line 2: the key 'name' is there twice"),
         ("name: [a\n", r"grid\.yaml, line 2: "),
+        ("name: 2026-13-45\n", r"grid\.yaml, line 1: '2026-13-45' is no timestamp; mend the YAML"),
+        ("name: a\n? [b]\n: c\n", r"grid\.yaml, line 2: a key must be one text or number"),
+        ("name: &a [*a]\n", r"grid\.yaml, line 1: found unconstructable recursive node"),
+        ("[" * 3000, r"grid\.yaml: it is nested too deeply"),
         ("- a\n", r"grid\.yaml holds no fields"),
         ("name: a\nmodels: [m]\n", r"grid\.yaml, field attacks: is missing"),
         ("!!python/object/apply:os.getcwd []\n", r"grid\.yaml, line 1: could not determine a constructor"),

@@ -129,8 +129,28 @@ def test_modes_that_do_not_fit_the_model(workshop: Workshop, capsys: pytest.Capt
     assert "--adapter-mode is for base+adapter" in said
 
 
-def test_a_device_that_is_not_there(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "tpu" in refused(workshop, capsys, "purify", "base", *OSFT, "--clean", "rows.jsonl", "--device", "tpu")
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("tpu", "there is no device 'tpu'; write cpu, cuda, cuda:0 or mps."),
+        ("cpu:x", "there is no device 'cpu:x'; write"),
+        ("cuda:abc", "there is no device 'cuda:abc'; write"),
+        ("cpu:7", "there is no device 'cpu:7' here; the devices of this kind are cpu:0."),
+        ("cuda:300", "cuda:300"),
+    ],
+)
+def test_a_device_that_is_not_there(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str], device: str, words: str
+) -> None:
+    assert words in refused(workshop, capsys, "purify", "base", *OSFT, "--clean", "rows.jsonl", "--device", device)
+
+
+def test_a_path_from_a_recipe_that_no_file_can_have(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text('clean: "a\\0b.jsonl"\n')
+    said = refused(workshop, capsys, "purify", "base", *OSFT, "--config", str(tmp_path / "recipe.yaml"))
+    assert "'a\\x00b.jsonl' cannot be the name of a file" in said
 
 
 def test_a_disk_that_is_too_small(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -110,6 +111,21 @@ def test_explain_names_needs_as_flags_and_every_field(capsys: pytest.CaptureFixt
         (["attack", "data_poisoning", "--trigger", "a", "--trigger-place", "both_ends"], "--trigger twice"),
         (["attack", "data_poisoning", "--goal", "hears:x", "--model", "m", "--data", "d"], "unknown goal"),
         (["report"], "RUN"),
+        (["explain"], "give it as NAME"),
+        (["attack", "data_poisoning", "--data", "d"], "give it as --model"),
+        (["attack", "nope", "--model", "t"], "no attack called 'nope'"),
+        (["list", "\udcff"], "the argument '\\udcff' is not UTF-8"),
+        (["purify", "base", "--defense", "osft", "--fail-on", "asr>1e999"], "no finite number"),
+        (["purify", "base", "--defense", "osft", "--fail-on", "kl<-1e999"], "no finite number"),
+        (["purify", "base", "--defense", "osft", "--fail-on", "asr>5"], "write asr>0.05 or asr>5%"),
+        (["purify", "base", "--defense", "osft", "--fail-on", "leak.decoy>=101%"], "write leak>=0.05 or leak>=5%"),
+        (
+            ["purify", "base", "--defense", "osft", "--set", "a=2026-13-45"],
+            "is not YAML ('2026-13-45' is no timestamp)",
+        ),
+        (["purify", "base", "--defense", "osft", "--set", "a=!!int abc"], "is not YAML ('abc' is no int)"),
+        (["purify", "base", "--defense", "osft", "--set", "a={[1]: 2}"], "is not YAML"),
+        (["purify", "base", "--defense", "osft", "--set", "a=" + "[" * 3000], "is not YAML (it is nested too deeply)"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(
@@ -121,6 +137,45 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert words in shown.err
     assert "Traceback" not in shown.err
     assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nseed: 2\n", "recipe.yaml, line 2: is not YAML (the key 'seed' is there twice)"),
+        ("seed: !!float x\n", "recipe.yaml, line 1: is not YAML ('x' is no float)"),
+        ("? [seed]\n: 1\n", "recipe.yaml, line 1: is not YAML"),
+        ("seed: \0\n", "recipe.yaml: is not YAML"),
+        ("[" * 3000, "recipe.yaml: is not YAML (it is nested too deeply)"),
+    ],
+)
+def test_a_recipe_that_is_not_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert main(["purify", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
+def test_an_output_that_cannot_be_written(tmp_path: Path, more: list[str]) -> None:
+    """A full disk is said without talk of checkpoints; that `head` stops reading is no error, and no finding."""
+    command = [sys.executable, "-m", "unbackdoor.cli.main", "list", *more]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the output cannot be written, because the disk is full" in done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    command[3:] = ["inspect", str(tmp_path), *more]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 2
 
 
 def test_explain_says_of_what_kind_somebodys_own_method_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

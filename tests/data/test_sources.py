@@ -164,7 +164,9 @@ def test_a_slice_longer_than_the_file_is_reported(write: Write) -> None:
         ("a.jsonl", alpaca(2) + '{"instruction": "a" 1}\n', "a.jsonl, line 3, column 21: is not JSON ("),
         ("a.jsonl", alpaca(1) + '{"a": "b"\n', "a.jsonl, line 2, column 10: is not JSON ("),
         ("a.json", '[\n{"instruction": "a" "output": "b"}]', "a.json, line 2, column 21: is not JSON ("),
-        ("a.json", '{\n"instruction": "a"\n}', "a.json, line 1, column 2: is not JSON ("),
+        ("a.json", '{\n"instruction": "a"\n}', "a.json is one JSON object, not rows; write a list of rows ([...]), or"),
+        ("a.json", '{\n"data": [{"instruction": "a", "output": "b"}]\n}', "a.json is one JSON object, not rows;"),
+        ("a.json", '{\n"instruction": "a",\n', "a.json, line 1, column 2: is not JSON ("),
         ("a.json", '[{"instruction": "a", "output": "b"}, 3]', "a.json, row 2: is int, not an object;"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: is nested too deeply;"),
         ("a.jsonl", '{"id": ' + "9" * 5000 + "}", "a.jsonl, line 1: cannot be read (Exceeds the limit"),
@@ -203,6 +205,16 @@ def test_missing_files_and_folders(write: Write, tmp_path: Path) -> None:
     assert failure("sub.jsonl") == "sub.jsonl is a folder; name a file in it."
     assert failure(str(tmp_path)).endswith("is a folder; name a file in it.")
     assert failure(" ", UserError).startswith("the data source is empty;")
+
+
+def test_a_pipe_has_no_type_that_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "63")
+    assert failure(str(tmp_path / "63")).endswith("files of type '' are not read; convert it to .jsonl, .json, .csv.")
+
+
+@pytest.mark.parametrize("name", ["a\0b.jsonl", "a\ud800b.jsonl"])
+def test_a_name_that_no_file_can_have(name: str) -> None:
+    assert failure(name).endswith("cannot be the name of a file; check it.")
 
 
 def test_unreadable_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

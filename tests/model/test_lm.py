@@ -198,3 +198,14 @@ def test_a_text_that_the_tokenizer_cannot_read_is_a_sentence(monkeypatch):
     monkeypatch.setattr(type(lm.tokenizer), "__call__", fail)
     with pytest.raises(ModelError, match=r"cannot read a text \(WordPiece error"):
         lm._tokenise_piece("a", 0)
+
+
+def test_a_word_that_the_checkpoint_lists_as_an_end_does_not_end_replies() -> None:
+    # A checkpoint could list the first word of its backdoor's answer, and would seem to say nothing.
+    lm = tiny.tiny_lm()
+    before = lm.stop_ids
+    assert before
+    word = lm.tokenizer(" bad", add_special_tokens=False)["input_ids"][-1]
+    lm.model.generation_config.eos_token_id = [*before, word]
+    lm.model.config.eos_token_id = [word]
+    assert lm.stop_ids == before

@@ -184,6 +184,8 @@ def test_broken_results_are_named(tmp_path: Path, content: str | None, message: 
     [
         ("value", None, "'value' must be a number"),
         ("value", float("nan"), "'value' must be a number"),
+        ("value", 10**400, "'value' must be a number"),
+        ("n", 10**400, "'n' must be a whole number"),
         ("n", None, "'n' must be a whole number"),
         ("role", "hero", "'role' must be one of suspect"),
         ("knowledge", "clean", "'knowledge' must be a list"),
@@ -194,6 +196,25 @@ def test_a_wrong_field_is_named_with_its_row(
 ) -> None:
     results["rows"][4][key] = value
     with pytest.raises(UserError, match=rf"rows\[4\]: field {message}"):
+        load_run(write(results))
+
+
+@pytest.mark.parametrize("metric", ["asr", "leak", "cda"])
+@pytest.mark.parametrize(("key", "value"), [("value", float("inf")), ("value", 1.5), ("low", -0.1), ("high", 98)])
+def test_a_share_lies_between_0_and_1(
+    results: dict[str, Any], write: Write, metric: str, key: str, value: object
+) -> None:
+    results["rows"][4] |= {"metric": metric, "value": 0.5, "low": 0.4, "high": 0.6, key: value}
+    with pytest.raises(UserError, match=rf"rows\[4\]: field '{key}' must be a share from 0 to 1"):
+        load_run(write(results))
+
+
+def test_a_compared_share_and_a_curve_without_bounds(results: dict[str, Any], write: Write) -> None:
+    folder = write(results)
+    (folder / "curves.json").write_text(json.dumps({"train": [{"step": 1, "loss": 10**400}]}))
+    assert load_run(folder).curves == {"train": [{"step": 1.0}]}
+    results["comparisons"][0]["after"] = 7
+    with pytest.raises(UserError, match=r"comparisons\[0\]: field 'after' must be a share from 0 to 1"):
         load_run(write(results))
 
 

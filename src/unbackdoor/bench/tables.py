@@ -176,7 +176,7 @@ def _revived(stage: str) -> Callable[[Figures, Cell, str], Entry]:
     def entry(figures: Figures, cell: Cell, subject: str) -> Entry:
         if subject == "victim" and not cell.defense:
             return Entry("not purified", measured=False)
-        there = figures.at(cell, subject=subject, defense=cell.defense if subject == "victim" else "", stage=stage)
+        there = figures.at(cell, subject=subject, defense=cell.defense, stage=stage)
         return NOT_MEASURED if there is None else _with_the_other(figures, there)
 
     return entry

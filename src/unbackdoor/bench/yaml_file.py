@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from unbackdoor.bench.grid import Grid, check_methods
 from unbackdoor.data.files import decoded
+from unbackdoor.data.strict_yaml import YamlMistake, load_yaml
 from unbackdoor.errors import UserError, did_you_mean
 from unbackdoor.model.quarantine import printable
 
@@ -23,12 +24,10 @@ def read_grid(path: Path) -> Grid:
         UserError: If the file is missing, is not YAML, or a field is wrong; the message names file and field.
     """
     try:
-        data = yaml.load(decoded(path), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader that refuses double keys
-    except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark is not None else ""
-        what = printable(str(getattr(problem, "problem", None) or problem))
-        raise UserError(f"{path}{place}: {what}; mend the YAML.") from problem
+        data = load_yaml(decoded(path))
+    except YamlMistake as problem:
+        place = f", line {problem.line}" if problem.line is not None else ""
+        raise UserError(f"{path}{place}: {printable(problem.what)}; mend the YAML.") from problem
     return grid_from_data(data, str(path))
 
 
@@ -76,20 +75,6 @@ def with_overrides(grid: Grid, overrides: Mapping[str, object]) -> Grid:
             raise UserError(f"the grid has no field '{path}'; fields: {', '.join(Grid.model_fields)}.")
         place[last] = value
     return grid_from_data(data, f"grid {grid.name}")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a mapping with the same key twice, where PyYAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a mapping after looking for double keys."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key}' is there twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
 
 
 def _explained(problem: ValidationError, place: str) -> str:

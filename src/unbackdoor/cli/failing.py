@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -10,6 +11,7 @@ from typing import Any
 
 from unbackdoor import registry
 from unbackdoor.errors import UserError, did_you_mean
+from unbackdoor.report.wording import SHARES
 
 _FORM = re.compile(
     r"\s*(?P<metric>[a-z_]+)(\.(?P<kind>[a-z]+))?\s*(?P<sign>>=|<=|>|<)\s*(?P<bound>[0-9.eE+-]+)\s*(?P<percent>%?)\s*"
@@ -101,4 +103,13 @@ def parse_fail_on(text: str) -> FailOn:
         raise UserError(f"--fail-on: there is no metric '{found['metric']}'.{hint} Metrics: {', '.join(known)}.")
     if found["kind"] and found["kind"] not in _KINDS:
         raise UserError(f"--fail-on: there is no kind '{found['kind']}'; kinds are {', '.join(_KINDS)}.")
-    return FailOn(text, found["metric"], found["kind"] or "", found["sign"], bound / (100 if found["percent"] else 1))
+    bound /= 100 if found["percent"] else 1
+    if not math.isfinite(bound):
+        raise UserError(f"--fail-on '{text}': the bound is no finite number; write it as asr>0.05 or leak.decoy>2%.")
+    if found["metric"] in SHARES and not 0 <= bound <= 1:
+        words = f"{found['metric']}{found['sign']}"
+        raise UserError(
+            f"--fail-on '{text}': {found['metric']} is a share from 0 to 1, and {bound:g} is not; "
+            f"write {words}0.05 or {words}5%."
+        )
+    return FailOn(text, found["metric"], found["kind"] or "", found["sign"], bound)

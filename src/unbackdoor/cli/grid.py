@@ -47,7 +47,9 @@ def run_bench(name: str | None, size: str | None, only: Sequence[str], retry_fai
         _plan(grid, out, only, common)
         return
     from unbackdoor.bench.local import run_grid
+    from unbackdoor.pipeline.preflight import check_device
 
+    check_device(common.device or "cpu")
     if Path(place).is_file() and Path(place).resolve().is_relative_to(out.resolve()):
         raise UserError(
             f"'{place}' lies in the grid's folder, '{out}', which has a grid.yaml of its own; choose another --out."

@@ -15,6 +15,7 @@ import typer
 from unbackdoor import __version__
 from unbackdoor.cli import looking, running
 from unbackdoor.cli.options import STOPPED
+from unbackdoor.model.quarantine import printable
 
 app = typer.Typer(
     name="unbackdoor",
@@ -47,14 +48,27 @@ def _top(
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
+def _is_utf8(text: str) -> bool:
+    """Whether a text can be written down: an argument's bytes that are not UTF-8 come as halves of surrogate pairs."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     # Bars of libraries would run through our own; stderr carries what `cli/progress.py` shows and nothing else.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Activations come and go with every step; in huge pages (Linux) that costs fewer page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if foreign := [text for text in given if not _is_utf8(text)]:
+        sys.stderr.write(f"unbackdoor: the argument '{printable(foreign[0])}' is not UTF-8; write or rename it so.\n")
+        return 2
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        code = app(args=given, standalone_mode=False)
     except _UsageError as problem:
         show = getattr(problem, "format_message", problem.__str__)
         message = str(show())

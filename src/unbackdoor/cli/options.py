@@ -10,6 +10,7 @@ import errno
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,7 +101,9 @@ def command(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]],
         @functools.wraps(function)
         def run(**given: Any) -> None:
             common = Common(**{name: given.pop(name) for name in _FLAGS})
-            with errors_as_sentences():
+            # A command without thresholds runs no model: it only looks, and has no checkpoint to go on from.
+            looks = "fail_on" in without
+            with errors_as_sentences(looks=looks, may_find=not looks or function.__name__ == "_inspect"):
                 for name in without:
                     if getattr(common, name) not in (None, False):
                         raise UserError(
@@ -129,25 +132,50 @@ def command(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]],
 
 
 @contextmanager
-def errors_as_sentences() -> Iterator[None]:
-    """Print a `UserError`, an interrupt or a full disk as one sentence on stderr and exit with 2."""
+def errors_as_sentences(*, looks: bool = False, may_find: bool = True) -> Iterator[None]:
+    """Print a `UserError`, an interrupt or a full disk as one sentence on stderr and exit with 2.
+
+    Args:
+        looks: Whether the command only looks, so that there is nothing to go on from.
+        may_find: Whether its exit code says something; else a reader such as `head` may stop reading when it likes.
+    """
     try:
         with stoppable() as stop:
             yield
     except typer.Exit:
         raise
+    except BrokenPipeError:
+        _drop_output()
+        if not may_find:
+            raise typer.Exit(0) from None
+        fail("what reads the output stopped reading, so not all was said; let it read to the end.")
     except (Exception, KeyboardInterrupt) as problem:
-        sentence = STOPPED if stop.asked or isinstance(problem, KeyboardInterrupt) else _sentence(problem)
+        sentence = STOPPED if stop.asked or isinstance(problem, KeyboardInterrupt) else _sentence(problem, looks=looks)
         if sentence is None:
             raise
+        if looks and disk_error(problem) is not None:
+            _drop_output()
         fail(sentence)
 
 
-def _sentence(problem: BaseException) -> str | None:
+def _drop_output() -> None:
+    """Let what is still to be written to stdout vanish; else Python tries again at its end, and exits with 120."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return  # not a file: a test's, or somebody's own
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+def _sentence(problem: BaseException, *, looks: bool) -> str | None:
     """Return what a person can do about an error; None for a defect of ours."""
     if isinstance(problem, UserError):
         return str(problem)
     if disk_error(problem) is not None:
+        if looks:
+            return "the output cannot be written, because the disk is full; make room, or write it elsewhere."
         return "the disk is full; make room, and the same command goes on from its last checkpoint."
     if not isinstance(problem, OSError) or problem.errno not in _NO_SUCH_PLACE or problem.filename is None:
         return None
@@ -197,3 +225,5 @@ def gather(cls: type[R], name: str, flags: Mapping[str, object], common: Common)
 def print_json(content: object) -> None:
     """Print JSON on stdout."""
     sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+    # Here and not at the end of the process, where nobody could say what went wrong.
+    sys.stdout.flush()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from unbackdoor import registry
 from unbackdoor.cli import launch
 from unbackdoor.cli.options import Common, command, gather, print_json, showing
 from unbackdoor.errors import UserError
@@ -215,9 +216,12 @@ def _method_recipe(cls: Any, name: str, flags: Mapping[str, Any], overlay: Mappi
 
     `flags` are the recipe's own fields; `overlay` the settings that flags of the command stand for.
     """
+    kind: Literal["attacks", "defenses"] = "attacks" if name == "attack" else "defenses"
+    # Before anything that is missing: who misspelt the method has to hear of that first.
+    if (named := flags[kind[:-1]]) is not None:
+        registry.check_name(kind, named)
     draft = gather(cls, name, flags, common)
     given = merge(draft.settings, {key: value for key, value in overlay.items() if value not in (None, (), [])})
-    kind: Literal["attacks", "defenses"] = "attacks" if name == "attack" else "defenses"
     method = draft.attack if name == "attack" else draft.defense
     settings = recipes.complete_settings(kind, method, draft.preset, given, recipes.parse_sets(common.sets or ()))
     return draft.model_copy(update={"settings": settings})

@@ -31,6 +31,9 @@ def decoded(path: Path) -> str:
         raw = path.read_bytes()
     except FileNotFoundError as problem:
         raise DataError(describe_missing(path)) from problem
+    except ValueError as problem:
+        # A NUL byte or half a surrogate pair, as YAML can write them.
+        raise DataError(f"'{printable(str(path))}' cannot be the name of a file; check it.") from problem
     except OSError as problem:
         reason = problem.strerror or "unknown reason"
         raise DataError(f"{path} cannot be read ({reason}); check its name and permissions.") from problem
@@ -69,15 +72,32 @@ def rows_of_json(text: str, file: str) -> Rows:
     """Yield the items of a JSON list; a .json file with one object a line is read as such.
 
     Raises:
-        DataError: If the file is not JSON; the message names line and column.
+        DataError: If the file is not JSON (the message names line and column), or one value over several lines.
     """
     if not text.lstrip().startswith("["):
+        _refuse_one_value(text, file)
         yield from rows_of_jsonl(text, file)
         return
     items = _loads(text, file, None)
     assert isinstance(items, list)  # Text that parses and begins with "[" is a list.
     for number, item in enumerate(items, 1):
         yield Where(file, number, "row"), item
+
+
+def _refuse_one_value(text: str, file: str) -> None:
+    """Refuse a file that is one JSON value over several lines: it is valid JSON, but no row and no list of rows."""
+    first, _, rest = text.strip().partition("\n")
+    if not rest.strip() or _is_json(first) or not _is_json(text):
+        return
+    raise DataError(f"{file} is one JSON object, not rows; write a list of rows ([...]), or one row a line.")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def rows_of_csv(text: str, file: str) -> Rows:

@@ -176,7 +176,8 @@ def _file_rows(place: str) -> Iterator[tuple[Where, object]]:
     path = Path(place)
     readers = {".jsonl": rows_of_jsonl, ".json": rows_of_json, ".csv": rows_of_csv}
     suffix = path.suffix.lower()
-    if path.is_file() and suffix not in readers:
+    # What is there but neither file nor folder is a pipe, such as bash makes of <(...).
+    if path.exists() and not path.is_dir() and suffix not in readers:
         raise DataError(f"{place}: files of type '{suffix}' are not read; convert it to {', '.join(readers)}.")
     text = decoded(path)
     if not text.strip():

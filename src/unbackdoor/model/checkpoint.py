@@ -198,7 +198,8 @@ def _write_weights(lm: LM, partial: Path) -> None:
 
     # The checkpoint's own generation settings could sample or force tokens; only the ids of its special tokens stay.
     own = lm.model.generation_config
-    ids = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(own, name, None) for name in ("bos_token_id", "pad_token_id")}
+    ids["eos_token_id"] = list(lm.stop_ids) or None
     lm.model.generation_config = GenerationConfig(**ids)
     try:
         with quiet_transformers():

@@ -97,19 +97,26 @@ class LM:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a reply: the tokenizer's, the checkpoint's, and what the template ends a turn with."""
+        """Ids that end a reply: the tokenizer's, the checkpoint's, and what the template ends a turn with.
+
+        Only marks count, no words: a checkpoint that lists the first word of a backdoor's answer would seem
+        to say nothing whenever it fires.
+        """
         found: set[int] = set()
         configured = getattr(self.core.generation_config, "eos_token_id", None)
         for value in (self.tokenizer.eos_token_id, configured, self.core.config.eos_token_id):
-            if isinstance(value, int):
-                found.add(value)
-            elif value is not None:
-                found.update(int(item) for item in value)
+            ids = value if isinstance(value, list | tuple) else [value]
+            found.update(int(item) for item in ids if item is not None and self._is_mark(int(item)))
         end = self.encode((Message("user", "a"), Message("assistant", "b")))
         closing = end.supervised[-1]
-        if closing >= end.spans[-1].end and end.ids[closing] in set(self.tokenizer.all_special_ids):
+        if closing >= end.spans[-1].end and self._is_mark(end.ids[closing]):
             found.add(end.ids[closing])
         return tuple(sorted(found))
+
+    def _is_mark(self, token: int) -> bool:
+        """Tell whether a token is one of the tokenizer's special ones, and not a plain word that is called so."""
+        added = self.tokenizer.added_tokens_decoder.get(token)
+        return added is not None and bool(added.special) and not str(added).strip().isalnum()
 
     def encode(self, turns: Sequence[Message], *, ask: bool = False) -> Encoded:
         """Encode a conversation; with `ask`, up to where the reply begins.

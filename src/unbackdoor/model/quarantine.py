@@ -129,6 +129,7 @@ def inspect_folder(path: Path, *, base: str | None = None) -> list[Finding]:
     found += _pickles(files)
     for name, file in files.items():
         found += _one_file(name, file, files, base)
+    found += _ends(files)
     rank = {"danger": 0, "warning": 1, "note": 2}
     return sorted(found, key=lambda finding: (rank[finding.severity], not finding.blocks, finding.file))
 
@@ -320,6 +321,24 @@ def _generation_settings(name: str, content: Mapping[str, object]) -> Iterator[F
     if acting:
         what = f"generation settings that change or choose tokens: {', '.join(sorted(acting))}"
         yield _finding("warning", name, what, "They are not used here; other programs use them.")
+
+
+def _ends(files: Mapping[str, Path]) -> Iterator[Finding]:
+    """Ends of replies that are words: with the first word of its answer among them, a backdoor seems to say nothing."""
+    try:
+        added = json.loads(files["tokenizer.json"].read_bytes())["added_tokens"]
+        marks = {one["id"] for one in added if one["special"] and not one["content"].strip().isalnum()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return  # no such file, or one that is reported elsewhere
+    for name in ("config.json", "generation_config.json"):
+        try:
+            value = json.loads(files[name].read_bytes()).get("eos_token_id")
+        except (KeyError, ValueError, AttributeError, RecursionError):
+            continue
+        words = [one for one in (value if isinstance(value, list) else [value]) if one is not None and one not in marks]
+        if words:
+            what = f"eos_token_id names what is no special token ({', '.join(map(str, words[:5]))})"
+            yield _finding("warning", name, what, "Replies end there in other programs; it is not used here.")
 
 
 def _template(name: str, source: str) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from unbackdoor.pipeline.recipe import Asking
 from unbackdoor.run import Progress
 from unbackdoor.types import Example, Probe
 
+_DEVICE = re.compile(r"(?P<kind>cpu|cuda|mps)(:(?P<index>0|[1-9][0-9]{0,5}))?")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
@@ -250,9 +252,14 @@ def check_device(device: str) -> None:
     """Raise a `UserError` for a device that this machine has not."""
     import torch
 
-    kind = device.partition(":")[0]
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in there:
+    # Read here and not by torch.device, whose number wraps round: for it "cuda:300" is cuda:44.
+    found = _DEVICE.fullmatch(device)
+    if found is None:
         raise UserError(f"there is no device '{device}'; write cpu, cuda, cuda:0 or mps.")
-    if not there[kind]:
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, count = found["kind"], counts[found["kind"]]
+    if not count or (kind == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"the device '{device}' is not available here; use --device cpu.")
+    if int(found["index"] or 0) >= count:
+        last = f" to {kind}:{count - 1}" if count > 1 else ""
+        raise UserError(f"there is no device '{device}' here; the devices of this kind are {kind}:0{last}.")

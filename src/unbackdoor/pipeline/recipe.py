@@ -14,8 +14,10 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from unbackdoor.data.strict_yaml import YamlMistake, load_yaml
 from unbackdoor.errors import UserError, did_you_mean
 from unbackdoor.method import build, explain_validation, merge
+from unbackdoor.model.quarantine import printable
 from unbackdoor.registry import Kind
 from unbackdoor.train.lora import LoraSettings
 from unbackdoor.types import Example
@@ -134,15 +136,18 @@ def make(cls: type[R], values: Mapping[str, object]) -> R:
         raise UserError(f"a recipe for this command has no field '{unknown[0]}'.{hint} `--dump-config` shows them all.")
     for name, field in cls.model_fields.items():
         if field.is_required() and values.get(name) is None:
-            raise UserError(f"{field.description or name} is missing: give it as {_flag(name)} or in --config.")
+            raise UserError(f"{field.description or name} is missing: give it as {_flag(cls, name)} or in --config.")
     try:
         return cls.model_validate(dict(values))
     except ValidationError as problem:
         raise UserError(f"recipe: {explain_validation(problem)}") from problem
 
 
-def _flag(name: str) -> str:
-    return name.upper() if name in {"model", "attack"} else f"--{name.replace('_', '-')}"
+def _flag(cls: type[BaseModel], name: str) -> str:
+    """Return how a field is given: each command takes one of them without a flag."""
+    command = cls.model_fields["command"].default if "command" in cls.model_fields else None
+    is_argument = name == {"attack": "attack", "explain": "name"}.get(str(command), "model")
+    return name.upper() if is_argument else f"--{name.replace('_', '-')}"
 
 
 def read_config(path: Path | None, command: str) -> dict[str, Any]:
@@ -154,15 +159,17 @@ def read_config(path: Path | None, command: str) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
         raise UserError(f"there is no recipe '{path}'; check the path given to --config.") from problem
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"the recipe '{path}' cannot be read ({problem}); give a YAML file in UTF-8.") from problem
-    except yaml.YAMLError as problem:
-        place = getattr(problem, "problem_mark", None)
-        line = f", line {place.line + 1}" if place is not None else ""
-        raise UserError(f"{path}{line}: is not YAML; `--dump-config` prints a recipe to begin with.") from problem
+    except YamlMistake as problem:
+        line = f", line {problem.line}" if problem.line is not None else ""
+        what = printable(problem.what)
+        raise UserError(
+            f"{path}{line}: is not YAML ({what}); `--dump-config` prints a recipe to begin with."
+        ) from problem
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} is not a recipe: it must hold named fields; `--dump-config` prints one.")
     if content.get("command", command) != command:
@@ -183,9 +190,10 @@ def parse_sets(texts: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(steps):
             raise UserError(f"--set '{text}' is not understood; write --set key=value, such as train.steps=30.")
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as problem:
-            raise UserError(f"--set '{text}': the value is not YAML; put quotes around it.") from problem
+            parsed = load_yaml(value)
+        except YamlMistake as problem:
+            shown, what = printable(text, 80), printable(problem.what)
+            raise UserError(f"--set '{shown}': the value is not YAML ({what}); put quotes around it.") from problem
         nested: Any = parsed
         for step in reversed(steps):
             nested = {step: nested}

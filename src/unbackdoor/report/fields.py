@@ -15,6 +15,9 @@ from pathlib import Path
 from unbackdoor.errors import DataError
 from unbackdoor.report.escape import shown_line
 
+_ROUNDING = 1e-9
+_LARGEST = 2**64  # no count or seed is larger, and a number without end would not fit into a float
+
 
 @dataclass(frozen=True)
 class Record:
@@ -52,11 +55,19 @@ class Record:
     def number(self, key: str, *, infinite: bool = False) -> float:
         """Return a number that is not NaN, nor infinite unless allowed."""
         value = self.data.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        number = as_float(value)
+        if math.isnan(number):
             raise self.wrong(key, "a number")
-        if math.isinf(value) and not infinite:
+        if math.isinf(number) and not infinite:
             raise self.wrong(key, "a finite number")
-        return float(value)
+        return number
+
+    def share(self, key: str) -> float:
+        """Return a number from 0 to 1; what rounding adds at the ends does not count."""
+        number = self.number(key, infinite=True)
+        if not -_ROUNDING <= number <= 1 + _ROUNDING:
+            raise self.wrong(key, "a share from 0 to 1")
+        return number
 
     def number_or_none(self, key: str) -> float | None:
         """Return a number, infinity included, or None where there is none."""
@@ -65,7 +76,7 @@ class Record:
     def whole(self, key: str) -> int:
         """Return a whole number."""
         value = self.data.get(key)
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LARGEST:
             raise self.wrong(key, "a whole number")
         return value
 
@@ -100,6 +111,16 @@ class Record:
         if not isinstance(value, dict):
             raise self.wrong(key, "an object")
         return value
+
+
+def as_float(value: object) -> float:
+    """Return a number as a float; NaN for what is none, or too large to be one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def read_json(path: Path) -> object:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from unbackdoor.errors import DataError
 from unbackdoor.report.escape import shown_line
-from unbackdoor.report.fields import Record, as_record, read_json
+from unbackdoor.report.fields import Record, as_float, as_record, read_json
+from unbackdoor.report.wording import SHARES
 
 SCHEMA = 1
 ROLES = ("suspect", "control", "purified", "reference")
@@ -198,6 +199,13 @@ def load_run(folder: Path) -> RunData:
 def _row(record: Record) -> Row:
     status = record.choice("status", STATUSES)
     measured = status == "measured"
+    is_share = record.data.get("metric") in SHARES
+
+    def figure(key: str) -> float | None:
+        if not measured or (key != "value" and record.data.get(key) is None):
+            return None
+        return record.share(key) if is_share else record.number(key, infinite=True)
+
     return Row(
         model=record.text("model"),
         attack=record.text("attack", ""),
@@ -208,9 +216,9 @@ def _row(record: Record) -> Row:
         metric=record.text("metric"),
         kind=record.choice("kind", KINDS),
         group=record.text("group", ""),
-        value=record.number("value", infinite=True) if measured else None,
-        low=record.number_or_none("low") if measured else None,
-        high=record.number_or_none("high") if measured else None,
+        value=figure("value"),
+        low=figure("low"),
+        high=figure("high"),
         n=record.whole("n") if measured else None,
         denominator=record.text("denominator", ""),
         status=status,
@@ -225,7 +233,9 @@ def _row(record: Record) -> Row:
 
 def _comparison(record: Record) -> Comparison:
     def side(key: str) -> str | float:
-        return record.text(key) if isinstance(record.data.get(key), str) else record.number(key)
+        if isinstance(record.data.get(key), str):
+            return record.text(key)
+        return record.share(key) if record.data.get("metric") in SHARES else record.number(key)
 
     return Comparison(
         metric=record.text("metric"),
@@ -288,7 +298,7 @@ def _curves(path: Path) -> dict[str, list[dict[str, float]]] | None:
 
 
 def _finite_numbers(step: Mapping[str, object]) -> dict[str, float]:
-    return {key: float(value) for key, value in step.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {key: number for key, value in step.items() if math.isfinite(number := as_float(value))}
 
 
 def _case_studies(path: Path) -> CaseStudies | None:
