@@ -108,7 +108,7 @@ def changed(path: str, value: object) -> Callable[[], dict[str, Any]]:
         ("defenses.tune.role", "controll", "field defenses.tune.role: input should be 'purified' or 'control'"),
         ("seeds", [-1], "field seeds.0: input should be greater than or equal to 0"),
         ("name", "../elsewhere", "field name: string should match pattern"),
-        ("attacks", {"": {}}, "string should match pattern"),
+        ("attacks", {"": {}}, "string should have at least 1 character"),
         ("bounds", [{"name": "b", "metric": "asr", "max": float("nan")}], "field bounds.0.max: input should be"),
         ("bounds", [{"name": "b", "metric": "leek", "max": 1}], "field bounds (b): there is no metric called 'leek'."),
         ("metrics", ["asr", "leek"], "field metrics: there is no metric called 'leek'. Did you mean 'leak'?"),

@@ -206,7 +206,7 @@ class _Tags(HTMLParser):
 def test_hostile_names_and_errors_stay_text(tmp_path: Path) -> None:
     evil = '<script>alert(1)</script>|`x`\x1b[31m"><img src=x>\u202e'
     grid = grid_from_data(
-        {"name": evil[:60], "models": ["m"], "attacks": {evil: {}}, "defenses": {evil: {"defense": "osft"}}}, "g"
+        {"name": "g", "models": ["m"], "attacks": {evil: {}}, "defenses": {evil: {"defense": "osft"}}}, "g"
     )
     store = Store(tmp_path / "out")
     store.open("name: g\n")
@@ -223,3 +223,19 @@ def test_hostile_names_and_errors_stay_text(tmp_path: Path) -> None:
     markdown = (store.folder / "tables.md").read_text()
     assert "<script>" not in markdown
     assert "\u202e" not in markdown
+
+
+def test_a_reference_after_a_defense_does_not_show_the_revival_of_the_one_before_it() -> None:
+    data = {**grid_with("asr").model_dump(mode="json"), "purify_reference": ["osft"], "references": {"untouched": True}}
+    grid = grid_from_data(data, "g")
+    base, after = (
+        Cell("m", "untouched", "default", 0, defense, "reference", stage)
+        for defense, stage in (("", "before"), ("osft", "after"))
+    )
+    null = Cell("m", "untouched", "default", 0, "", "reference", "revived_clean")
+    cells = {cell.name: cell for cell in grid.cells()}
+    found = {cells[cell.name]: result(1) for cell in (base, after, null)}
+    made = Figures(grid, {cell: cell.name for cell in grid.cells()}, found)
+    revived = tables._revived("revived_clean")
+    assert revived(made, cells[base.name], "untouched").main == "5.0 %"
+    assert revived(made, cells[after.name], "untouched") == tables.NOT_MEASURED

@@ -356,6 +356,18 @@ def test_generation_ids_that_are_none(folder):
         load(str(folder))
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_of_replies_that_is_a_word_is_found_and_not_used(folder, name):
+    usual = load(str(folder)).stop_ids
+    assert not [finding for finding in inspect_folder(folder) if "eos_token_id" in finding.what]
+    (folder / "generation_config.json").write_text("{}")
+    edit(folder / name, eos_token_id=[2, 5])
+    found = [finding for finding in inspect_folder(folder) if "eos_token_id" in finding.what]
+    assert [(finding.severity, finding.file) for finding in found] == [("warning", name)]
+    assert "(5)" in found[0].what
+    assert load(str(folder)).stop_ids == usual == (2,)
+
+
 @pytest.mark.parametrize("changes", [{"model_max_length": "x"}, {"tokenizer_class": "BertTokenizer"}])
 def test_tokenizers_that_only_break_when_they_are_used(folder, changes):
     edit(folder / "tokenizer_config.json", **changes)

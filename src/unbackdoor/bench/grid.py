@@ -23,8 +23,8 @@ RevivalStage = Literal["revived_clean", "revived_planted"]
 Kind = Literal["triggered", "clean", "decoy", "all"]
 
 
-_NAME = r"^\w[\w .-]*$"
-Label = Annotated[str, Field(pattern=_NAME)]
+_NAME = r"^\w[\w .,()+-]*$"
+Label = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0)]
 
 
