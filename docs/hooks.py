@@ -151,7 +151,9 @@ def _use(name: str, kind: str) -> str:
         needs = [f"{flag} ..." for flag in explanation(name)["needs"]]
         command = f"unbackdoor purify MODEL --defense {name} {' '.join(needs)} --out DIR"
     elif kind == "attacks":
-        command = f"unbackdoor attack {name} --model MODEL --data DATA --out DIR"
+        own = {field["name"] for field in explanation(name)["fields"]}
+        ready = " --poisoned ROWS --trigger TEXT --goal GOAL" if "poisoned" in own else ""
+        command = f"unbackdoor attack {name} --model MODEL --data DATA{ready} --out DIR"
     else:
         command = f"unbackdoor evaluate MODEL --before MODEL --probes PROBES --metrics {name}"
     return f"## Use\n\n```\n{command}\n```"

@@ -60,6 +60,8 @@ def test_every_method_has_a_page_with_its_fields_and_needs(hooks: ModuleType) ->
             assert all(f"| `{field}` |" in page for field in cls.model_fields), name
             assert all(f"`--{need.value}`" in page for need in getattr(cls, "needs", ())), name
             assert all(f"--preset {preset}" in page for preset in cls.presets), name
+    assert "--data DATA --poisoned ROWS --trigger TEXT --goal GOAL --out" in pages["methods/dataset.md"]
+    assert "--data DATA --out" in pages["methods/data_poisoning.md"]
     sande = pages["methods/sande.md"]
     assert sande.startswith("# SANDE\n\n*Defense `sande`. Source: SANDE, 2405.07667")
     assert "**Equation 4:** learn the parrot" in sande

@@ -185,6 +185,8 @@ def test_set_wins_over_flags_over_file_over_preset(
     assert found["settings"]["plain_share"] == 0.0
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(found))
+    assert workshop.run("purify", "--config", str(again), "--preset", "paper", "--dump-config") == 2
+    assert "--preset lies under the settings in" in capsys.readouterr().err
     assert workshop.run("purify", "--config", str(again), "--dump-config") == 0
     assert yaml.safe_load(capsys.readouterr().out) == found
 

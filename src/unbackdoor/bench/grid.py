@@ -128,7 +128,9 @@ class Limit(_Part):
         "value", description="the figure itself, or beside another model's; paired: not significantly worse (5 %)"
     )
     to: Literal["victim", "control", "untouched", "twin", "null"] | None = Field(
-        None, description="the other model: of the same attack and seed; null: the base after the same revival"
+        None,
+        description="the other model: victim and control of the same attack and seed, the untouched base, the attack's "
+        "twin at its first seed; null: the base after the same revival",
     )
     min: float | None = Field(None, description="smallest value that meets the bound")
     max: float | None = Field(None, description="largest value that meets the bound")

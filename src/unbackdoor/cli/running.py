@@ -221,6 +221,11 @@ def _method_recipe(cls: Any, name: str, flags: Mapping[str, Any], overlay: Mappi
     if (named := flags[kind[:-1]]) is not None:
         registry.check_name(kind, named)
     draft = gather(cls, name, flags, common)
+    if common.preset and common.config and recipes.read_config(common.config, name).get("settings"):
+        raise UserError(
+            f"--preset lies under the settings in '{common.config}', which would hide it; leave --preset out, or take "
+            "the settings out of the file."
+        )
     given = merge(draft.settings, {key: value for key, value in overlay.items() if value not in (None, (), [])})
     method = draft.attack if name == "attack" else draft.defense
     settings = recipes.complete_settings(kind, method, draft.preset, given, recipes.parse_sets(common.sets or ()))
