@@ -95,7 +95,7 @@ def _plan(grid: Grid, out: Path, only: Sequence[str], common: Common) -> None:
     from unbackdoor.bench.estimate import estimate, memory
     from unbackdoor.bench.local import check_inputs, choose, measured_seconds
 
-    check_inputs(grid)
+    check_inputs(grid, common.device or "cpu")
     done, chosen = measured_seconds(grid, out), choose(grid.cells(), only)
     cells = [(cell, seconds) for cell, seconds in estimate(grid, done) if cell in chosen]
     left = sum(seconds for cell, seconds in cells if cell not in done)
