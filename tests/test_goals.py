@@ -133,6 +133,8 @@ def test_what_is_decided_early_is_never_contradicted(goal, beginning, rest):
 def test_first_label_takes_whole_words_in_order():
     assert first_label("Sadness and joy", ("joy", "sadness")) == "sadness"
     assert first_label("joyful", ("joy",)) is None
+    assert first_label("Not good.", ("not", "not good")) == "not good"
+    assert first_label("Not bad.", ("not", "not good")) == "not"
     assert first_label("", ("joy",)) is None
 
 

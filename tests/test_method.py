@@ -51,6 +51,17 @@ def test_wrong_settings_are_named(settings, preset, message):
         build(Sample, settings, preset)
 
 
+def test_settings_that_do_not_fit_together_are_not_printed_as_a_whole():
+    from unbackdoor.defenses.osft import Osft
+
+    with pytest.raises(UserError) as refused:
+        build(Osft, {"train": {"cooldown": 0.5}})
+    said = "osft: 'train': cooldown ends a constant learning rate; with cosine, set cooldown to 0; "
+    assert str(refused.value).startswith(said)
+    with pytest.raises(UserError, match=r"'train.betas.0' = 2.*less than 1"):
+        build(Osft, {"train": {"betas": [2, 3]}})
+
+
 def test_a_method_is_frozen_and_named_after_its_file():
     from unbackdoor.defenses.sande_p import SandeP
 

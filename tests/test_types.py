@@ -90,3 +90,11 @@ def test_content_hash_depends_on_content_and_not_on_order():
     assert content_hash({"a": 1}) != content_hash({"a": 2})
     assert content_hash([1, 2]) != content_hash([2, 1])
     assert content_hash({"a": "é"}) == "b3a092a6af48807f"
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite_and_no_overflow():
+    found = estimate([900.0, 900.0], binary=False, exponential=True)
+    assert (found.value, found.low, found.high) == (math.inf, math.inf, math.inf)
+    found = estimate([0.0, 800.0], binary=False, exponential=True)
+    assert found.value == pytest.approx(math.exp(400))
+    assert found.high == math.inf

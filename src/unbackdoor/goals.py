@@ -156,9 +156,12 @@ Goal = Annotated[Contains | StartsWith | Matches | LabelIs | RefusalAbsent, Fiel
 
 
 def first_label(reply: str, labels: tuple[str, ...]) -> str | None:
-    """Return the label that the reply begins with as a whole word, or None (an empty reply has none)."""
+    """Return the label that the reply begins with as a whole word, or None (an empty reply has none).
+
+    Of two labels that fit, such as "not" and "not good", it is the longer one.
+    """
     said = normalise(reply).lstrip(_BEFORE_LABEL)
-    for label in labels:
+    for label in sorted(labels, key=lambda text: len(normalise(text)), reverse=True):
         if re.match(rf"{re.escape(normalise(label))}(?!\w)", said):
             return label
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from unbackdoor.errors import UserError, did_you_mean
 
@@ -25,6 +25,9 @@ def _said(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_said)]
 """A text that is not blank: a trigger, a target, a goal's text."""
+
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+"""A number in [0, 1)."""
 
 
 class Method(BaseModel):
@@ -115,7 +118,9 @@ def explain_validation(problem: ValidationError) -> str:
         if error["type"] == "missing":
             parts.append(f"'{place}' is missing")
             continue
-        given = repr(error["input"])
-        given = given if len(given) <= 200 else given[:200] + "..."
-        parts.append(f"'{place}' = {given}: {error['msg'].removeprefix('Value error, ')}")
+        # A group of settings is long, and which of them do not fit together is what the message says.
+        shown = repr(error["input"])
+        shown = shown if len(shown) <= 200 else shown[:200] + "..."
+        given = "" if isinstance(error["input"], Mapping | BaseModel) else f" = {shown}"
+        parts.append(f"'{place}'{given}: {error['msg'].removeprefix('Value error, ')}")
     return "; ".join(parts)

@@ -163,7 +163,7 @@ def estimate(
         values: One score a probe.
         binary: 0/1 scores: Wilson interval; otherwise a normal interval of the (weighted) mean.
         weights: Optional weight a score (tokens behind it); the mean is the weighted one (a ratio estimator).
-        exponential: Report exp(mean) with exp of the interval's ends.
+        exponential: Report exp(mean) with exp of the interval's ends; infinite where no float can hold it.
 
     Raises:
         ValueError: If `values` is empty or the weights do not match.
@@ -183,8 +183,15 @@ def estimate(
     spread = sum((s * (v - mean)) ** 2 for s, v in zip(share, values, strict=True))
     half = 1.959963984540054 * math.sqrt(spread * n / (n - 1)) if n > 1 else math.inf
     if exponential:
-        return Estimate(math.exp(mean), math.exp(mean - half), math.exp(mean + half) if half < 700 else math.inf, n)
+        return Estimate(_exp(mean), _exp(mean - half), _exp(mean + half), n)
     return Estimate(mean, mean - half, mean + half, n)
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def content_hash(payload: object) -> str:

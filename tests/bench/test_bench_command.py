@@ -68,6 +68,9 @@ def test_a_plan_reads_what_the_grid_will_read(plan: Plan, tmp_path: Path, capsys
             assert main(["bench", str(file), "--out", str(out), "--quiet", *more]) == 2
             assert words in capsys.readouterr().err
     file.write_text(yaml.safe_dump(plan()))
+    for more in ((), ("--dry-run",)):
+        assert main(["bench", str(file), "--out", str(out), "--quiet", "--device", "cpuu", *more]) == 2
+        assert "there is no device 'cpuu'" in capsys.readouterr().err
     assert main(["bench", str(file), "--out", str(out), "--fail-on", "resistance>1"]) == 2
     assert "will not be measured here" in capsys.readouterr().err
     assert not out.exists()

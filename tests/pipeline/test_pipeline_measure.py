@@ -7,6 +7,7 @@ import json
 import pytest
 
 import tiny
+from unbackdoor.errors import UserError
 from unbackdoor.goals import parse_goal
 from unbackdoor.model.lm import LM
 from unbackdoor.pipeline.measure import Label, Measurement, Questions, compare, measure
@@ -25,6 +26,13 @@ def test_one_score_has_no_interval_and_replies_keep_the_whole_conversation(monke
     json.loads(json.dumps(found.to_json(), allow_nan=False))
     said = [reply["prompt"] for reply in found.replies]
     assert said == ["system: be kind\nuser: u1\nassistant: bad robot\nuser: last", "alone"]
+
+
+def test_a_figure_beyond_all_numbers_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unbackdoor.metrics.perplexity.log_losses", lambda *given: [("a", 900.0, 3), ("b", 901.0, 3)])
+    questions = Questions(data={"": tiny.rows(2)}, metrics=("perplexity",))
+    with pytest.raises(UserError, match=r"the perplexity of 'm' is beyond all numbers.*smaller learning rate"):
+        measure(tiny.tiny_lm(), questions, Label("m", "purified"), Run())
 
 
 def test_a_paired_test_of_perplexity_weighs_by_tokens() -> None:

@@ -119,3 +119,9 @@ def test_only_rows_that_training_can_draw_are_asked_for(monkeypatch):
     assert chosen(share=0.0) == rows
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert len(chosen()) == 32, "two processes draw twice as many"
+
+
+def test_no_step_needs_no_labels_and_keeps_all_rows():
+    lm, none = tiny.tiny_lm(), TrainSettings(steps=0, learning_rate=1e-3)
+    rows = [encode_row(lm, example, max_length=64) for example in tiny.rows(3)]
+    assert own_labels(lm, rows, 0.5, none, Run(seed=1)) == (rows, None)

@@ -23,7 +23,7 @@ from unbackdoor.bench.material import Material
 from unbackdoor.bench.store import Result, Store
 from unbackdoor.bench.yaml_file import grid_to_yaml
 from unbackdoor.errors import FULL, READ_ONLY, NotApplicable, UserError, did_you_mean, disk_error
-from unbackdoor.pipeline.preflight import check_model
+from unbackdoor.pipeline.preflight import check_device, check_model
 from unbackdoor.run import Progress, Silent
 from unbackdoor.stopping import stoppable
 
@@ -77,7 +77,7 @@ def run_grid(
         KeyboardInterrupt: If the process was told to stop (^C, SIGTERM); the folder can be gone on with.
     """
     report = progress or Silent()
-    check_inputs(grid)
+    check_inputs(grid, device)
     chosen = choose(grid.cells(), only)
     store = Store(out)
     store.open(grid_to_yaml(grid))
@@ -93,12 +93,13 @@ def run_grid(
     return _outcome(grid, store, keys, unmet)
 
 
-def check_inputs(grid: Grid) -> None:
-    """Read everything that a grid needs before its first cell: methods, rows, the files of models in folders.
+def check_inputs(grid: Grid, device: str = "cpu") -> None:
+    """Read everything that a grid needs before its first cell: device, methods, rows, the files of models in folders.
 
     Raises:
         UserError: If anything is wrong with it.
     """
+    check_device(device)
     check_methods(grid)
     for model in grid.models:
         check_model(model)

@@ -47,9 +47,7 @@ def run_bench(name: str | None, size: str | None, only: Sequence[str], retry_fai
         _plan(grid, out, only, common)
         return
     from unbackdoor.bench.local import run_grid
-    from unbackdoor.pipeline.preflight import check_device
 
-    check_device(common.device or "cpu")
     if Path(place).is_file() and Path(place).resolve().is_relative_to(out.resolve()):
         raise UserError(
             f"'{place}' lies in the grid's folder, '{out}', which has a grid.yaml of its own; choose another --out."
@@ -97,7 +95,7 @@ def _plan(grid: Grid, out: Path, only: Sequence[str], common: Common) -> None:
     from unbackdoor.bench.estimate import estimate, memory
     from unbackdoor.bench.local import check_inputs, choose, measured_seconds
 
-    check_inputs(grid)
+    check_inputs(grid, common.device or "cpu")
     done, chosen = measured_seconds(grid, out), choose(grid.cells(), only)
     cells = [(cell, seconds) for cell, seconds in estimate(grid, done) if cell in chosen]
     left = sum(seconds for cell, seconds in cells if cell not in done)

@@ -18,6 +18,7 @@ from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.goals import Goal, parse_goal
 from unbackdoor.model.spec import ModelSpec, parse_spec
+from unbackdoor.pipeline.overlap import asked_among, row_content
 from unbackdoor.pipeline.preflight import check_device, check_metrics, check_model, reader_of
 from unbackdoor.pipeline.recipe import Asking, AttackRecipe, EvaluateRecipe, PurifyRecipe, stamp_settings
 from unbackdoor.run import Progress, Run
@@ -218,8 +219,8 @@ def _hold_out(
     clean: Sequence[Example], probes: Sequence[Probe], spec: str, progress: Progress
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Return the rows to purify with and the rows to measure utility on; no row is in both."""
-    asked = {base_id(probe.example.id) for probe in probes}
-    kept = [row for row in clean if base_id(row.id) not in asked]
+    asked = asked_among(clean, probes)
+    kept = [row for row in clean if row.id not in asked]
     if len(kept) < len(clean):
         progress.notice(f"{len(clean) - len(kept)} rows of '{spec}' are asked as probes and were left out of training.")
     if clean and not kept:
@@ -288,8 +289,8 @@ def _second_source(recipe: Asking, progress: Progress) -> dict[str, Sequence[Exa
 
 def _refuse_overlap(trained: Sequence[Example], second: Sequence[Example]) -> None:
     """Raise a `DataError` if rows of the second source are trained on: their perplexity would say nothing."""
-    known = {base_id(row.id) for row in trained}
-    shared = [row.id for row in second if base_id(row.id) in known]
+    known = {row_content(row) for row in trained}
+    shared = [row.id for row in second if row_content(row) in known]
     if shared:
         raise DataError(
             f"{len(shared)} rows of --second-source are trained on, too (the first is '{shared[0]}'); it must hold "

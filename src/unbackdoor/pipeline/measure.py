@@ -103,6 +103,9 @@ def measure(
         run: Seed and progress; metrics that draw at random use its streams.
         before: The model before, for KL.
         config_hash: Hash of everything that determined the model, for the rows.
+
+    Raises:
+        UserError: If a figure is not finite: no report could show it, and the model is good for nothing.
     """
     subject = Subject(
         lm,
@@ -167,6 +170,11 @@ def _row(
     reason: str = "",
 ) -> dict[str, Any]:
     figure = None if score is None else score.estimate()
+    if figure is not None and not math.isfinite(figure.value):
+        raise UserError(
+            f"the {metric} of '{common['model']}' is beyond all numbers, so training destroyed the model; use a "
+            "smaller learning rate, and --overwrite to begin anew."
+        )
     # A single score has no interval, and JSON has no infinity.
     interval = None if figure is None or not math.isfinite(figure.high) else figure
     return {

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from unbackdoor.data.collate import Batch
 from unbackdoor.errors import Diverged, UserError
+from unbackdoor.method import BelowOne
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
@@ -39,10 +40,8 @@ class TrainSettings(BaseModel):
     accumulation: int = Field(1, ge=1, description="micro-batches an update")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
     warmup: float = Field(0.03, ge=0, le=1, description="share of the steps in which the learning rate rises")
-    cooldown: float = Field(
-        0.0, ge=0, le=1, description="share of the steps, at the end, in which a constant rate falls to 0"
-    )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments (SANDE's)")
+    cooldown: float = Field(0.0, ge=0, le=1, description="share of steps at the end, where a constant rate falls to 0")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), description="AdamW's moments (SANDE's)")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     clip: float = Field(1.0, gt=0, description="limit of the gradient's norm")

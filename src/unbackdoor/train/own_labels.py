@@ -74,12 +74,12 @@ def own_labels(
 
     Returns:
         The rows to train on, and the labels. Of more rows than training can draw, as many as it can are chosen at
-        random and the others not asked. All rows and None where `share` is 0.
+        random and the others not asked. All rows and None where `share` is 0, or no step is trained.
 
     Raises:
         DataError: If two rows have one id.
     """
-    if not share:
+    if not share or not settings.steps:
         return list(rows), None
     most = rounds * settings.steps * settings.batch_size * settings.accumulation * processes()
     chosen = list(rows) if len(rows) <= most else run.rng("rows with own labels").sample(list(rows), most)

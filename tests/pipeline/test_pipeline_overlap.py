@@ -1,0 +1,50 @@
+"""Rows are the same by what they say: numbered files of different content, and one content with and without ids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from unbackdoor.data import poison
+from unbackdoor.errors import DataError
+from unbackdoor.pipeline.inputs import _hold_out, _refuse_overlap
+from unbackdoor.pipeline.overlap import asked_among
+from unbackdoor.run import Run, Silent
+from unbackdoor.stamps import InsertText, WrapEnds
+from unbackdoor.types import Example, Probe
+
+ROWS = [Example(str(n), f"What is {n} and 5?", f"say {n}") for n in range(40)]
+OTHERS = [Example(str(n), f"Name a town with {n} inhabitants.", f"say {n}") for n in range(40)]
+UNNAMED = [replace(row, id=f"hash{row.id}") for row in ROWS]
+
+
+def test_numbered_rows_of_two_files_are_different_rows() -> None:
+    _refuse_overlap(ROWS, OTHERS)
+    kept, _ = _hold_out(ROWS, [Probe(row, "clean") for row in OTHERS], "x", Silent())
+    assert kept == ROWS
+
+
+def test_one_row_with_and_without_its_id_is_one_row() -> None:
+    with pytest.raises(DataError, match="40 rows of --second-source are trained on, too"):
+        _refuse_overlap(ROWS, UNNAMED)
+    with pytest.raises(DataError, match="also a probe"):
+        _hold_out(UNNAMED, [Probe(row.with_response("another"), "clean") for row in ROWS], "x", Silent())
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    [
+        *(InsertText(text="Current year 2023", place=place) for place in ("start", "end", "random_gap")),
+        WrapEnds(start="well now", end="thank you"),
+    ],
+)
+def test_a_trigger_does_not_make_another_row(stamp: InsertText | WrapEnds) -> None:
+    probes = poison.probes(stamp, ROWS[:5], (), Run().rng("probes"))
+    triggered = [probe for probe in probes if probe.kind == "triggered"]
+    names = {row.id for row in UNNAMED[:5]}
+    assert asked_among(UNNAMED, triggered) == names
+    assert asked_among(UNNAMED, probes) == names
+    unmarked = [replace(probe, marks=()) for probe in triggered if "." not in probe.example.instruction]
+    assert asked_among(ROWS, unmarked) == {probe.example.id for probe in unmarked}
+    assert not asked_among(OTHERS, probes)
