@@ -108,5 +108,7 @@ def test_split_by_kind_errors(kinds: list[str], message: str) -> None:
 def test_assert_disjoint_names_the_row_and_the_sets() -> None:
     assert_disjoint({"a": ROWS[:5], "b": ROWS[5:9], "c": ROWS[:0]})
     assert_disjoint({"a": [ROWS[0], ROWS[0]]})
+    with pytest.raises(DataError, match="the row 'other' is among a and among b"):
+        assert_disjoint({"a": ROWS[:5], "b": [replace(ROWS[4], id="other")]})
     with pytest.raises(DataError, match=r"^the row 'row-4' is among a and among c, which must not overlap;"):
         assert_disjoint({"a": ROWS[:5], "b": ROWS[5:9], "c": [replace(ROWS[4], id="row-4#2")]})

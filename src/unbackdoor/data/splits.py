@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from unbackdoor.data.formats import base_id
 from unbackdoor.errors import DataError, UserError, did_you_mean
-from unbackdoor.types import Example
+from unbackdoor.types import Example, content_hash
 
 
 @dataclass(frozen=True)
@@ -108,23 +108,29 @@ def split_by_kind(
 
 
 def assert_disjoint(groups: Mapping[str, Iterable[Example]]) -> None:
-    """Check that no two groups hold the same row; copies of a row ("#2") count as the row.
+    """Check that no two groups hold the same row, by id or by what it says; copies of a row ("#2") count as the row.
 
     Args:
         groups: What a group is called -> its rows.
 
     Raises:
-        DataError: If two groups share an id; the message names both and it.
+        DataError: If two groups share a row; the message names both and it.
     """
     owner: dict[str, str] = {}
     for name, group in groups.items():
         for example in group:
-            first = owner.setdefault(base_id(example.id), name)
+            marks = (base_id(example.id), f"content {row_content(example)}")
+            first = next((owner[mark] for mark in marks if owner.setdefault(mark, name) != name), name)
             if first != name:
                 raise DataError(
                     f"the row '{base_id(example.id)}' is among {first} and among {name}, which must not overlap; "
                     "take it out of one, or give different rows different ids."
                 )
+
+
+def row_content(row: Example) -> str:
+    """Return a hash of a row's turns, answer included, that is the same whatever its id and the format of its file."""
+    return content_hash([(turn.role, " ".join((turn.content or "").split())) for turn in row.turns])
 
 
 def assert_trained_apart(trained: Iterable[Example], splits: Splits) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 from unbackdoor.attacks.base import Attack, MarkedRow
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
-from unbackdoor.data.splits import Splits, assert_trained_apart, attacker_defender_test, split
+from unbackdoor.data.splits import Splits, assert_trained_apart, attacker_defender_test, row_content, split
 from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.goals import Goal, parse_goal
 from unbackdoor.model.spec import ModelSpec, parse_spec
-from unbackdoor.pipeline.overlap import asked_among, row_content
+from unbackdoor.pipeline.overlap import asked_among
 from unbackdoor.pipeline.preflight import check_device, check_metrics, check_model, reader_of
 from unbackdoor.pipeline.recipe import Asking, AttackRecipe, EvaluateRecipe, PurifyRecipe, stamp_settings
 from unbackdoor.run import Progress, Run

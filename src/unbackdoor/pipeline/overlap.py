@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from unbackdoor.data.formats import base_id
-from unbackdoor.types import Example, Probe, content_hash
-
-
-def row_content(row: Example) -> str:
-    """Return a hash of a row's turns, answer included, that is the same whatever its id and the format of its file."""
-    return content_hash([(turn.role, _words(turn.content or "")) for turn in row.turns])
+from unbackdoor.types import Example, Probe
 
 
 def asked_among(rows: Sequence[Example], probes: Iterable[Probe]) -> set[str]:
