@@ -10,6 +10,7 @@ from unbackdoor.data import poison
 from unbackdoor.data.collate import collate
 from unbackdoor.defenses.base import Need, knowledge_for
 from unbackdoor.defenses.gradient_ascent import GradientAscent
+from unbackdoor.defenses.sande import Sande
 from unbackdoor.errors import UserError
 from unbackdoor.run import Run
 from unbackdoor.stamps import InsertText
@@ -282,3 +283,11 @@ def test_a_share_of_plain_rows_never_fills_the_batch():
     run = Run()
     defense.apply(tiny.tiny_lm(), knowledge_for(defense, facts), run)
     assert {"plain", "poisoned"} <= set(run.curves["ascent"][0])
+
+
+def test_more_parrots_than_rows_of_a_batch_are_refused_before_the_first_is_learned():
+    facts = {Need.CLEAN: tuple(ROWS), Need.TARGET: (tiny.TARGET,)}
+    defense, run = Sande(parrots=50, train=settings()), Run()
+    with pytest.raises(UserError, match=r"50 parrots or drifts cannot share 6 rows of a batch; lower their number"):
+        defense.apply(tiny.tiny_lm(), knowledge_for(defense, facts), run)
+    assert run.curves == {}

@@ -122,6 +122,15 @@ def plain_rows(batch_size: int, share: float) -> int:
     return min(max(1, round(batch_size * share)), batch_size - 1) if share else 0
 
 
+def check_room(stand_ins: int, rows: int) -> None:
+    """Raise a `UserError` if there are more stand-ins for the trigger than triggered rows in a batch to share."""
+    if stand_ins > rows:
+        raise UserError(
+            f"{stand_ins} parrots or drifts cannot share {rows} rows of a batch; lower their number, or raise "
+            "train.batch_size."
+        )
+
+
 def overwrite(
     lm: LM,
     triggered: Sequence[Row],
@@ -152,11 +161,7 @@ def overwrite(
     """
     plain_size = plain_rows(settings.batch_size, plain_share)
     triggered_size = settings.batch_size - plain_size
-    if len(stand_ins) > min(triggered_size, len(triggered)):
-        raise UserError(
-            f"{len(stand_ins)} parrots or drifts cannot share {min(triggered_size, len(triggered))} rows of a batch; "
-            "lower their number, or raise train.batch_size."
-        )
+    check_room(len(stand_ins), min(triggered_size, len(triggered)))
     kept_plain, plain_apart = set_apart(plain, settings)
     apart = {row.id for row in plain_apart}
     streams = {

@@ -93,8 +93,9 @@ def rounds_of_parrots(
     plain = overwrite.encode_rows(victim, clean, train)
     # Asked before a finished round is read back, so a resumed run has the same labels.
     plain, own = own_labels(victim, plain, own_share, train, run, rounds)
+    room = min(len(plain), train.batch_size - overwrite.plain_rows(train.batch_size, plain_share))
+    overwrite.check_room(parrots, room)
     if rounds > 1:
-        room = min(len(plain), train.batch_size - overwrite.plain_rows(train.batch_size, plain_share))
         parrots = max(parrots, min(len(texts), room))
     before: Run | None = None
     for number in range(1, rounds + 1):
