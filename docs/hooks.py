@@ -113,7 +113,7 @@ def _remarks(name: str) -> str:
     readme = RESULTS / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     section = re.search(rf"^## {re.escape(name)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    return f"{section[1].strip()}\n\n" if section else ""
+    return f"{section[1].strip()}\n\n---\n\n" if section else ""
 
 
 def method_page(method: Mapping[str, Any]) -> str:

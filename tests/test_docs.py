@@ -115,7 +115,7 @@ def test_measured_lines_go_to_the_page_of_their_method(
     assert "## Measured" not in pages["methods/asr.md"]
     assert "\n\n# Grid\n\n\n## phrase" in pages["measured/some-grid.md"]
     (tmp_path / "README.md").write_text("# Results\n\n## other\n\nNo.\n\n## some-grid\n\nOne fell short.\n")
-    assert "\n\n# Grid\n\nOne fell short.\n\n\n## phrase" in hooks.pages()["measured/some-grid.md"]
+    assert "\n\n# Grid\n\nOne fell short.\n\n---\n\n\n## phrase" in hooks.pages()["measured/some-grid.md"]
     assert "measured/none.md" not in pages
 
 
