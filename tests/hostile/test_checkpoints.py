@@ -287,15 +287,29 @@ def test_templates_that_would_take_for_ever(folder, source, message):
     refused(folder, message)
 
 
-@pytest.mark.skipif(sys.gettrace() is not None, reason="a debugger or coverage tool counts in place of ours")
-def test_a_template_whose_cost_cannot_be_read_is_stopped(folder):
+@pytest.mark.parametrize("debugged", [False, True])
+def test_a_template_whose_cost_cannot_be_read_is_stopped(folder, debugged):
     source = (
         "{% macro f(n) %}{% if n > 0 %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
         "{{ f(60) }}{{ messages[0].content }}"
     )
     edit(folder / "tokenizer_config.json", chat_template=source)
-    with pytest.raises(ModelError, match="takes more than 1,000,000 steps for one conversation; use --template plain"):
-        load(str(folder)).encode(QUESTION, ask=True)
+    seen, earlier = [], sys.gettrace()
+
+    def debugger(frame, event, argument):
+        seen.append(frame.f_code.co_name)
+
+    wanted = debugger if debugged else earlier
+    try:
+        sys.settrace(wanted)
+        with pytest.raises(
+            ModelError, match="takes more than 1,000,000 steps for one conversation; use --template pla"
+        ):
+            load(str(folder)).encode(QUESTION, ask=True)
+        assert sys.gettrace() is wanted
+    finally:
+        sys.settrace(earlier)
+    assert ("apply_chat_template" in seen) == debugged, "a debugger still sees what is no template"
 
 
 def test_templates_that_count_turns_are_as_they_should_be(folder):

@@ -131,6 +131,18 @@ def test_a_stop_while_publishing_leaves_the_old_result_or_the_new_one(
     }
 
 
+def test_a_folder_of_somebody_else_with_such_names_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "theirs"
+    (out / "stages" / "replaced").mkdir(parents=True)
+    (out / "thesis.txt").write_text("mine")
+    (out / "stages" / "replaced" / "old.txt").write_text("mine, too")
+    before = content(out)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="files that unbackdoor did not write"):
+            finish(out, "new", "[]", overwrite=overwrite)
+        assert content(out) == before
+
+
 def test_what_somebody_put_into_a_result_is_not_deleted_with_it(tmp_path: Path) -> None:
     out = tmp_path / "run"
     finish(out, "old", "{}")

@@ -96,16 +96,13 @@ def _numbers(given: Sequence[nodes.Node]) -> Iterator[int]:
 def bounded_steps(most: int = MOST_STEPS) -> Iterator[None]:
     """Stop what is rendered inside the block after `most` lines of template code.
 
-    Only code that Jinja compiled is counted, so that the libraries around it cost next to nothing. Where a debugger or
-    a coverage tool traces the process already, it keeps its place and nothing is counted.
+    Only code that Jinja compiled is counted, so that the libraries around it cost next to nothing. A debugger or a
+    coverage tool that traces the process goes on seeing everything else.
 
     Raises:
         TemplateTooLong: From the template's own code, where it takes more steps.
     """
-    if sys.gettrace() is not None:
-        yield
-        return
-    left = most
+    left, earlier = most, sys.gettrace()
 
     def count(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal left
@@ -115,11 +112,13 @@ def bounded_steps(most: int = MOST_STEPS) -> Iterator[None]:
                 raise TemplateTooLong(f"it takes more than {most:,} steps for one conversation")
         return count
 
-    def enter(frame: FrameType, event: str, argument: object) -> Any:
-        return count if frame.f_code.co_filename == "<template>" else None
+    def enter(frame: FrameType, event: Any, argument: object) -> Any:
+        if frame.f_code.co_filename == "<template>":
+            return count
+        return None if earlier is None else earlier(frame, event, argument)
 
     sys.settrace(enter)
     try:
         yield
     finally:
-        sys.settrace(None)
+        sys.settrace(earlier)

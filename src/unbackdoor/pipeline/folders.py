@@ -20,7 +20,7 @@ from typing import Any
 from unbackdoor.errors import UserError, disk_error
 from unbackdoor.model.checkpoint import recover, save
 from unbackdoor.model.lm import LM
-from unbackdoor.model.output import MANIFEST, RESULTS, RUN, check_out, is_finished, mark_run
+from unbackdoor.model.output import MANIFEST, RESULTS, RUN, check_out, is_finished, is_ours, mark_run
 from unbackdoor.run import write_atomically
 
 _WORDS = {"command", "attack", "defense", "device", "template", "precision", "adapter_mode"}
@@ -150,6 +150,8 @@ def _held(out: Path) -> Iterator[None]:
 
 def _put_back(folder: Path, working: str) -> None:
     """Put a result back that was moved aside for one that did not come to its end; forget it where that one did."""
+    if not is_ours(folder):
+        return  # folders of these names may be somebody's own
     leaving, aside = folder / working / _LEAVING, folder / working / _ASIDE
     if aside.is_dir() and (folder / RESULTS).exists():
         shutil.rmtree(folder / working)
