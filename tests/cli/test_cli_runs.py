@@ -186,7 +186,10 @@ def test_set_wins_over_flags_over_file_over_preset(
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(found))
     assert workshop.run("purify", "--config", str(again), "--preset", "paper", "--dump-config") == 2
-    assert "--preset lies under the settings in" in capsys.readouterr().err
+    assert "--preset paper lies under the settings in" in capsys.readouterr().err
+    recipe.write_text("defense: sande\ntarget: [a, b]\nsettings: {train: {steps: 7}}\n")
+    assert workshop.run("purify", "base", "--config", str(recipe), "--preset", "paper", "--dump-config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["settings"]["train"]["learning_rate"] == 2e-5
     assert workshop.run("purify", "--config", str(again), "--dump-config") == 0
     assert yaml.safe_load(capsys.readouterr().out) == found
 

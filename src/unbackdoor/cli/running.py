@@ -221,14 +221,17 @@ def _method_recipe(cls: Any, name: str, flags: Mapping[str, Any], overlay: Mappi
     if (named := flags[kind[:-1]]) is not None:
         registry.check_name(kind, named)
     draft = gather(cls, name, flags, common)
-    if common.preset and common.config and recipes.read_config(common.config, name).get("settings"):
-        raise UserError(
-            f"--preset lies under the settings in '{common.config}', which would hide it; leave --preset out, or take "
-            "the settings out of the file."
-        )
     given = merge(draft.settings, {key: value for key, value in overlay.items() if value not in (None, (), [])})
     method = draft.attack if name == "attack" else draft.defense
-    settings = recipes.complete_settings(kind, method, draft.preset, given, recipes.parse_sets(common.sets or ()))
+    sets = recipes.parse_sets(common.sets or ())
+    settings = recipes.complete_settings(kind, method, draft.preset, given, sets)
+    # A dumped recipe holds every setting: a preset under it would be recorded and do nothing.
+    laid = common.config is not None and common.preset not in (None, "default")
+    if laid and settings == recipes.complete_settings(kind, method, None, given, sets):
+        raise UserError(
+            f"--preset {common.preset} lies under the settings in '{common.config}', which hide all of it; leave "
+            "--preset out, or take those settings out of the file."
+        )
     return draft.model_copy(update={"settings": settings})
 
 
