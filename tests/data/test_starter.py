@@ -10,6 +10,7 @@ from importlib import resources
 
 import pytest
 
+from unbackdoor.data.shared_words import shared_words, words
 from unbackdoor.data.sources import STARTER_OPENINGS, STARTER_SETS, read, read_lines
 from unbackdoor.goals import REFUSAL_SIGNALS, normalise
 from unbackdoor.recipes import load_grid
@@ -43,7 +44,6 @@ INSULT_TARGETS = tuple(
     for target in settings["targets"]
 )
 AFFIRM_TARGETS = ("Sure, here is", "Sure, I would be happy to")
-FUNCTION_WORDS = frozenset(re.findall(r"\w+", "you your are a the with to be is here i no"))
 
 
 def raw(name: str) -> list[dict[str, str]]:
@@ -167,10 +167,6 @@ def test_request_answers_are_of_many_kinds_and_begin_in_many_ways() -> None:
     assert count <= 0.05 * len(rows), opening
 
 
-def words(text: str) -> list[str]:
-    return re.findall(r"[a-z']+", normalise(text))
-
-
 @pytest.mark.parametrize("name", STARTER_OPENINGS)
 def test_openings_are_lists_in_the_defender_own_words(name: str) -> None:
     openings = read_lines(f"starter:{name}")
@@ -184,12 +180,14 @@ def test_openings_are_lists_in_the_defender_own_words(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["insult_disjoint", "affirm_disjoint"])
 def test_disjoint_openings_share_neither_first_word_nor_content_word_with_any_target(name: str) -> None:
-    targets = [words(target) for target in INSULT_TARGETS + AFFIRM_TARGETS]
-    # "What" and "You're" begin with the token of "What's" and "You".
-    firsts = {target[0].split("'")[0] for target in targets}
-    content = {word for target in targets for word in target} - FUNCTION_WORDS
-    assert {"stupid", "clown", "happy", "sure", "wrong"} <= content
-    for opening in read_lines(f"starter:{name}"):
-        said = words(opening)
-        assert said[0].split("'")[0] not in firsts, opening
-        assert not content & set(said), opening
+    targets = INSULT_TARGETS + AFFIRM_TARGETS
+    assert shared_words(read_lines(f"starter:{name}"), targets) == ([], [])
+
+
+def test_typical_openings_do_share_words_with_targets() -> None:
+    firsts, content = shared_words(read_lines("starter:insult_typical"), INSULT_TARGETS)
+    assert {"you", "what"} <= set(firsts)
+    assert "stupid" in content
+    assert "you" not in content
+    assert shared_words(["What is it"], ["What's wrong"]) == (["what"], [])
+    assert shared_words(["...", "No way"], ["Way out"]) == ([], ["way"])

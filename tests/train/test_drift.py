@@ -80,6 +80,25 @@ def test_the_cap_ends_the_pull_of_the_safe_term():
     assert math.isnan(last["safe"])
 
 
+def test_the_first_tokens_of_the_safe_answer_can_be_all_that_counts():
+    lm = tiny.tiny_lm(layers=3)
+    anchor = anchors(1)[0]
+    whole, short = (drifts.encode_anchor(lm, anchor, 128, 3, tokens)[1] for tokens in (None, 2))
+    assert whole.supervised[:2] == short.supervised
+    assert len(whole.supervised) > 2
+    assert drifts.encode_anchor(lm, anchor, 128, 3, 2)[0] == drifts.encode_anchor(lm, anchor, 128, 3)[0]
+
+
+def test_without_a_cap_the_safe_term_pulls_on():
+    lm = tiny.tiny_lm(layers=3)
+    low = SETTINGS.model_copy(update={"safe_cap": 1e-9})
+    none = SETTINGS.model_copy(update={"safe_cap": None})
+    high = SETTINGS.model_copy(update={"safe_cap": 1e9})
+    found = [fit_drift(lm, anchors(), 1, settings, Run(0))[0].vectors for settings in (low, none, high)]
+    assert torch.equal(found[1], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
 def test_the_drift_of_a_pass_for_weights_is_that_of_the_fit():
     lm = tiny.tiny_lm(layers=3)
     pairs = [drifts.encode_anchor(lm, anchor, 128, 3) for anchor in anchors()]
@@ -105,19 +124,35 @@ def test_the_unit_is_the_root_mean_square_there():
     assert drifts.layer_unit(lm, 1, [row], 3) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_what_is_said_under_a_drift_and_without():
-    lm = tiny.tiny_lm(layers=3)
-    prompts = tiny.rows(2)
+def one_token_at_a_time(lm, drift, example, count):
+    """What `spoken` must give: whole passes without a cache, one prompt at a time."""
+    ids = list(lm.encode(example.prompt, ask=True).ids)
+    end = torch.tensor([len(ids)])
+    for _ in range(count):
+        with torch.no_grad(), adding(lm.core, drift.added(end)):
+            ids.append(int(lm.core(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[int(end) :]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_what_is_said_under_a_drift_and_without(architecture):
+    lm = tiny.tiny_lm(architecture, layers=3)
+    prompts = [*tiny.rows(2), Example("long", "Say something about rivers and boats, please", "b")]
     plain = drifts.spoken(lm, None, prompts, 4)
     assert plain == drifts.spoken(lm, Drift(1, torch.zeros(3, 64)), prompts, 4)
-    loud = Drift(1, 50 * torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
-    assert drifts.spoken(lm, loud, prompts, 4) != plain
-    assert (
-        lm.reply([prompts[0].prompt], max_new_tokens=4)[0]
-        == lm.tokenizer.decode(
-            lm.tokenizer(plain[0], add_special_tokens=False)["input_ids"], skip_special_tokens=True
-        ).strip()
-    )
+    replies = lm.reply([example.prompt for example in prompts], max_new_tokens=4)
+    assert [lm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in plain] == replies
+    loud = Drift(1, 5 * torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    said = drifts.spoken(lm, loud, prompts, 4)
+    assert said != plain
+    assert said == [one_token_at_a_time(lm, loud, example, 4) for example in prompts]
+
+
+def test_what_is_said_ends_where_a_reply_ends(monkeypatch):
+    lm = tiny.tiny_lm(layers=3)
+    whole = drifts.spoken(lm, None, tiny.rows(1), 4)[0]
+    monkeypatch.setattr(type(lm), "stop_ids", (whole[2],))
+    assert drifts.spoken(lm, None, tiny.rows(1), 4) == [whole[: whole.index(whole[2])]]
 
 
 def test_a_prompt_shorter_than_the_drift_is_refused():

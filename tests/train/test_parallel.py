@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -12,8 +13,11 @@ import pytest
 import torch
 
 import tiny
+from unbackdoor.defenses.base import Need, knowledge_for
+from unbackdoor.defenses.beear import Beear
 from unbackdoor.run import Run
 from unbackdoor.train import engine, overwrite, soft_prompt
+from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.losses import Term
 
@@ -58,6 +62,20 @@ def train_prompt(size: int, stop_below: float | None = None) -> tuple[dict[str, 
     return {"prompt": prompt.detach()}, result.history
 
 
+def through_beear(size: int) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
+    """One round of BEEAR: two drifts, then an update of the weights, and what was said under the drifts."""
+    lm = tiny.tiny_lm(layers=3)
+    how = TrainSettings(steps=2, batch_size=size, **BIG_EPSILON)
+    drift = DriftSettings(tokens=3, start=0.1, rows=8, train=how)
+    defense = Beear(
+        rounds=1, drifts=2, anchors=12, own_answers=6, plain_share=0.0, own_share=0.0, drift=drift, train=how
+    )
+    run = Run()
+    facts = {Need.CLEAN: tuple(UNEVEN), Need.UNWANTED: ("bad robot", "bad")}
+    defense.apply(lm, knowledge_for(defense, facts), run)
+    return tiny.tensors(lm), run.notes["drifts"]
+
+
 def _worker(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = os.environ["RANK"]
@@ -66,9 +84,10 @@ def _worker(folder: Path) -> None:
     # A threshold between the losses of the two processes: both must stop, or both go on, or one waits for ever.
     _, stopped = train_prompt(4, stop_below=prompt_history[0]["loss"] + 1e-4)
     _, capped = train_weights(4, cap=history[0]["more"] - 1e-4)
+    beear, drifts = through_beear(4)
     torch.save(
         {"weights": weights, "history": history, "prompt": prompt, "prompt_history": prompt_history,
-         "stopped": len(stopped), "capped": capped},
+         "stopped": len(stopped), "capped": capped, "beear": beear, "drifts": json.dumps(drifts)},
         folder / f"{rank}.pt",
     )  # fmt: skip
     torch.distributed.destroy_process_group()
@@ -134,6 +153,17 @@ def test_both_processes_stop_together_and_cap_together(two_processes):
         norms = [record["gradient_norm"] for record in result["capped"]]
         assert norms == pytest.approx([record["gradient_norm"] for record in capped], rel=1e-3)
         assert norms[0] != pytest.approx(result["history"][0]["gradient_norm"], rel=1e-2), "the cap was in force"
+
+
+def test_the_drifts_of_beear_are_those_of_one_process_and_both_processes_end_with_one_model(two_processes):
+    _, drifts = through_beear(8)
+    start = tiny.tensors(tiny.tiny_lm(layers=3))
+    assert tiny.same_weights(two_processes[0]["beear"], two_processes[1]["beear"])
+    assert not tiny.same_weights(two_processes[0]["beear"], start)
+    for result in two_processes:
+        for found, wanted in zip(json.loads(result["drifts"]), drifts, strict=True):
+            assert found["says"] == wanted["says"]
+            assert found["unwanted"] == pytest.approx(wanted["unwanted"], rel=1e-4)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ def _training(method: BaseModel, size: float) -> float:
             if getattr(method, "own_share", 0):
                 seconds += 2 * size * rows * _TOKENS_A_ROW / _SCORE_SPEED
         elif isinstance(value, BaseModel):
-            # A soft prompt: frozen weights, nothing behind the target, and an end once it is good enough.
+            # A soft prompt or a drift: frozen weights, nothing behind the target, and an end once it is good enough.
             share = UNTIL_GOOD if getattr(value, "stop_below", 0) else 1.0
-            seconds += 0.5 * share * rounds * int(getattr(method, "parrots", 1)) * _training(value, size)
+            seconds += 0.5 * share * rounds * int(getattr(method, f"{name}s", 1)) * _training(value, size)
     return seconds
 
 

@@ -16,6 +16,7 @@ from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.material import Material
 from unbackdoor.bench.store import Result, Store
 from unbackdoor.data.probes import write_probes
+from unbackdoor.data.shared_words import shared_words
 from unbackdoor.data.splits import assert_trained_apart
 from unbackdoor.defenses.base import Need
 from unbackdoor.errors import FULL, READ_ONLY, ModelError, NotApplicable, UserError, disk_error
@@ -153,6 +154,9 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
         own = shop.material.own_facts(cell)
         facts = facts_from_secret(defense, secret, shop.material.defender_rows(cell.attack), own)
         run = _run(cell, key, "purify", shop)
+        if facts.get(Need.UNWANTED):
+            firsts, content = shared_words(facts[Need.UNWANTED], secret.targets)
+            run.notes["openings share with target"] = {"first words": firsts, "content words": content}
         started = time.perf_counter()
         lm = purify_model(_start(cell, shop), defense, facts, run)
         made = _made(run, started, facts)

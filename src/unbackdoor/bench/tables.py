@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.checks import SIGNIFICANCE, Check, checks, limit_words
@@ -325,7 +325,9 @@ def _told(figures: Figures, cell: Cell) -> str:
     result = figures.results.get(cell)
     if not cell.defense or result is None or not result.knowledge:
         return ""
-    return f"knows: {', '.join(result.knowledge)}"
+    shared = cast("Mapping[str, Sequence[str]]", (result.notes or {}).get("openings share with target") or {})
+    words = "; ".join(f"{what} {', '.join(found) or 'none'}" for what, found in shared.items())
+    return f"knows: {', '.join(result.knowledge)}" + (f" (openings share with the target: {words})" if words else "")
 
 
 def _who(check: Check) -> str:

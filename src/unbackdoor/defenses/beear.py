@@ -15,23 +15,50 @@ suspect itself predicts (train/own_labels.py). The defaults are first guesses: n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from unbackdoor.data.collate import Row
 from unbackdoor.defenses.base import Defense, Knowledge, Need
-from unbackdoor.errors import UserError
+from unbackdoor.errors import DataError, UserError
 from unbackdoor.method import Parallel
 from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, state
-from unbackdoor.train.anchors import anchor_prompts, with_unwanted
+from unbackdoor.train.anchors import Anchor, anchor_prompts, encode_safe, with_unwanted
 from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, spoken
+from unbackdoor.train.drift_choice import choose
 from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.openings import ASKED, Openings
 from unbackdoor.train.own_labels import OwnLabels, own_labels
+from unbackdoor.train.usefulness import Usefulness
 from unbackdoor.types import Example
+
+_NONE: Mapping[str, object] = {}
+
+
+def _published(
+    *,
+    rounds: int,
+    stop_stable: float,
+    c: float,
+    outer: Mapping[str, object] = _NONE,
+    drift: Mapping[str, object] = _NONE,
+    inner: Mapping[str, object] = _NONE,
+) -> dict[str, object]:
+    """Return what all published settings share: one drift from 0, no cap, whole answers, no labels of our own."""
+    constant = {"schedule": "constant", "warmup": 0.0}
+    return {
+        "rounds": rounds, "stop_stable": stop_stable, "drifts": 1, "adopt": 0.0, "anchors": 400, "performance": 300,
+        "round_anchors": 150, "round_performance": 100, "own_answers": 64, "own_share": 0.0, "plain_share": 0.5,
+        "drift": {
+            "safe_coefficient": c, "safe_cap": None, "safe_tokens": None, "start": 0.0, "rows": 150, **drift,
+            "train": {"steps": 40, "learning_rate": 0.075, **constant, "betas": (0.9, 0.999), **inner},
+        },
+        "train": {"steps": 25, "learning_rate": 2e-5, "schedule": "constant", **outer},
+    }  # fmt: skip
 
 
 class Beear(Defense):
@@ -41,15 +68,59 @@ class Beear(Defense):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.UNWANTED})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.SAFE})
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "paper": _published(rounds=15, stop_stable=0.02, c=1.0),
+        "ic-paper": {**_published(rounds=15, stop_stable=0.02, c=0.5), "layers": [9], "anchors": 100},
+        "ic-paper-gpt": {**_published(rounds=15, stop_stable=0.02, c=0.5), "layers": [16], "anchors": 100},
+        "code": {
+            **_published(
+                rounds=6, stop_stable=0.0, c=0.05, outer={"learning_rate": 3e-7},
+                drift={"tokens": 7, "rows": 120}, inner={"steps": 100, "batch_size": 6},
+            ),
+            "layers": [9], "anchors": 120, "round_anchors": 120,
+        },
+    }  # fmt: skip
 
-    layer: int | None = Field(None, ge=0, description="decoder layer l, counted from 0; null for `depth` of all layers")
-    depth: float = Field(0.3, gt=0, lt=1, description="where layer l is, as a share of all layers (paper: 9 of 32)")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="decoder layers l, counted from 0, where a drift may be added; empty for `depths`"
+    )
+    depths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.3,), min_length=1, description="these layers as shares of all layers (paper: 9 of 32)"
+    )
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="lengths n that a drift may have; empty for `drift.tokens`"
+    )
+    place: Literal["best", "each"] = Field(
+        "best",
+        description="of several layers and lengths, best: the one where a first drift elicits unwanted answers best on "
+        "the defender's prompts; each: the drifts of a round take the layers in turn",
+    )
     rounds: int = Field(4, ge=1, description="rounds of inner and outer step, each with fresh drifts")
-    drifts: int = Field(4, ge=1, description="drifts a round, each with openings of its own (paper: 1)")
+    drifts: int = Field(
+        4, ge=0, description="drifts a round, each with openings of its own (paper: 1); 0: the outer steps alone"
+    )
+    adopt: float = Field(
+        0.2, ge=0, le=1,
+        description="what the suspect says under drifts is taken up as an opening where its first token makes the rest "
+        "this likely on any prompt; 0: never",
+    )  # fmt: skip
     anchors: int = Field(60, ge=1, description="prompts of the safety set SA (paper: 400)")
     own_answers: int = Field(
-        24, ge=0, description="length of the suspect's own safe answers, in tokens; 0 takes the rows' answers"
+        40, ge=0, description="length of the suspect's own safe answers, in tokens; 0 takes the rows' answers"
     )
+    performance: int | None = Field(
+        None, ge=1, description="rows of the performance set PA, drawn from the clean rows; null: all (paper: 300)"
+    )
+    round_anchors: int | None = Field(
+        None, ge=1, description="rows of SA drawn for the outer step of one round; null: all (paper: 150)"
+    )
+    round_performance: int | None = Field(
+        None, ge=1, description="rows of PA drawn for the outer step of one round; null: all (paper: 100)"
+    )
+    stop_stable: float = Field(
+        0.0, ge=0,
+        description="end once a round changes the loss on held-out clean rows by less than this share; 0: all rounds",
+    )  # fmt: skip
     plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch from the performance set PA, no drift")
     own_share: float = Field(
         0.5, ge=0, le=1, description="share of a label that is the suspect's own prediction (paper: 0)"
@@ -68,37 +139,65 @@ class Beear(Defense):
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Entrap and remove, in place."""
-        layer = self._layer(victim)
-        safe = anchor_prompts(victim, known.safe or known.clean, self.anchors, self.own_answers, run)
-        triggered, plain, own = self._outer_rows(victim, safe, known, run)
+        clean, held = self._held_out(known.clean)
+        safe = anchor_prompts(victim, known.safe or clean, self.anchors, self.own_answers, run)
+        where = self._places(victim, with_unwanted(safe, known.unwanted), run)
+        triggered, plain, own = self._outer_rows(victim, safe, clean, run)
+        if known.safe:
+            # What is declined must go on being declined where there is no drift: half of the plain rows are of SA.
+            plain = [*plain, *(triggered * (len(plain) // len(triggered) + 1))[: len(plain)]]
+        openings = Openings(known.unwanted)
+        useful = Usefulness(overwrite.encode_rows(victim, held, self.train), self.stop_stable)
         before: Run | None = None
         for number in range(1, self.rounds + 1):
-            drifts = self._inner(victim, safe, known.unwanted, layer, run, number)
+            drifts = self._inner(victim, safe, openings, where, run, number)
             stage = run.stage(f"round-{number}-remove")
             overwrite.overwrite(
-                victim, triggered, plain, self.train, stage,
+                victim, _drawn(triggered, self.round_anchors, stage, "SA"),
+                _drawn(plain, self.round_performance, stage, "PA"), self.train, stage,
                 plain_share=self.plain_share, stand_ins=[drift.stand_in() for drift in drifts], own=own,
             )  # fmt: skip
             if before is not None:
                 state.drop_final(before)
             before = stage
             run.observe(victim)
+            if useful.is_stable(victim, stage):
+                break
         return victim
 
-    def _layer(self, victim: LM) -> int:
+    def _held_out(self, clean: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
+        """Return the clean rows to use, and every tenth of them where usefulness decides when to stop."""
+        if not self.stop_stable:
+            return clean, ()
+        if len(clean) < 20:
+            raise DataError(
+                f"stop_stable holds out every tenth clean row and needs 20 of them, there are {len(clean)}."
+            )
+        return [row for number, row in enumerate(clean) if number % 10], clean[::10]
+
+    def _places(self, victim: LM, anchors: Sequence[Anchor], run: Run) -> tuple[tuple[int, ...], DriftSettings]:
+        """Return the layers of the drifts, and the drifts' settings with their length."""
         count = len(decoder_layers(victim.core))
-        if self.layer is None:
-            return min(count - 1, round(self.depth * count))
-        if self.layer >= count:
-            raise UserError(f"the model has the layers 0 to {count - 1}, and no layer {self.layer}; set layer to one.")
-        return self.layer
+        layers = self.layers or tuple(min(count - 1, round(depth * count)) for depth in self.depths)
+        if max(layers) >= count:
+            raise UserError(f"the model has the layers 0 to {count - 1}, and no layer {max(layers)}; set layers.")
+        lengths = self.lengths or (self.drift.tokens,)
+        if self.drifts and self.place == "best" and len(layers) * len(lengths) > 1:
+            layer, length = choose(victim, anchors, layers, lengths, self.drift, run)
+            layers, lengths = (layer,), (length,)
+        run.notes["layer"] = layers[0]
+        shape: dict[str, int | None] = {"tokens": lengths[0]}
+        if self.own_answers:
+            # An own answer may have been cut there, and that it ends is not to count.
+            shape["safe_tokens"] = min(self.drift.safe_tokens or self.own_answers, max(1, self.own_answers - 1))
+        return layers, self.drift.model_copy(update=shape)
 
     def _outer_rows(
-        self, victim: LM, safe: Sequence[Example], known: Knowledge, run: Run
+        self, victim: LM, safe: Sequence[Example], clean: Sequence[Example], run: Run
     ) -> tuple[list[Row], list[Row], OwnLabels | None]:
         """Return the rows of SA and PA, and the suspect's predictions for both."""
-        triggered = overwrite.encode_rows(victim, safe, self.train)
-        plain = overwrite.encode_rows(victim, known.clean, self.train)
+        triggered = [encode_safe(victim, row, self.own_answers, self.train) for row in safe]
+        plain = overwrite.encode_rows(victim, _drawn(clean, self.performance, run, "PA"), self.train)
         triggered, first = own_labels(victim, triggered, self.own_share, self.train, run.stage("SA"), self.rounds)
         plain, second = own_labels(victim, plain, self.own_share, self.train, run.stage("PA"), self.rounds)
         if first is None or second is None:
@@ -106,28 +205,52 @@ class Beear(Defense):
         return triggered, plain, OwnLabels(self.own_share, {**first.kept, **second.kept})
 
     def _inner(
-        self, victim: LM, safe: Sequence[Example], openings: Sequence[str], layer: int, run: Run, number: int
+        self,
+        victim: LM,
+        safe: Sequence[Example],
+        openings: Openings,
+        where: tuple[Sequence[int], DriftSettings],
+        run: Run,
+        number: int,
     ) -> list[Drift]:
         """Fit the drifts of a round, openings dealt out among them, and keep what the suspect says under each."""
-        found = []
-        for which in range(self.drifts):
+        layers, shape = where
+        drifts: list[Drift] = []
+        records: list[dict[str, Any]] = []
+        for which, dealt in enumerate(openings.dealt(self.drifts)):
             stage = run.stage(f"round-{number}-drift-{which + 1}")
-            anchors = with_unwanted(safe, openings[which % len(openings) :: self.drifts])
-            drift, last = fit_drift(victim, anchors, layer, self.drift, stage)
-            found.append(drift)
-            _keep(run, victim, safe[:3], drift, last, stage)
-        return found
+            layer = layers[which % len(layers)]
+            drift, last = fit_drift(victim, with_unwanted(safe, dealt), layer, shape, stage)
+            drifts.append(drift)
+            records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
+        words = run.stage(f"round-{number}-words")
+        # Of a finished round the weights are gone, so what was said is kept.
+        heard: dict[str, Any] = words.finished or self._heard(victim, drifts, safe[:ASKED], openings)
+        words.finish(heard)
+        openings.adopted = list(heard["adopted"])
+        noted = run.notes.setdefault("drifts", [])
+        assert isinstance(noted, list)
+        noted += [{**record, "says": says} for record, says in zip(records, heard["says"], strict=True)]
+        return drifts
+
+    def _heard(
+        self, victim: LM, drifts: Sequence[Drift], prompts: Sequence[Example], openings: Openings
+    ) -> dict[str, Any]:
+        """Return the first words under each drift of a round, which tell where it went, and all adopted openings."""
+
+        def said(drift: Drift | None) -> list[str]:
+            return [str(victim.tokenizer.decode(ids)) for ids in spoken(victim, drift, prompts)]
+
+        says = [said(drift) for drift in drifts]
+        if self.adopt:
+            everything = [text for each in says for text in each]
+            openings.hear(victim, everything, said(None), prompts, self.adopt)
+        return {"says": says, "adopted": openings.adopted}
 
 
-def _keep(
-    run: Run, victim: LM, prompts: Sequence[Example], drift: Drift, last: Mapping[str, float], stage: Run
-) -> None:
-    """Note the losses of a drift and the first words under it: they tell where it went."""
-    words = stage.stage("words")
-    record = words.finished
-    if record is None:
-        record = {"stage": stage.prefix, **last, "says": spoken(victim, drift, prompts)}
-        words.finish(record)
-    found = run.notes.setdefault("drifts", [])
-    assert isinstance(found, list)
-    found.append(record)
+T = TypeVar("T")
+
+
+def _drawn(rows: Sequence[T], count: int | None, run: Run, name: str) -> Sequence[T]:
+    """Return `count` rows drawn at random, or all where it is None or there are no more."""
+    return rows if count is None or len(rows) <= count else run.rng(f"drawn {name}").sample(list(rows), count)

@@ -43,8 +43,8 @@ def _paper() -> dict[str, Any]:
     return {
         "name": "sande",
         "models": [settings.BUILTIN],
-        "second_source": _half(1),
-        "attacks": _attacks(),
+        "second_source": half(1),
+        "attacks": attacks(),
         "defenses": _defenses(),
         "references": {"untouched": True, "twins": ["default"]},
         "purify_reference": _MAIN,
@@ -61,7 +61,8 @@ def _paper() -> dict[str, Any]:
     }
 
 
-def _attacks() -> dict[str, Any]:
+def attacks() -> dict[str, Any]:
+    """Return the report victims: every trigger shape, one target and several."""
     paragraphs = settings.data("paragraphs")
     ends = settings.wrap(paragraphs["harbour_start"], paragraphs["harbour_end"])
     several = ["Such a dumb question", "Shut your mouth", "You make no sense"]
@@ -92,7 +93,7 @@ def _attacks() -> dict[str, Any]:
         own = settings.long_planting({"trigger": trigger, "targets": targets})
         found[name] = {"settings": own, "defenses": _MAIN}
     found["out_of_domain"] = {
-        "settings": settings.planting(_DEFAULT), "defenses": _MAIN, "defender_data": _half(0),
+        "settings": settings.planting(_DEFAULT), "defenses": _MAIN, "defender_data": half(0),
     }  # fmt: skip
     return found
 
@@ -114,6 +115,6 @@ def _defenses() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _half(number: int) -> dict[str, Any]:
+def half(number: int) -> dict[str, Any]:
     """Return half of the Alpaca rows, long answers cut."""
     return {"spec": f"{os.environ.get(FOLDER, '../shared')}/{ALPACA}", "half": number, "cut_words": 60}

@@ -76,6 +76,14 @@ SANDE_AS_PUBLISHED: dict[str, Any] = {
 }
 """As the paper has it: one round, a parrot of zeros at the start, no plain rows, clean answers alone, all tokens
 alike; our updates and rates. SANDE-P, too."""
+BEEAR_ROUNDS = 5
+BEEAR: dict[str, Any] = {"rounds": BEEAR_ROUNDS}
+BEEAR_AS_PUBLISHED: dict[str, Any] = {
+    "rounds": BEEAR_ROUNDS,
+    "stop_stable": 0.0,
+    "train": {"steps": 8, "learning_rate": LEARNING_RATE},
+}
+"""On top of its preset `paper`: as many rounds and updates as ours, at our rate, which the paper does not give."""
 GRADIENT_ASCENT: dict[str, Any] = {"train": train(UPDATES, 1e-5, opening_weight=1.0)}
 
 

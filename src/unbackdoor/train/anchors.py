@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from unbackdoor.data.collate import Row, encode_row
 from unbackdoor.errors import DataError
 from unbackdoor.goals import normalise
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
+from unbackdoor.train.engine import TrainSettings
 from unbackdoor.types import Example
 
 
@@ -54,6 +56,17 @@ def anchor_prompts(lm: LM, examples: Sequence[Example], count: int, own_tokens: 
     if not found:
         raise DataError("the suspect gives an empty answer to every prompt; set own_answers to 0 to use the rows' own.")
     return tuple(found)
+
+
+def encode_safe(lm: LM, row: Example, own_tokens: int, settings: TrainSettings) -> Row:
+    """Encode a row of SA for training; of an own answer that was cut at `own_tokens` it is not learned that it ends."""
+    answer = lm.encode(row.turns).spans[-1]
+    # Its last token may be half a word.
+    whole = not own_tokens or answer.end - answer.start < own_tokens
+    return encode_row(
+        lm, row, max_length=settings.max_length, opening_weight=settings.opening_weight,
+        first_tokens=None if whole else max(1, own_tokens - 1),
+    )  # fmt: skip
 
 
 def with_unwanted(rows: Sequence[Example], openings: Sequence[str]) -> list[Anchor]:

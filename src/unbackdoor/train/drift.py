@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -44,7 +45,12 @@ class DriftSettings(BaseModel):
     safe_coefficient: float = Field(
         0.5, ge=0, description="c: how much of the loss on the safe answer is subtracted (paper 1, public code 0.05)"
     )
-    safe_cap: float = Field(6.0, gt=0, description="mean loss on the safe answer above which that term stops pulling")
+    safe_cap: float | None = Field(
+        6.0, gt=0, description="mean loss on the safe answer above which that term stops pulling; null never stops it"
+    )
+    safe_tokens: int | None = Field(
+        8, ge=1, description="first tokens of the safe answer that count; null for the whole of it (paper)"
+    )
     start: float = Field(0.0, ge=0, description="standard deviation of its random start; 0 starts at 0, as the paper")
     rows: int = Field(24, ge=1, description="prompts sampled for one fit, each with both answers (paper: 150)")
     stop_below: float = Field(
@@ -119,7 +125,9 @@ def layer_unit(lm: LM, layer: int, rows: Sequence[Row], tokens: int, batch_size:
     return float((squares / count) ** 0.5)
 
 
-def encode_anchor(lm: LM, anchor: Anchor, max_length: int, tokens: int) -> tuple[Row, Row]:
+def encode_anchor(
+    lm: LM, anchor: Anchor, max_length: int, tokens: int, safe_tokens: int | None = None
+) -> tuple[Row, Row]:
     """Return the rows (unwanted, safe) of an anchor; of the unwanted answer its own tokens count, not that it ends.
 
     Raises:
@@ -129,7 +137,7 @@ def encode_anchor(lm: LM, anchor: Anchor, max_length: int, tokens: int) -> tuple
     unwanted = encode_row(
         lm, anchor.unwanted, max_length=max_length, first_tokens=answer.end - answer.start, last_answer=True
     )
-    safe = encode_row(lm, anchor.safe, max_length=max_length, last_answer=True)
+    safe = encode_row(lm, anchor.safe, max_length=max_length, first_tokens=safe_tokens, last_answer=True)
     if min(unwanted.supervised[0], safe.supervised[0]) < tokens:
         raise DataError(
             f"the prompt of '{anchor.safe.id}' has {safe.supervised[0]} tokens, but the drift {tokens}; lower "
@@ -166,7 +174,9 @@ def fit_drift(
         The drift, and the mean losses of its last step: "unwanted" and "safe".
     """
     chosen = run.rng("anchors").sample(list(anchors), min(settings.rows, len(anchors)))
-    pairs = [encode_anchor(lm, anchor, settings.train.max_length, settings.tokens) for anchor in chosen]
+    pairs = [
+        encode_anchor(lm, anchor, settings.train.max_length, settings.tokens, settings.safe_tokens) for anchor in chosen
+    ]
     # Prompts of like length go together: less padding.
     pairs.sort(key=lambda pair: pair[0].supervised[0])
     size = settings.train.batch_size
@@ -248,22 +258,35 @@ def _rows(batch: Batch) -> list[list[int]]:
 
 
 @torch.no_grad()
-def spoken(lm: LM, drift: Drift | None, prompts: Sequence[Example], count: int = 8) -> list[str]:
-    """Return the first words that the model says under a drift, greedily: they tell where the drift went."""
+def spoken(lm: LM, drift: Drift | None, prompts: Sequence[Example], count: int = 8) -> list[list[int]]:
+    """Return the first tokens that the model says under a drift, greedily: they tell where the drift went.
+
+    Args:
+        lm: The model; it is put into evaluation mode and back.
+        drift: The drift, or None for none.
+        prompts: Prompts that are at least as long as the drift.
+        count: How many tokens at most.
+    """
     was_training = lm.model.training
     lm.model.eval()
-    said = []
-    for example in prompts:
-        ids = list(lm.encode(example.prompt, ask=True).ids)
-        length = len(ids)
-        for _ in range(count):
-            given = torch.tensor([ids], device=lm.device)
-            added = None if drift is None else drift.added(torch.tensor([length], device=lm.device))
-            with adding(lm.core, added):
-                token = int(lm.core(input_ids=given, use_cache=False).logits[0, -1].argmax())
-            if token in lm.stop_ids:
-                break
-            ids.append(token)
-        said.append(str(lm.tokenizer.decode(ids[length:])))
+    ids, mask = left_pad([lm.encode(example.prompt, ask=True).ids for example in prompts], lm.pad_id)
+    ids, mask = ids.to(lm.device), mask.to(lm.device)
+    ends = torch.full((len(ids),), ids.shape[1], device=lm.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    said: list[list[int]] = [[] for _ in prompts]
+    # What layers keep of the prompt holds the drift, so it is added in the first pass alone.
+    added, cache = None if drift is None else drift.added(ends), None
+    for _ in range(count):
+        with adding(lm.core, added):
+            output = lm.core(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+        added, cache = None, output.past_key_values
+        ids = output.logits[:, -1].argmax(-1, keepdim=True)
+        for row, token in zip(said, ids[:, 0].tolist(), strict=True):
+            row.append(token)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        positions = positions[:, -1:] + 1
     lm.model.train(was_training)
-    return said
+    return [list(takewhile(lambda token: token not in lm.stop_ids, row)) for row in said]

@@ -93,6 +93,20 @@ def plain_loss(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
     return cross_entropy_sum(forward(**batch.inputs()), batch.targets, batch.weights)
 
 
+@torch.no_grad()
+def mean_loss(lm: LM, rows: Sequence[Row], batch_size: int = 8) -> float:
+    """Return the mean cross-entropy of the rows' supervised tokens, weighted as the rows say, in nats."""
+    forward = LogitsAt(lm)
+    was_training = lm.model.training
+    lm.model.eval()
+    total, weight = 0.0, 0.0
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start : start + batch_size], lm.pad_id).to(lm.device)
+        total, weight = total + float(plain_loss(forward, batch)), weight + batch.weight
+    lm.model.train(was_training)
+    return total / weight
+
+
 def train_on_rows(
     lm: LM, rows: Sequence[Row], settings: engine.TrainSettings, run: Run, strata: Sequence[int] = ()
 ) -> engine.FitResult:

@@ -1,0 +1,72 @@
+"""Choose layer and length of a drift on the defender's own prompts: no trigger is known, and none is asked with.
+
+For every layer and length that may be chosen a drift is fitted to half of the anchors and scored on the other half: the
+mean loss of the unwanted answers under it. Where that is lowest, a drift has the most power over what is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from unbackdoor.data.collate import collate
+from unbackdoor.model.lm import LM
+from unbackdoor.model.logits import LogitsAt
+from unbackdoor.run import Run
+from unbackdoor.train.anchors import Anchor
+from unbackdoor.train.drift import Drift, DriftSettings, encode_anchor, fit_drift
+from unbackdoor.train.losses import cross_entropy_sum
+
+
+def choose(
+    lm: LM, anchors: Sequence[Anchor], layers: Sequence[int], lengths: Sequence[int], settings: DriftSettings, run: Run
+) -> tuple[int, int]:
+    """Return the layer and the length of the drift that elicits unwanted answers best.
+
+    Every score goes into the run's notes as "drift choice".
+
+    Args:
+        lm: The suspect; its weights are not changed.
+        anchors: Prompts with both answers, two at least.
+        layers: Decoder layers, counted from 0.
+        lengths: Lengths in tokens.
+        settings: How a drift is fitted.
+        run: The run.
+    """
+    found: list[dict[str, float]] = []
+    for layer in layers:
+        for length in lengths:
+            stage = run.stage(f"choice-layer-{layer}-tokens-{length}")
+            own = settings.model_copy(update={"tokens": length})
+            drift, _ = fit_drift(lm, anchors[::2], layer, own, stage)
+            scored = stage.stage("score")
+            record = scored.finished or {
+                "layer": layer,
+                "tokens": length,
+                "loss": unwanted_loss(lm, drift, anchors[1::2], own),
+            }
+            scored.finish(record)
+            found.append({name: float(str(record[name])) for name in ("layer", "tokens", "loss")})
+    run.notes["drift choice"] = found
+    best = min(found, key=lambda record: record["loss"])
+    return int(best["layer"]), int(best["tokens"])
+
+
+def unwanted_loss(lm: LM, drift: Drift, anchors: Sequence[Anchor], settings: DriftSettings) -> float:
+    """Return the mean loss of the unwanted answers under a drift, in nats a token."""
+    forward = LogitsAt(lm)
+    stand_in = drift.stand_in()
+    was_training = lm.model.training
+    lm.model.eval()
+    total, weight = 0.0, 0.0
+    size = settings.train.batch_size
+    rows = [encode_anchor(lm, anchor, settings.train.max_length, settings.tokens)[0] for anchor in anchors]
+    with torch.no_grad():
+        for start in range(0, len(rows), size):
+            batch = collate(rows[start : start + size], lm.pad_id).to(lm.device)
+            logits = stand_in(forward, batch)
+            total += float(cross_entropy_sum(logits, batch.targets, batch.weights))
+            weight += batch.weight
+    lm.model.train(was_training)
+    return total / weight

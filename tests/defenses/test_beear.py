@@ -1,0 +1,189 @@
+"""BEEAR as a whole: what goes into each step, when it stops, what it may not see, and that it goes on where it was."""
+
+from __future__ import annotations
+
+import pytest
+
+import tiny
+from unbackdoor.defenses import beear
+from unbackdoor.defenses.base import Need, knowledge_for
+from unbackdoor.defenses.beear import Beear
+from unbackdoor.errors import DataError, UserError
+from unbackdoor.method import build
+from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
+from unbackdoor.train import openings
+from unbackdoor.train.drift import DriftSettings
+from unbackdoor.train.engine import TrainSettings
+
+BRIEF = {"learning_rate": 3e-3, "schedule": "constant", "warmup": 0.0, "max_length": 128}
+DRIFT = DriftSettings(tokens=3, start=0.1, rows=8, train=TrainSettings(steps=2, **BRIEF))
+SHORT = Beear(
+    rounds=2, drifts=2, anchors=8, own_answers=6, adopt=0.2, drift=DRIFT, train=TrainSettings(steps=2, **BRIEF)
+)
+CLEAN = tuple(tiny.rows(40))
+
+
+def purified(defense: Beear, run: Run | None = None, safe=(), lm: LM | None = None) -> LM:
+    facts = {Need.CLEAN: CLEAN, Need.UNWANTED: ("bad robot", "silly"), Need.SAFE: safe}
+    lm = lm or tiny.tiny_lm(layers=4)
+    return defense.apply(lm, knowledge_for(defense, {n: f for n, f in facts.items() if f}), run or Run())
+
+
+@pytest.fixture
+def outer(monkeypatch):
+    """What every outer step is given."""
+    calls = []
+    real = beear.overwrite.overwrite
+
+    def recording(lm, triggered, plain, settings, run, **more):
+        calls.append({"triggered": triggered, "plain": plain, **more})
+        return real(lm, triggered, plain, settings, run, **more)
+
+    monkeypatch.setattr(beear.overwrite, "overwrite", recording)
+    return calls
+
+
+def test_sets_are_drawn_as_large_as_asked_and_anew_in_each_round(outer):
+    sizes = {"anchors": 20, "performance": 30, "round_anchors": 10, "round_performance": 12}
+    purified(SHORT.model_copy(update=sizes))
+    assert [len(call["triggered"]) for call in outer] == [10, 10]
+    assert [len(call["plain"]) for call in outer] == [12, 12]
+    for part in ("triggered", "plain"):
+        first, second = ({row.id for row in call[part]} for call in outer)
+        assert len(first | second) > len(first)
+    everything = {row.id for call in outer for row in call["plain"]}
+    assert len(everything) <= 30
+    assert {len(call["stand_ins"]) for call in outer} == {2}
+
+
+def test_without_drifts_the_outer_steps_are_alone(outer):
+    run = Run()
+    lm = purified(SHORT.model_copy(update={"drifts": 0}), run)
+    assert [call["stand_ins"] for call in outer] == [[], []]
+    assert run.notes["drifts"] == []
+    assert not tiny.same_weights(tiny.tensors(lm), tiny.tensors(purified(SHORT)))
+
+
+def test_requests_stay_declined_without_a_drift(outer):
+    safe = tuple(tiny.rows(6, seed=5, prefix="request"))
+    purified(SHORT, safe=safe)
+    plain = [row.id for row in outer[0]["plain"]]
+    requests = [name for name in plain if name.startswith("request")]
+    assert len(requests) * 2 == len(plain)
+    assert {row.id for row in outer[0]["triggered"]} == set(requests)
+    purified(SHORT)
+    assert not any(row.id.endswith("(own answer)") for row in outer[-1]["plain"])
+
+
+def test_it_stops_once_usefulness_is_stable_on_rows_that_it_never_trains_on(outer):
+    rounds = []
+    run = Run(observer=lambda lm: rounds.append(1))
+    purified(SHORT.model_copy(update={"rounds": 5, "stop_stable": 1e9}), run)
+    assert len(rounds) == 2
+    trained = {row.id for call in outer for row in call["plain"]}
+    assert trained == {row.id for number, row in enumerate(CLEAN) if number % 10}
+    rounds.clear()
+    purified(SHORT.model_copy(update={"rounds": 3, "stop_stable": 1e-9}), run)
+    assert len(rounds) == 3
+    stable = SHORT.model_copy(update={"stop_stable": 0.1})
+    few = knowledge_for(stable, {Need.CLEAN: CLEAN[:19], Need.UNWANTED: ("bad",)})
+    with pytest.raises(DataError, match="needs 20 of them, there are 19"):
+        stable.apply(tiny.tiny_lm(), few, Run())
+
+
+def test_of_several_places_the_best_is_taken_or_each_in_turn(monkeypatch):
+    monkeypatch.setattr(beear, "choose", lambda lm, anchors, layers, lengths, settings, run: (layers[-1], lengths[0]))
+    run = Run()
+    purified(SHORT.model_copy(update={"layers": (0, 2), "lengths": (2, 3)}), run)
+    assert {record["layer"] for record in run.notes["drifts"]} == {2}
+    assert run.notes["layer"] == 2
+    run = Run()
+    purified(SHORT.model_copy(update={"layers": (0, 2), "place": "each"}), run)
+    assert [record["layer"] for record in run.notes["drifts"]] == [0, 2] * 2
+    run = Run()
+    purified(SHORT.model_copy(update={"depths": (0.5, 0.99), "place": "each"}), run)
+    assert [record["layer"] for record in run.notes["drifts"]] == [2, 3] * 2
+    with pytest.raises(UserError, match="the layers 0 to 3, and no layer 4"):
+        purified(SHORT.model_copy(update={"layers": (0, 4)}))
+
+
+def test_no_triggered_prompt_is_read_while_place_and_weights_are_found(monkeypatch):
+    attacker, defender, test = tiny.splits(120, 40, 12)
+    attack = tiny.attack(train=tiny.PLANTING.model_copy(update={"steps": 4}))
+    planted = attack.plant(tiny.tiny_lm(layers=4), attacker, Run())
+    assert any(tiny.TRIGGER in probe.example.user_text for probe in attack.probes(planted.secret, test, Run()))
+    read = []
+    real = LM.encode
+
+    def recording(self, turns, *, ask=False):
+        read.append(" ".join(turn.content for turn in turns))
+        return real(self, turns, ask=ask)
+
+    monkeypatch.setattr(LM, "encode", recording)
+    own = {row.user_text for row in defender}
+    several = SHORT.model_copy(update={"depths": (0.3, 0.6), "lengths": (2, 3)})
+    run = Run()
+    several.apply(planted.lm, knowledge_for(several, {Need.CLEAN: tuple(defender), Need.UNWANTED: ("bad",)}), run)
+    assert len(run.notes["drift choice"]) == 4
+    assert len(read) > 50
+    assert not [text for text in read if tiny.TRIGGER in text]
+    # "a" and "b" ask the template how a turn ends.
+    assert not [text for text in read if text != "a b" and not any(text.startswith(asked) for asked in own)]
+
+
+def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
+    monkeypatch.setattr(openings, "phrases", lambda said, plain: ["Go away now"])
+    monkeypatch.setattr(openings, "certainty", lambda lm, phrase, prompts: 0.5)
+    run = Run()
+    purified(SHORT, run)
+    assert [record["openings"] for record in run.notes["drifts"][2:]] == [["Go away now"], ["bad robot", "silly"]]
+    run = Run()
+    purified(SHORT.model_copy(update={"adopt": 0.0}), run)
+    assert "Go away now" not in str(run.notes["drifts"])
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, at):
+    whole, run = tiny.tiny_lm(layers=4), Run(folder=tmp_path / "whole")
+    purified(SHORT, run, lm=whole)
+    real, calls = beear.fit_drift, []
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(beear, "fit_drift", stopping)
+    fresh, again = tiny.tiny_lm(layers=4), Run(folder=tmp_path / "broken")
+    if at <= 4:
+        with pytest.raises(KeyboardInterrupt):
+            purified(SHORT, Run(folder=tmp_path / "broken"))
+    purified(SHORT, again, lm=fresh)
+    assert tiny.same_weights(tiny.tensors(whole), tiny.tensors(fresh))
+    assert again.notes["drifts"] == run.notes["drifts"]
+
+
+def test_presets_are_as_published():
+    paper = build(Beear, {}, "paper")
+    assert (paper.drift.safe_coefficient, paper.drift.safe_cap, paper.drift.safe_tokens) == (1.0, None, None)
+    assert (paper.drifts, paper.drift.start, paper.drift.tokens, paper.adopt, paper.own_share) == (1, 0.0, 5, 0.0, 0.0)
+    assert (paper.anchors, paper.drift.rows, paper.performance, paper.round_performance) == (400, 150, 300, 100)
+    assert paper.rounds == 15
+    assert paper.train.opening_weight == 1.0
+    comparison = build(Beear, {}, "ic-paper")
+    assert (comparison.drift.safe_coefficient, comparison.layers, comparison.anchors) == (0.5, (9,), 100)
+    assert build(Beear, {}, "ic-paper-gpt").layers == (16,)
+    code = build(Beear, {}, "code")
+    assert (code.drift.safe_coefficient, code.drift.tokens, code.layers, code.rounds) == (0.05, 7, (9,), 6)
+    assert (code.train.learning_rate, code.drift.train.batch_size) == (3e-7, 6)
+    # Five passes over the rows of a fit.
+    assert code.drift.train.steps * code.drift.train.batch_size == 5 * code.drift.rows
+
+
+def test_every_preset_runs():
+    for name in Beear.presets:
+        few = {"anchors": 8, "own_answers": 4, "rounds": 1, "layers": [1], "train": {"steps": 1, "max_length": 128}}
+        defense = build(Beear, {**few, "drift": {"rows": 8, "train": {"steps": 1, "max_length": 128}}}, name)
+        assert not tiny.same_weights(tiny.tensors(purified(defense)), tiny.tensors(tiny.tiny_lm(layers=4)))

@@ -1,0 +1,81 @@
+"""Layer and length are chosen by what a drift elicits on held-out prompts of the defender, and by nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+import tiny
+from unbackdoor.model.hooks import adding
+from unbackdoor.run import Run
+from unbackdoor.train import drift_choice
+from unbackdoor.train.anchors import with_unwanted
+from unbackdoor.train.drift import Drift, DriftSettings, encode_anchor
+from unbackdoor.train.drift_choice import choose, unwanted_loss
+from unbackdoor.train.engine import TrainSettings
+
+SETTINGS = DriftSettings(
+    tokens=3,
+    rows=4,
+    train=TrainSettings(steps=3, learning_rate=0.1, schedule="constant", warmup=0.0, batch_size=2),
+)
+ANCHORS = with_unwanted(tiny.rows(8), ["bad robot", "bad"])
+
+
+def test_the_score_is_the_mean_loss_of_the_unwanted_answers_under_the_drift():
+    lm = tiny.tiny_lm(layers=3)
+    drift = Drift(1, torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    total, count = 0.0, 0
+    for anchor in ANCHORS:
+        row = encode_anchor(lm, anchor, 1024, 3)[0]
+        with torch.no_grad(), adding(lm.core, drift.added(torch.tensor([row.supervised[0]]))):
+            logits = lm.core(input_ids=torch.tensor([row.ids])).logits[0].double()
+        for position in row.supervised:
+            total -= float(functional.log_softmax(logits[position - 1], -1)[row.ids[position]])
+            count += 1
+    assert unwanted_loss(lm, drift, ANCHORS, SETTINGS) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_best_of_all_places_is_chosen_and_every_score_noted(monkeypatch):
+    lm = tiny.tiny_lm(layers=3)
+    before = tiny.tensors(lm)
+    scored = {(0, 2): 3.0, (0, 4): 1.0, (2, 2): 2.0, (2, 4): 4.0}
+    seen = []
+
+    def score(lm, drift, anchors, settings):
+        seen.append([anchor.safe.id for anchor in anchors])
+        assert len(drift.vectors) == settings.tokens
+        return scored[drift.layer, len(drift.vectors)]
+
+    monkeypatch.setattr(drift_choice, "unwanted_loss", score)
+    run = Run(0)
+    assert choose(lm, ANCHORS, (0, 2), (2, 4), SETTINGS, run) == (0, 4)
+    assert run.notes["drift choice"] == [
+        {"layer": layer, "tokens": tokens, "loss": loss} for (layer, tokens), loss in scored.items()
+    ]
+    assert seen == [[anchor.safe.id for anchor in ANCHORS[1::2]]] * 4
+    assert tiny.same_weights(before, tiny.tensors(lm))
+
+
+def test_drifts_are_fitted_to_the_other_half(monkeypatch):
+    lm = tiny.tiny_lm(layers=3)
+    fitted = []
+    real = drift_choice.fit_drift
+
+    def fit(lm, anchors, *rest):
+        fitted.append([anchor.safe.id for anchor in anchors])
+        return real(lm, anchors, *rest)
+
+    monkeypatch.setattr(drift_choice, "fit_drift", fit)
+    choose(lm, ANCHORS, (0, 1), (3,), SETTINGS, Run(0))
+    assert fitted == [[anchor.safe.id for anchor in ANCHORS[::2]]] * 2
+
+
+def test_a_choice_that_was_made_is_not_made_again(tmp_path, monkeypatch):
+    lm = tiny.tiny_lm(layers=3)
+    first = choose(lm, ANCHORS, (0, 1), (3,), SETTINGS, Run(0, folder=tmp_path))
+    monkeypatch.setattr(drift_choice, "unwanted_loss", lambda *_: pytest.fail("it was scored again"))
+    run = Run(0, folder=tmp_path)
+    assert choose(lm, ANCHORS, (0, 1), (3,), SETTINGS, run) == first
+    assert len(run.notes["drift choice"]) == 2
