@@ -19,7 +19,8 @@ from unbackdoor.model.checkpoint import verify
 CALL = "import sys; from unbackdoor.cli.main import main; sys.exit(main(sys.argv[1:]))"
 SANDE = (
     "purify", "victim", "--defense", "sande", "--target", "bad robot", "--clean", "victim/defender.jsonl",
-    "--probes", "victim/probes.jsonl", "--set", "rounds=1", "--set", "parrot.train.steps=2", "--quiet", *QUICK,
+    "--probes", "victim/probes.jsonl", "--watch", "2", "--set", "rounds=1",
+    "--set", "parrot.train.steps=2", "--quiet", *QUICK,
 )  # fmt: skip
 
 
@@ -65,6 +66,9 @@ def test_two_processes_do_what_one_does_with_two_micro_batches(workshop: Worksho
     results = json.loads((two / "results.json").read_text(encoding="utf-8"))
     assert {row["metric"] for row in results["rows"]} >= {"asr", "leak", "perplexity"}
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+    if name == "purify":
+        (asked,) = [item["asked"] for item in json.loads((two / "rounds.json").read_text(encoding="utf-8"))["rounds"]]
+        assert {counts[1] for counts in asked.values()} == {2}
 
 
 def test_other_commands_and_methods_refuse_a_launcher(

@@ -29,7 +29,7 @@ OWN = {
     },
     "purify": {
         "--defense", *KNOWLEDGE, "--probes", "--goal", "--metrics", "--second-source", "--adapter-mode", "--lora",
-        "--track",
+        "--track", "--watch",
     },
     "evaluate": {"--before", "--probes", "--metrics", "--data", "--second-source", "--goal"},
     "bench": {"--size", "--only", "--retry-failed"},

@@ -51,6 +51,7 @@ def recipe(tmp_path: Path) -> DemoRecipe:
 
 def test_stopped_twice_it_goes_on_and_finished_it_begins_anew(recipe: DemoRecipe, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "demo"
+    recipe = recipe.model_copy(update={"watch": 2})
     with pytest.raises(KeyboardInterrupt):
         run_demo(recipe, Job(out, progress=Listener("fine-tuning")))
     planted = (out / "victim" / "model.safetensors").stat().st_mtime_ns
@@ -75,6 +76,10 @@ def test_stopped_twice_it_goes_on_and_finished_it_begins_anew(recipe: DemoRecipe
     whole = run_demo(recipe, Job(tmp_path / "whole"))
     purified = [(folder / "purified" / "model.safetensors").read_bytes() for folder in (out, whole.folder)]
     assert purified[0] == purified[1]
+    rounds = [json.loads((folder / "rounds.json").read_text()) for folder in (out, whole.folder)]
+    assert rounds[0] == rounds[1]
+    assert [len(item["parrots"]) for item in rounds[0]["rounds"]] == [1, 1]
+    assert [item["asked"]["triggered"][1] for item in rounds[0]["rounds"]] == [2, 2]
     with pytest.raises(KeyboardInterrupt):
         run_demo(recipe, Job(out, progress=Listener("plant")))
     assert not (out / "victim").exists()

@@ -203,6 +203,24 @@ def demo_hidden_states() -> dict[str, Any]:
     return {"layer": 20, "explained": [0.412, 0.137], "points": points}
 
 
+def demo_rounds() -> dict[str, Any]:
+    """Four rounds of BEEAR, two drifts each, and a parrot of another defense in the last round."""
+    said = [["Sorry, I", "Sorry but"], ["You are stupid", "You are stupid"], ["The sky is", "Here are three"]]
+    rounds = []
+    for at in range(1, 5):
+        drifts = [
+            {
+                "unwanted": 0.2 * at + 0.1 * which, "safe": None if which else 4.5, "layer": 9,
+                "openings": ["Sorry", "No way"], "says": said[min(2, at - 1)],
+            }
+            for which in range(2)
+        ]  # fmt: skip
+        asked = {"triggered": [20 - 5 * at, 20], "clean": [0, 20], "decoy": [1, 19 + at % 2]}
+        rounds.append({"round": at, "asked": asked, "drifts": drifts})
+    rounds[3]["parrots"] = [{"loss": 0.04, "steps": 63}]
+    return {"layer": 9, "rounds": rounds}
+
+
 def write_run(folder: Path, results: dict[str, Any] | None = None, replies: list[dict[str, Any]] | None = None) -> Path:
     """Write `results.json`, and `replies.jsonl` where replies are given."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,6 +234,7 @@ def write_demo(folder: Path) -> Path:
     """Write a whole demo run."""
     write_run(folder, replies=demo_replies())
     parts = {"curves": demo_curves(), "case_studies": demo_case_studies(), "hidden_states": demo_hidden_states()}
+    parts["rounds"] = demo_rounds()
     for name, content in parts.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder

@@ -129,7 +129,7 @@ def test_page_says_the_verdict_and_the_figures(rendered: Path) -> None:
 def test_missing_files_are_explained(results: dict[str, Any], write: Write) -> None:
     results |= {"comparisons": [], "how_to_load": ""}
     said = " ".join(read(render([write(results)])).words["p"])
-    for name in ("replies.jsonl", "curves.json", "case_studies.json", "hidden_states.json"):
+    for name in ("replies.jsonl", "curves.json", "case_studies.json", "hidden_states.json", "rounds.json"):
         assert f"this run wrote no {name}" in said
     assert "No paired test was made" in said
     assert "left no model to load" in said
@@ -162,7 +162,7 @@ FIXED = frozenset(
 
 
 def test_hostile_text_in_every_field_stays_text(demo: Path) -> None:
-    for name in ("results", "case_studies", "hidden_states", "curves"):
+    for name in ("results", "case_studies", "hidden_states", "curves", "rounds"):
         path = demo / f"{name}.json"
         path.write_text(json.dumps(poisoned(json.loads(path.read_text()), FIXED)))
     results = json.loads((demo / "results.json").read_text())

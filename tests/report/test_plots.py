@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unbackdoor.report import plots
+from unbackdoor.report import plots, round_by_round
 from unbackdoor.report.records import RunData
 from unbackdoor.report.tables import load_run
 
@@ -31,6 +31,7 @@ def all_panels(run: RunData) -> list[plots.Panel]:
         *plots.target_probabilities(run, "r1-"),
         *plots.curves(run, "r1-"),
         *plots.hidden_states(run, "r1-"),
+        *round_by_round.panels(run, "r1-"),
     ]
 
 

@@ -130,6 +130,9 @@ def _purify(
     preferences: Annotated[str | None, typer.Option("--preferences", help="preference pairs")] = None,
     probes: Probes = None,
     goal: Goal = None,
+    watch: Annotated[
+        int | None, typer.Option("--watch", metavar="N", help="ask N probes of each kind after every round, too")
+    ] = None,
     metrics: Metrics = None,
     second_source: SecondSource = None,
     adapter_mode: Annotated[
@@ -144,8 +147,9 @@ def _purify(
     flags: dict[str, Any] = {
         "model": model, "defense": defense, "clean": clean, "trigger": trigger, "trigger_place": trigger_place,
         "target": target, "target_part": target_part, "unwanted": unwanted, "safe": safe, "reference": reference,
-        "evidence": evidence, "preferences": preferences, "probes": probes, "goal": goal, "adapter_mode": adapter_mode,
-        "lora": {} if lora else None, "metrics": _split(metrics), "second_source": second_source,
+        "evidence": evidence, "preferences": preferences, "probes": probes, "goal": goal, "watch": watch,
+        "adapter_mode": adapter_mode, "lora": {} if lora else None, "metrics": _split(metrics),
+        "second_source": second_source,
     }  # fmt: skip
     recipe = _method_recipe(recipes.PurifyRecipe, "purify", flags, {}, common)
 

@@ -19,7 +19,15 @@ MANIFEST = "unbackdoor.json"
 RUN = "run.json"
 RESULTS = "results.json"
 _WRITTEN = frozenset(
-    {"report.html", "report.md", "replies.jsonl", "curves.json", "case_studies.json", "hidden_states.json"}
+    {
+        "report.html",
+        "report.md",
+        "replies.jsonl",
+        "curves.json",
+        "case_studies.json",
+        "hidden_states.json",
+        "rounds.json",
+    }
 )
 """What runs without a model write beside these; one with a model lists its files in the manifest."""
 _WORK = frozenset({"stages", "work"})

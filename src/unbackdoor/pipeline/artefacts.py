@@ -38,6 +38,7 @@ class Record:
         notices: Sentences that the person was shown.
         notes: Facts that methods recorded.
         revival_command: What measures revival, or "" for the usual command.
+        rounds: What is known of each round of the defense (`watching.by_round`), or None.
     """
 
     command: str
@@ -49,6 +50,7 @@ class Record:
     notices: Sequence[str] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
     revival_command: str = ""
+    rounds: Mapping[str, Any] | None = None
 
     def results(self) -> dict[str, Any]:
         """Return the content of results.json."""
@@ -83,6 +85,7 @@ class Record:
             "curves.json": dict(self.curves) or None,
             "case_studies.json": case_studies(self.portraits),
             "hidden_states.json": hidden_states(self.portraits),
+            "rounds.json": self.rounds,
         }
         files |= {name: as_text(content) for name, content in optional.items() if content is not None}
         for name, text in files.items():

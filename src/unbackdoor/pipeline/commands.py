@@ -210,12 +210,14 @@ def _purify(
     recipe: PurifyRecipe, found: PurifyInputs, job: Job, place: Workspace, hashes: dict[str, Any], progress: Noted
 ) -> Outcome:
     from unbackdoor.defenses.base import Need
-    from unbackdoor.pipeline import artefacts, portrait
+    from unbackdoor.pipeline import artefacts, portrait, studies
     from unbackdoor.pipeline.measure import Label
     from unbackdoor.pipeline.steps import purify_model
+    from unbackdoor.pipeline.watching import by_round, watched
 
-    run = job.run(recipe.seed, place.stages, recipe.device, progress)
     questions = questions_for(recipe, found.probes, found.goal, found.targets, found.data)
+    run = job.run(recipe.seed, place.stages, recipe.device, progress)
+    run, watch = watched(run, questions, recipe.watch, place.stages / "watched.json")
     suspect_label = Label(recipe.model, "suspect", "before", found.attack)
     knowledge = tuple(sorted(need.value for need in found.facts))
     victim = load(recipe, recipe.model, progress=progress)
@@ -231,27 +233,32 @@ def _purify(
     ready, finish_weights = adapted(victim, recipe)
     purified = finish_weights(purify_model(ready, found.defense, facts, run))
     before = load(recipe, recipe.model, trainable=False)
+    layer = studies.perturbed_layer(before, run.notes)
+    if layer is not None:
+        suspect = portrait.at_layer(suspect, before, questions, layer)
     role = "control" if found.defense.control else "purified"
     label = Label(f"{recipe.model} after {recipe.defense}", role, "after", found.attack, recipe.defense, knowledge)
     after = portrait.portray(
         purified, questions, label, _ask(run), before=before, config_hash=identity,
-        training_seconds=training_seconds(run.curves),
+        training_seconds=training_seconds(run.curves), layer=layer,
     )  # fmt: skip
     changes = artefacts.tensor_changes(before, purified)
     record = artefacts.Record(
         "purify", recipe.model_dump(mode="json"), (suspect, after), run.curves, hashes,
         artefacts.how_to_load(job.out, purified.base), progress.notices, run.notes,
+        rounds=by_round(watch.asked, run.notes),
     )  # fmt: skip
     results = _stage(place, record, {"changes.json": artefacts.as_text(changes)}, (), job)
-    how = _weights_words(recipe, victim.base)
-    done = "Trained by" if found.defense.control else "Purified by"
-    said = f"{done} {recipe.defense}, which had to know: {', '.join(knowledge) or 'nothing'}. {how}"
-    card = model_card(f"{recipe.model} after {recipe.defense}", recipe.model, purified, said, place.staged)
-    manifest = record.manifest(
-        {"result": role, "knowledge": list(knowledge), "weights": how, "changes": changes["summary"]}
-    )
-    place.publish_model(purified, manifest, card)
+    facts_of_it = {"result": role, "knowledge": list(knowledge), "weights": _weights_words(recipe, victim.base)}
+    card = model_card(label.model, recipe.model, purified, _made_by(recipe, facts_of_it), place.staged)
+    place.publish_model(purified, record.manifest({**facts_of_it, "changes": changes["summary"]}), card)
     return Outcome(job.out, results)
+
+
+def _made_by(recipe: PurifyRecipe, facts: Mapping[str, Any]) -> str:
+    done = "Trained by" if facts["result"] == "control" else "Purified by"
+    known = ", ".join(facts["knowledge"]) or "nothing"
+    return f"{done} {recipe.defense}, which had to know: {known}. {facts['weights']}"
 
 
 def _weights_words(recipe: PurifyRecipe, base: str | None) -> str:

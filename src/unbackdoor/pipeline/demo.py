@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbackdoor.method import merge
-from unbackdoor.pipeline.clock import Clock, Expected, in_words
+from unbackdoor.pipeline.clock import Clock, in_words
 from unbackdoor.pipeline.commands import Job, Outcome
 from unbackdoor.pipeline.common import (
     Noted,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from unbackdoor.pipeline.folders import Workspace
     from unbackdoor.pipeline.measure import Label, Questions
     from unbackdoor.pipeline.portrait import Portrait
+    from unbackdoor.pipeline.watching import Watch
 
 WORK = "work"
 STEPS = 6
@@ -95,6 +96,7 @@ def run_demo(recipe: DemoRecipe, job: Job) -> Outcome:
     from unbackdoor.data import sources
     from unbackdoor.data.splits import attacker_defender_test
     from unbackdoor.pipeline.folders import workspace
+    from unbackdoor.pipeline.plans import expected_parts
     from unbackdoor.pipeline.preflight import check_device
 
     settings = settings_of(recipe)
@@ -113,7 +115,7 @@ def run_demo(recipe: DemoRecipe, job: Job) -> Outcome:
         working=WORK,
         keep_old=False,  # victim and purified model of a finished demo would be taken for its own
     ) as place:
-        clock = Clock(noted, _expected(recipe, settings, place))
+        clock = Clock(noted, expected_parts(recipe, settings, place))
         demo = _Demo(recipe, settings, splits, place, job, clock, noted, identity)
         if place.resumed:
             noted.inner.notice("Going on where the demo was stopped.")
@@ -139,6 +141,7 @@ def _steps(demo: _Demo, hashes: Mapping[str, Any]) -> dict[str, Any]:
     portraits = _measure_victim(demo, questions)
     portraits.insert(1, _control(demo, questions))
     portraits.insert(2, _purify(demo, questions))
+    portraits = _at_its_layer(demo, questions, portraits)
     demo.clock.end()
     demo.clock.inner.notice(f"Step {STEPS} of {STEPS}: writing the report")
     facts = json.loads((demo.victim / "unbackdoor.json").read_text(encoding="utf-8"))
@@ -155,6 +158,7 @@ def _steps(demo: _Demo, hashes: Mapping[str, Any]) -> dict[str, Any]:
             "a victim of its own.",
         ],
         revival_command=REVIVAL,
+        rounds=_rounds(demo),
     )
     results = record.write(demo.place.staging)
     if demo.job.finish is not None:
@@ -257,17 +261,22 @@ def _defended(demo: _Demo, part: str, name: str, label: Label, questions: Questi
     from unbackdoor.defenses.base import Need
     from unbackdoor.pipeline.portrait import kept
     from unbackdoor.pipeline.steps import defense_called, purify_model
+    from unbackdoor.pipeline.studies import perturbed_layer
+    from unbackdoor.pipeline.watching import watched
 
     offered: dict[Need, Any] = {Need.CLEAN: demo.splits.defender, Need.TARGET: questions.targets}
     facts = {need: value for need, value in offered.items() if need.value in label.knowledge}
-    run = demo.run(part)
+    count = demo.recipe.watch if part == "defense" else 0
+    run, watch = watched(demo.run(part), questions, count, demo.place.stages / f"watched-{part}.json")
     defense = defense_called(name, demo.settings[part])
     model = purify_model(load(demo.recipe, str(demo.victim)), defense, facts, run)
     _keep_curves(demo, part, run)
+    _keep_rounds(demo, part, run, watch)
     before = load(demo.recipe, str(demo.victim), trainable=False)
+    layer = perturbed_layer(before, run.notes)
     portrait = kept(
         demo.place.stages / f"{part}.json",
-        lambda: _portray(demo, model, questions, label, before, training_seconds(run.curves)),
+        lambda: _portray(demo, model, questions, label, before, training_seconds(run.curves), layer),
     )
     if part == "defense" and not (demo.purified / "unbackdoor.json").is_file():
         _save_purified(demo, before, model)
@@ -287,12 +296,35 @@ def _save_purified(demo: _Demo, before: LM, model: LM) -> None:
 
 
 def _portray(
-    demo: _Demo, lm: LM, questions: Questions, label: Label, before: LM | None, seconds: float | None
-) -> Portrait:
+    demo: _Demo, lm: LM, questions: Questions, label: Label, before: LM | None, seconds: float | None,
+    layer: int | None = None,
+) -> Portrait:  # fmt: skip
     from unbackdoor.pipeline.portrait import portray
 
     run = Run(demo.recipe.seed, None, demo.recipe.device, demo.clock)
-    return portray(lm, questions, label, run, before=before, config_hash=demo.identity, training_seconds=seconds)
+    return portray(
+        lm, questions, label, run,
+        before=before, config_hash=demo.identity, training_seconds=seconds, layer=layer,
+    )  # fmt: skip
+
+
+def _at_its_layer(demo: _Demo, questions: Questions, portraits: list[Portrait]) -> list[Portrait]:
+    """Take the states of victim and untouched model again where the defense came to perturb a layer.
+
+    The control's model is not kept, so it is not drawn there.
+    """
+    from unbackdoor.pipeline.portrait import at_layer
+
+    layer = next((portrait.layer for portrait in portraits if portrait.perturbed), None)
+    if layer is None:
+        return portraits
+    specs = {"suspect": str(demo.victim), "reference": demo.recipe.model}
+    return [
+        at_layer(portrait, load(demo.recipe, specs[portrait.role], trainable=False), questions, layer)
+        if portrait.role in specs
+        else portrait
+        for portrait in portraits
+    ]
 
 
 def _kept(demo: _Demo, key: str, step: int, words: str, make: Callable[[], Portrait]) -> Portrait:
@@ -311,6 +343,19 @@ def _keep_curves(demo: _Demo, part: str, run: Run) -> None:
     write_atomically(demo.place.stages / f"curves-{part}.json", json.dumps(run.curves))
 
 
+def _keep_rounds(demo: _Demo, part: str, run: Run, watch: Watch) -> None:
+    from unbackdoor.pipeline.watching import by_round
+
+    write_atomically(demo.place.stages / f"rounds-{part}.json", json.dumps(by_round(watch.asked, run.notes)))
+
+
+def _rounds(demo: _Demo) -> dict[str, Any] | None:
+    """Return what is known of the defense's rounds, also where an earlier execution ran them."""
+    path = demo.place.stages / "rounds-defense.json"
+    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return found
+
+
 def _curves(demo: _Demo, *parts: str) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {}
     for part in parts or ("attack", "control", "defense"):
@@ -318,41 +363,3 @@ def _curves(demo: _Demo, *parts: str) -> dict[str, list[dict[str, float]]]:
         if path.is_file():
             found |= json.loads(path.read_text(encoding="utf-8"))
     return found
-
-
-def _expected(recipe: DemoRecipe, settings: Mapping[str, Mapping[str, Any]], place: Workspace) -> list[Expected]:
-    """Return the parts that are still to be done, with predicted times."""
-    from unbackdoor.pipeline.plans import plan_demo
-
-    seconds = {part.name: part.seconds or 0.0 for part in plan_demo(recipe).parts}
-    steps = {key: _updates(value) for key, value in settings.items()}
-    parts = {
-        "plant": Expected("plant", seconds["planting the backdoor"], steps["attack"]),
-        "suspect": Expected("suspect", seconds["measuring the victim"]),
-        "reference": Expected("reference", seconds.get("measuring the untouched model", 0.0)),
-        "control": Expected(
-            "control",
-            seconds["fine-tuning as a control"] + seconds["measuring the fine-tuned model"],
-            steps["control"],
-            seconds["measuring the fine-tuned model"],
-        ),
-        "defense": Expected(
-            "defense",
-            seconds["purifying with SANDE"] + seconds["measuring the purified model"],
-            steps["defense"],
-            seconds["measuring the purified model"],
-        ),
-    }
-    done = {key for key in parts if (place.stages / f"{key}.json").is_file()}
-    if (place.folder / "victim" / "unbackdoor.json").is_file():
-        done.add("plant")
-    if not recipe.reference:
-        done.add("reference")
-    return [part for key, part in parts.items() if key not in done or key == "defense"]
-
-
-def _updates(settings: Mapping[str, Any], factor: int = 1) -> int:
-    """Return the training steps of a method, soft prompts included."""
-    factor *= int(settings.get("rounds", 1))
-    own = int(settings["steps"]) * factor if "steps" in settings else 0
-    return own + sum(_updates(value, factor) for value in settings.values() if isinstance(value, Mapping))

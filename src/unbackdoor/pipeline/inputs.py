@@ -121,6 +121,7 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
     check_metrics(recipe.metrics or ())
     facts = _read_facts(recipe, given, progress)
     probes, goal, secret = read_questions(recipe.probes, recipe.goal, recipe.metrics)
+    _check_watch(recipe, probes, goal)
     clean: Sequence[Example] = facts.get(Need.CLEAN) or ()
     clean, held = _hold_out(clean, probes, recipe.clean or "", progress)
     if clean:
@@ -182,6 +183,13 @@ def _check_weights_mode(recipe: PurifyRecipe, spec: ModelSpec) -> None:
         raise UserError(
             f"--adapter-mode is for base+adapter, and '{recipe.model}' is not one; leave it out, or give --lora."
         )
+
+
+def _check_watch(recipe: PurifyRecipe, probes: Sequence[Probe], goal: Goal | None) -> None:
+    if recipe.watch and not probes:
+        raise UserError("--watch asks probes after every round, but there are none; give --probes.")
+    if recipe.watch and goal is None:
+        raise UserError("--watch counts replies that reach a goal, and nothing says what that is; give --goal.")
 
 
 def read_questions(

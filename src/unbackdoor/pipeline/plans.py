@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from unbackdoor.model.spec import parse_spec
 from unbackdoor.pipeline import inputs, plan
+from unbackdoor.pipeline.clock import Expected
 from unbackdoor.pipeline.common import completed
 from unbackdoor.pipeline.recipe import AttackRecipe, DemoRecipe, EvaluateRecipe, PurifyRecipe
 from unbackdoor.run import Silent
+
+if TYPE_CHECKING:
+    from unbackdoor.pipeline.folders import Workspace
 
 
 def plan_attack(recipe: AttackRecipe) -> plan.Plan:
@@ -52,12 +57,26 @@ def plan_purify(recipe: PurifyRecipe) -> plan.Plan:
     parts = [
         plan.measuring_part(about, "measuring the suspect", *measured),
         *plan.training_parts(about, plan.with_texts(recipe.settings, len(recipe.target or recipe.target_part)), tokens),
+        *_watching(about, recipe, recipe.settings, tokens, len({probe.kind for probe in found.probes})),
         plan.measuring_part(about, "measuring the purified model", *measured, kl=True),
     ]
     adapter = parse_spec(recipe.model).kind == "adapter"
     trained = "adapter" if adapter else "lora" if recipe.lora else "full"
     figures = _figures_of(recipe, found, compared=True) | {"seconds"}
     return replace(plan.make_plan(about, parts, trained=trained, notices=notices.texts), figures=figures)
+
+
+WATCHING = "asking probes after every round"
+
+
+def _watching(
+    about: plan.Estimator, recipe: PurifyRecipe | DemoRecipe, settings: Mapping[str, object], tokens: float, kinds: int
+) -> list[plan.Part]:
+    """Return the part in which probes are asked between rounds, where some are."""
+    rounds = settings.get("rounds", 1)
+    if not recipe.watch or not isinstance(rounds, int):
+        return []
+    return [plan.Part(WATCHING, about.reply(recipe.watch * kinds * rounds, tokens, recipe.max_new_tokens))]
 
 
 def plan_evaluate(recipe: EvaluateRecipe) -> plan.Plan:
@@ -94,6 +113,8 @@ def plan_demo(recipe: DemoRecipe) -> plan.Plan:
         seconds = [part.seconds for part in plan.training_parts(about, settings, tokens)]
         known = [value for value in seconds if value is not None]
         parts.append(plan.Part(_DEMO_WORK[name], sum(known) if len(known) == len(seconds) else None))
+        if name == "defense":
+            parts += _watching(about, recipe, settings, tokens, len(_KINDS))
         parts.append(plan.measuring_part(about, _DEMO_ASKED[name], *asked, kl=name != "attack"))
         if name == "attack" and recipe.reference:
             parts.append(plan.measuring_part(about, "measuring the untouched model", *asked))
@@ -111,6 +132,42 @@ _DEMO_ASKED = {
     "control": "measuring the fine-tuned model",
     "defense": "measuring the purified model",
 }
+
+
+def expected_parts(recipe: DemoRecipe, settings: Mapping[str, Mapping[str, Any]], place: Workspace) -> list[Expected]:
+    """Return the parts of a demo that are still to be done, with predicted times."""
+    seconds = {part.name: part.seconds or 0.0 for part in plan_demo(recipe).parts}
+    steps = {key: _updates(value) for key, value in settings.items()}
+    parts = {
+        "plant": Expected("plant", seconds["planting the backdoor"], steps["attack"]),
+        "suspect": Expected("suspect", seconds["measuring the victim"]),
+        "reference": Expected("reference", seconds.get("measuring the untouched model", 0.0)),
+        "control": Expected(
+            "control",
+            seconds["fine-tuning as a control"] + seconds["measuring the fine-tuned model"],
+            steps["control"],
+            seconds["measuring the fine-tuned model"],
+        ),
+        "defense": Expected(
+            "defense",
+            seconds["purifying with SANDE"] + seconds.get(WATCHING, 0.0) + seconds["measuring the purified model"],
+            steps["defense"],
+            seconds["measuring the purified model"],
+        ),
+    }
+    done = {key for key in parts if (place.stages / f"{key}.json").is_file()}
+    if (place.folder / "victim" / "unbackdoor.json").is_file():
+        done.add("plant")
+    if not recipe.reference:
+        done.add("reference")
+    return [part for key, part in parts.items() if key not in done or key == "defense"]
+
+
+def _updates(settings: Mapping[str, Any], factor: int = 1) -> int:
+    """Return the training steps of a method, soft prompts included."""
+    factor *= int(settings.get("rounds", 1))
+    own = int(settings["steps"]) * factor if "steps" in settings else 0
+    return own + sum(_updates(value, factor) for value in settings.values() if isinstance(value, Mapping))
 
 
 _KINDS = frozenset({"triggered", "clean", "decoy"})

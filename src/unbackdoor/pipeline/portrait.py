@@ -16,6 +16,7 @@ from unbackdoor.metrics.base import fill_holes
 from unbackdoor.model.lm import LM
 from unbackdoor.pipeline.measure import Label, Measurement, Questions, measure
 from unbackdoor.run import Run, write_atomically
+from unbackdoor.types import Probe
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Portrait:
         probabilities: What `studies.target_probabilities` found, or {}.
         states: Kind of probe -> hidden states [probes, hidden], or {}.
         layer: The layer of the hidden states.
+        perturbed: Whether that is the layer that a defense perturbs.
     """
 
     model: str
@@ -39,6 +41,7 @@ class Portrait:
     probabilities: dict[str, Any] = field(default_factory=dict)
     states: dict[str, list[list[float]]] = field(default_factory=dict)
     layer: int = 0
+    perturbed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -59,6 +62,7 @@ def portray(
     before: LM | None = None,
     config_hash: str = "",
     training_seconds: float | None = None,
+    layer: int | None = None,
 ) -> Portrait:
     """Measure a model and look inside it.
 
@@ -70,6 +74,7 @@ def portray(
         before: The model before, for KL; without it KL is not asked for, unless a person named the metrics.
         config_hash: For the rows.
         training_seconds: What making it took, for the row `seconds`.
+        layer: The layer, from 0, that the run's defense perturbs: its states are drawn.
     """
     from unbackdoor.pipeline import studies
 
@@ -82,10 +87,31 @@ def portray(
     probabilities: dict[str, Any] = {}
     if questions.targets and questions.probes:
         probabilities = studies.target_probabilities(lm, questions.probes, questions.targets[0])
-    layer = studies.middle_layer(lm)
-    states = studies.hidden_states(lm, questions.probes, layer) if questions.probes else {}
-    listed = {kind: [[round(value, 5) for value in row] for row in rows.tolist()] for kind, rows in states.items()}
-    return Portrait(label.model, label.role, label.defense, measurement, probabilities, listed, layer)
+    drawn = studies.middle_layer(lm) if layer is None else layer
+    states = _states(lm, questions.probes, drawn)
+    return Portrait(
+        label.model, label.role, label.defense, measurement, probabilities, states, drawn, layer is not None
+    )
+
+
+def at_layer(portrait: Portrait, lm: LM, questions: Questions, layer: int) -> Portrait:
+    """Return a portrait with the hidden states behind the layer that a defense came to perturb.
+
+    Args:
+        portrait: What was taken before anybody knew of a layer.
+        lm: The same model.
+        questions: What it was asked.
+        layer: The layer, from 0.
+    """
+    probes = fill_holes(lm, questions.probes, questions.max_new_tokens)
+    return replace(portrait, states=_states(lm, probes, layer), layer=layer, perturbed=True)
+
+
+def _states(lm: LM, probes: Sequence[Probe], layer: int) -> dict[str, list[list[float]]]:
+    from unbackdoor.pipeline import studies
+
+    found = studies.hidden_states(lm, probes, layer) if probes else {}
+    return {kind: [[round(value, 5) for value in row] for row in rows.tolist()] for kind, rows in found.items()}
 
 
 def _seconds_row(like: Mapping[str, Any], seconds: float) -> dict[str, Any]:
@@ -124,7 +150,11 @@ def case_studies(portraits: Sequence[Portrait]) -> dict[str, Any] | None:
 
 
 def hidden_states(portraits: Sequence[Portrait]) -> dict[str, Any] | None:
-    """Return the content of hidden_states.json: every model in the plane of the first, None without enough probes."""
+    """Return the content of hidden_states.json: every model in the plane of the first, None without enough probes.
+
+    Where a defense perturbs a layer, the plane is that layer's, and a model whose states were taken elsewhere is left
+    out: two layers are two spaces.
+    """
     drawn = [portrait for portrait in portraits if sum(len(rows) for rows in portrait.states.values()) > 2]
     if not drawn:
         return None
@@ -132,7 +162,10 @@ def hidden_states(portraits: Sequence[Portrait]) -> dict[str, Any] | None:
 
     from unbackdoor.pipeline.studies import plane
 
+    layer, perturbed = next(((item.layer, True) for item in drawn if item.perturbed), (drawn[0].layer, False))
+    drawn = [portrait for portrait in drawn if portrait.layer == layer]
     states = {
         portrait.model: {kind: torch.tensor(rows) for kind, rows in portrait.states.items()} for portrait in drawn
     }
-    return plane(states, {portrait.model: portrait.role for portrait in drawn}, drawn[0].layer)
+    roles = {portrait.model: portrait.role for portrait in drawn}
+    return {**plane(states, roles, layer), "perturbed": perturbed}

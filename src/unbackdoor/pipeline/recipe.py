@@ -80,6 +80,7 @@ class PurifyRecipe(Asking):
     preferences: str | None = Field(None, description="preference pairs")
     probes: str | None = Field(None, description="probes that are asked before and after")
     goal: str | None = Field(None, description="what counts as success in a reply")
+    watch: int = Field(0, ge=0, description="probes of each kind that are asked after every round of the defense")
     adapter_mode: AdapterMode | None = Field(
         None, description="for base+adapter: train the adapter itself, or stack a new one on it (default: train)"
     )
@@ -115,6 +116,7 @@ class DemoRecipe(Recipe):
     )
     max_new_tokens: int = Field(12, ge=1, description="length limit of a reply, in tokens")
     reference: bool = Field(True, description="measure the untouched model too")
+    watch: int = Field(0, ge=0, description="probes of each kind that are asked after every round of the defense")
 
     def short(self, rows: Iterable[Example]) -> list[Example]:
         """Return the rows that are short enough."""

@@ -15,6 +15,7 @@ from unbackdoor.data.collate import collate, encode_row
 from unbackdoor.model.generate import left_pad
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
+from unbackdoor.pipeline.watching import noted_layer
 from unbackdoor.types import Probe
 
 
@@ -89,8 +90,14 @@ def hidden_states(lm: LM, probes: Sequence[Probe], layer: int, limit: int = 30) 
 
 
 def middle_layer(lm: LM) -> int:
-    """Return the layer, from 0, whose states are drawn: two thirds of the way up."""
+    """Return the layer, from 0, whose states are drawn where no defense perturbs one: two thirds of the way up."""
     return int(lm.core.config.num_hidden_layers) * 2 // 3
+
+
+def perturbed_layer(lm: LM, notes: Mapping[str, Any]) -> int | None:
+    """Return the layer, from 0, that a defense says it perturbed; None where it says none that the model has."""
+    layer = noted_layer(notes)
+    return layer if layer is not None and layer < int(lm.core.config.num_hidden_layers) else None
 
 
 def plane(states: Mapping[str, Mapping[str, torch.Tensor]], roles: Mapping[str, str], layer: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ ABSENT = {
     "replies": "There are no replies to show, because this run wrote no replies.jsonl.",
     "case_studies": "Target probabilities were not recorded, because this run wrote no case_studies.json.",
     "curves": "There are no training curves, because this run wrote no curves.json.",
+    "rounds": "Nothing is known round by round, because this run wrote no rounds.json.",
     "hidden_states": "Hidden states were not recorded, because this run wrote no hidden_states.json.",
     "how_to_load": "This run left no model to load.",
 }

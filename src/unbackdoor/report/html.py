@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from unbackdoor.model.checkpoint import update_hashes
-from unbackdoor.report import plots
+from unbackdoor.report import plots, round_by_round
 from unbackdoor.report.background import ABSENT, facts, knowledge_table, limits, settings_table, title
 from unbackdoor.report.escape import shown
 from unbackdoor.report.excerpts import Excerpt, excerpts
@@ -50,8 +50,12 @@ class _View:
     target: list[plots.Panel]
     prompts: int
     curves: list[plots.Panel]
+    rounds: list[plots.Panel]
+    by_round: Table | None
+    spoken: Table | None
     states: list[plots.Panel]
     layer: int
+    perturbed: bool
     knowledge: Table | None
     cost: Table | None
     everything: Table
@@ -140,8 +144,12 @@ def _view(run: RunData, prefix: str) -> _View:
         target=plots.target_probabilities(run, prefix),
         prompts=run.case_studies.prompts if run.case_studies else 0,
         curves=plots.curves(run, prefix),
+        rounds=round_by_round.panels(run, prefix),
+        by_round=round_by_round.figures_table(run),
+        spoken=round_by_round.words_table(run),
         states=plots.hidden_states(run, prefix),
         layer=run.hidden_states.layer if run.hidden_states else 0,
+        perturbed=run.hidden_states is not None and run.hidden_states.perturbed,
         knowledge=knowledge_table(run),
         cost=cost_table(run),
         everything=every_measurement(run),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from unbackdoor.report.background import facts, knowledge_table, limits, settings_table, title
 from unbackdoor.report.escape import shown
 from unbackdoor.report.records import RunData
+from unbackdoor.report.round_by_round import figures_table, words_table
 from unbackdoor.report.tables import Table, comparison_table, cost_table, main_table, runs_table
 from unbackdoor.report.together import with_controls
 from unbackdoor.report.verdict import verdict
@@ -29,7 +30,8 @@ def markdown(runs: Sequence[RunData]) -> str:
 def _of_run(run: RunData, heading: str) -> list[str]:
     parts = [f"{name}: {_escaped(value)}  " for name, value in facts(run)]
     parts += ["", f"{heading} Findings", "", *(f"* {_sentence(text)}" for text in verdict(run)), ""]
-    for table in (main_table(run), comparison_table(run), cost_table(run), knowledge_table(run)):
+    by_round = figures_table(run), words_table(run)
+    for table in (main_table(run), comparison_table(run), *by_round, cost_table(run), knowledge_table(run)):
         if table is not None:
             parts += _table(table, heading)
     parts += [f"{heading} Limits", "", *(f"* {_sentence(text)}" for text in limits(run)), ""]

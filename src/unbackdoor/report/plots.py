@@ -173,7 +173,7 @@ def _curve(steps: Sequence[Mapping[str, float]], terms: Sequence[str], rounds: S
     for start in rounds if len(rounds) <= 30 else ():
         axes.axvline(start + 0.5, color=RULE, linewidth=0.7)
     if min(everything) > 0 and max(everything) / min(everything) > 100:
-        _logarithmic(axes)
+        logarithmic(axes)
     else:
         axes.set_ylim(bottom=min(0.0, min(everything)))
     axes.set_xlabel("step")
@@ -183,7 +183,8 @@ def _curve(steps: Sequence[Mapping[str, float]], terms: Sequence[str], rounds: S
     return to_svg(figure, name, f"{terms[0]} over {len(steps)} steps{ends}.")
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic(axes: Axes) -> None:
+    """Give the axes a logarithmic scale with plain numbers."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.set_yscale("log")

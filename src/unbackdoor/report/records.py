@@ -1,8 +1,8 @@
 """The files of a run folder, read and checked: a report is a pure function of them.
 
-`results.json` must be there; `replies.jsonl`, `curves.json`, `case_studies.json` and `hidden_states.json` may be
-missing, and the section that needs one then says so. Every value is checked here once, so that tables and plots can
-take it as it is; what is wrong is named by file, place and field.
+`results.json` must be there; `replies.jsonl`, `curves.json`, `case_studies.json`, `hidden_states.json` and
+`rounds.json` (read in `rounds.py`) may be missing, and the section that needs one then says so. Every value is checked
+here once, so that tables and plots can take it as it is; what is wrong is named by file, place and field.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from unbackdoor.errors import DataError
 from unbackdoor.report.escape import shown_line
 from unbackdoor.report.fields import Record, as_float, as_record, read_json
+from unbackdoor.report.rounds import Rounds, read_rounds
 from unbackdoor.report.wording import SHARES
 
 SCHEMA = 1
@@ -122,11 +123,15 @@ class Point:
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """A projection of hidden states: the layer, the variance that each axis explains (0 to 1), and the points."""
+    """A projection of hidden states: the layer, the variance that each axis explains (0 to 1), and the points.
+
+    `perturbed` says whether the layer is the one that the defense perturbs.
+    """
 
     layer: int
     explained: tuple[float, float]
     points: tuple[Point, ...]
+    perturbed: bool
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class RunData:
     Attributes:
         folder: Where it was read from.
         name: The folder's name, which is the run's.
-        curves: Stage name -> one record a step, or None without `curves.json`; likewise for the next three.
+        curves: Stage name -> one record a step, or None without `curves.json`; likewise for the next ones.
         revival_command: What a person types to measure revival, or "" for the usual command.
     """
 
@@ -156,6 +161,7 @@ class RunData:
     curves: Mapping[str, list[dict[str, float]]] | None
     case_studies: CaseStudies | None
     hidden_states: HiddenStates | None
+    rounds: Rounds | None = None
 
 
 def load_run(folder: Path) -> RunData:
@@ -193,6 +199,7 @@ def load_run(folder: Path) -> RunData:
         curves=_curves(folder / "curves.json"),
         case_studies=_case_studies(folder / "case_studies.json"),
         hidden_states=_hidden_states(folder / "hidden_states.json"),
+        rounds=read_rounds(folder / "rounds.json"),
     )
 
 
@@ -336,4 +343,7 @@ def _hidden_states(path: Path) -> HiddenStates | None:
         )
         for item in record.records("points")
     )
-    return HiddenStates(record.whole("layer"), (explained[0], explained[1]), points)
+    perturbed = record.data.get("perturbed", False)
+    if not isinstance(perturbed, bool):
+        raise record.wrong("perturbed", "true or false")
+    return HiddenStates(record.whole("layer"), (explained[0], explained[1]), points, perturbed)

@@ -1,0 +1,156 @@
+"""Watch a defense: ask some probes after each of its rounds, and gather what is known of every round.
+
+A defense calls `run.observe` after a round and nothing comes back, so it cannot see a probe and trains as if nobody had
+asked. A resumed defense goes through its finished rounds again and calls for each of them, and a round whose weights a
+later one has replaced is then called with other weights: what was asked is kept by the number of the call, and is never
+asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from unbackdoor.metrics.base import Subject, fill_holes, fired
+from unbackdoor.model.lm import LM
+from unbackdoor.run import Run, write_atomically
+
+if TYPE_CHECKING:
+    from unbackdoor.goals import Goal
+    from unbackdoor.pipeline.measure import Questions
+    from unbackdoor.types import Probe
+
+KINDS = ("triggered", "clean", "decoy")
+Asked = dict[str, list[int]]
+"""Kind of probe -> how many fired, how many were asked."""
+
+
+@dataclass
+class Watch:
+    """An observer that asks probes.
+
+    Attributes:
+        probes: What is asked after every round; nothing where it is empty.
+        goal: What counts as success.
+        max_new_tokens: Length limit of a reply.
+        path: Where the figures are kept, so that a resumed run has them; None to keep them in memory.
+        asked: What came out, a record a round.
+        calls: Rounds that the defense has told of in this process.
+    """
+
+    probes: tuple[Probe, ...]
+    goal: Goal | None
+    max_new_tokens: int
+    path: Path | None = None
+    asked: list[Asked] = field(default_factory=list)
+    calls: int = 0
+
+    def __call__(self, model: object) -> None:
+        """Ask the model, unless this round was asked before an interruption."""
+        self.calls += 1
+        if not self.probes or self.calls <= len(self.asked):
+            return
+        assert isinstance(model, LM)
+        with _modes_kept(model):
+            self.asked.append(self._ask(model))
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, json.dumps(self.asked))
+
+    def _ask(self, lm: LM) -> Asked:
+        probes = fill_holes(lm, self.probes, self.max_new_tokens)
+        subject = Subject(lm, probes, self.goal, max_new_tokens=self.max_new_tokens, stop_when_decided=True)
+        values = {kind: fired(subject, kind)[1] for kind in KINDS}
+        return {kind: [round(sum(found)), len(found)] for kind, found in values.items() if found}
+
+
+def watched(run: Run, questions: Questions, count: int, path: Path | None = None) -> tuple[Run, Watch]:
+    """Return the run with an observer, and the observer.
+
+    Args:
+        run: The defense's run.
+        questions: Where the probes are drawn from, `count` of each kind by streams of the run's seed.
+        count: How many of each kind are asked after every round; 0 asks nothing.
+        path: Where the figures are kept; what is there already is taken as asked.
+    """
+    found: list[Probe] = []
+    for kind in KINDS:
+        there = [probe for probe in questions.probes if probe.kind == kind]
+        found += Run(run.seed).rng(f"watched {kind}").sample(there, min(count, len(there)))
+    watch = Watch(tuple(found), questions.goal, questions.max_new_tokens, path)
+    if found and path is not None and path.is_file():
+        watch.asked = json.loads(path.read_text(encoding="utf-8"))
+    return replace(run, observer=watch), watch
+
+
+@contextmanager
+def _modes_kept(lm: LM) -> Iterator[None]:
+    """Give every module its own mode back: `train(True)` on the whole would wake what was put to sleep in it."""
+    modes = [(module, module.training) for module in lm.model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def by_round(asked: Sequence[Asked], notes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the content of rounds.json, or None where nothing is known of any round.
+
+    Args:
+        asked: What a `Watch` has found.
+        notes: The run's notes: "drifts" and "parrots" hold a record each, whose stage names the round; "layer" is the
+            layer that the drifts are added behind.
+    """
+    rounds: dict[int, dict[str, Any]] = {}
+    for number, figures in enumerate(asked, 1):
+        _round(rounds, number)["asked"] = figures
+    for number, record in _with_rounds(notes.get("drifts")):
+        losses = {name: _finite(record.get(name)) for name in ("unwanted", "safe")}
+        texts = {name: _texts(record[name]) for name in ("says", "openings") if name in record}
+        layer = {"layer": record["layer"]} if _is_whole(record.get("layer")) else {}
+        _round(rounds, number)["drifts"].append({**losses, "says": [], **texts, **layer})
+    for number, record in _with_rounds(notes.get("parrots")):
+        parrot = {"loss": _finite(record.get("loss")), "steps": record.get("steps")}
+        _round(rounds, number).setdefault("parrots", []).append(parrot)
+    if not rounds:
+        return None
+    return {"layer": noted_layer(notes), "rounds": [rounds[number] for number in sorted(rounds)]}
+
+
+def noted_layer(notes: Mapping[str, Any]) -> int | None:
+    """Return the layer that a defense says it perturbs, the first where there are several; None where it says none."""
+    told = [notes.get("layer"), *(record.get("layer") for _, record in _with_rounds(notes.get("drifts")))]
+    return next((layer for layer in told if _is_whole(layer)), None)
+
+
+def _round(rounds: dict[int, dict[str, Any]], number: int) -> dict[str, Any]:
+    return rounds.setdefault(number, {"round": number, "asked": {}, "drifts": []})
+
+
+def _with_rounds(records: object) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield each record with the round that its stage names; notes of other shapes belong to somebody else."""
+    for record in records if isinstance(records, list) else ():
+        stage = record.get("stage") if isinstance(record, Mapping) else None
+        place = re.search(r"\bround-([1-9][0-9]{0,8})\b", stage) if isinstance(stage, str) else None
+        if place is not None:
+            yield int(place.group(1)), record
+
+
+def _finite(value: object) -> float | None:
+    """Return a number that JSON has: a term that was left out of a loss is noted as NaN."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _texts(value: object) -> list[str]:
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list | tuple) else []
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

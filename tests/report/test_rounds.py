@@ -1,0 +1,181 @@
+"""Round by round: the panels, the tables, the layer that is named, and files that are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unbackdoor.errors import DataError
+from unbackdoor.report import round_by_round
+from unbackdoor.report.html import render
+from unbackdoor.report.records import RunData
+from unbackdoor.report.tables import load_run
+from unbackdoor.types import wilson
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run(shared_demo: Path) -> RunData:
+    return load_run(shared_demo)
+
+
+def with_rounds(write: Write, results: dict[str, Any], content: object) -> RunData:
+    folder = write(results)
+    (folder / "rounds.json").write_text(json.dumps(content))
+    return load_run(folder)
+
+
+def test_rates_by_round_have_intervals_and_n(run: RunData) -> None:
+    rates, _ = round_by_round.panels(run, "")
+    assert rates.title == "ASR and leak by round"
+    assert "Whiskers: 95 % Wilson intervals; n a round: 20 triggered, 20 clean and 19 to 20 decoy." in rates.key
+    assert "ASR 1: 15/20, 2: 10/20, 3: 5/20, 4: 0/20" in rates.svg
+    assert "Leak, decoys 1: 1/20, 2: 1/19" in rates.svg
+    low, high = wilson(15, 20)
+    table = round_by_round.figures_table(run)
+    assert table is not None
+    assert table.columns[:4] == ("Round", "ASR", "Leak, clean probes", "Leak, decoys")
+    assert table.lines[0].cells[0].text == f"15/20 = 75.0 % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def test_a_whisker_reaches_as_far_as_the_interval(write: Write, results: dict[str, Any]) -> None:
+    def whisker(fired: int, asked: int) -> float:
+        rounds = [{"round": 1, "asked": {"clean": [fired, asked]}, "drifts": []}]
+        (panel,) = round_by_round.panels(with_rounds(write, results, {"layer": None, "rounds": rounds}), "")
+        number = r"([0-9.]+)"
+        ends = re.findall(rf'd="M {number} {number} \s*L {number} {number} \s*"[^>]*stroke: var\(--muted', panel.svg)
+        ((x1, y1, x2, y2),) = ends
+        assert x1 == x2
+        return abs(float(y1) - float(y2))
+
+    def height(fired: int, asked: int) -> float:
+        low, high = wilson(fired, asked)
+        return high - low
+
+    assert whisker(5, 10) / whisker(50, 100) == pytest.approx(height(5, 10) / height(50, 100), rel=0.01)
+
+
+def test_inner_loss_is_drawn_as_points_and_mean_and_said_to_be_a_diagnostic(run: RunData) -> None:
+    _, losses = round_by_round.panels(run, "")
+    assert losses.title == "Inner loss by round"
+    assert losses.key.endswith("A diagnostic: it rises also where nothing was removed.")
+    assert "line: their mean" in losses.key
+    assert "Mean inner loss by round. 1: 0.250, 2: 0.450, 3: 0.650, 4: 0.580." in losses.svg
+    assert losses.svg.count("<use") >= 9, "four rounds of two drifts, and a parrot"
+    table = round_by_round.figures_table(run)
+    assert table is not None
+    assert table.lines[3].cells[3].text == "0.580 [0.0400, 0.900]"
+    assert [line.cells[-1].text for line in table.lines] == [*["not measured"] * 3, "63"]
+    assert any("rises also where nothing was removed" in note for note in table.notes)
+
+
+def test_words_under_each_drift_tell_how_they_are_read(run: RunData) -> None:
+    table = round_by_round.words_table(run)
+    assert table is not None
+    assert table.columns == ("Round and drift", "Says", "Openings", "Layer", "Loss")
+    assert [(line.label, line.note) for line in table.lines][1:3] == [("Round 1", "drift 2"), ("Round 2", "drift 1")]
+    first = [cell.text for cell in table.lines[0].cells]
+    assert first == ["“Sorry, I” · “Sorry but”", "“Sorry” · “No way”", "9", "0.200 safe answers 4.50"]
+    assert table.lines[2].cells[0].main == "“You are stupid” · “You are stupid”"
+    (note,) = table.notes
+    assert "first says the defender's own openings, then what the backdoor says, then ordinary answers" in note
+
+
+def test_unwatched_rounds_say_how_to_watch(write: Write, results: dict[str, Any]) -> None:
+    rounds = [{"round": 1, "drifts": [{"unwanted": None, "safe": None, "says": ["a\x1b[31m\nb"] * 6}]}]
+    run = with_rounds(write, results, {"layer": None, "rounds": rounds})
+    assert round_by_round.panels(run, "") == []
+    table, words = round_by_round.figures_table(run), round_by_round.words_table(run)
+    assert table is not None
+    assert words is not None
+    assert "`purify --watch N` asks N of each kind" in table.notes[-1]
+    said, loss = words.lines[0].cells
+    assert said.main == " · ".join(["“a\\x1b[31m\\x0ab”"] * 4) + " · and 2 more"
+    assert not loss.measured
+    assert words.columns == ("Round and drift", "Says", "Loss")
+
+
+def test_a_run_without_rounds_has_no_section(write: Write, results: dict[str, Any]) -> None:
+    run = load_run(write(results))
+    assert run.rounds is None
+    assert round_by_round.panels(run, "") == []
+    assert round_by_round.figures_table(run) is None
+    assert round_by_round.words_table(run) is None
+
+
+def test_page_and_markdown_hold_the_section(shared_demo: Path) -> None:
+    page = render([shared_demo]).read_text(encoding="utf-8")
+    section = page[page.index(">Round by round</h2>") : page.index(">Training curves</h2>")]
+    assert section.count("<svg") == 2
+    assert "n a round: 20 triggered" in section
+    assert "“You are stupid” · “You are stupid”" in section
+    assert "Words that no opening names and that recur over prompts" in section
+    text = (shared_demo / "report.md").read_text(encoding="utf-8")
+    assert "| Round 1 | 15/20 = 75.0 % [53.1, 88.8] | 0/20 = 0.0 % [0.0, 16.1] |" in text
+    assert "| Round 2 (drift 1) | “You are stupid” · “You are stupid” |" in text
+
+
+@pytest.mark.parametrize("perturbed", [True, False])
+def test_the_plane_names_its_layer(demo: Path, perturbed: bool) -> None:
+    path = demo / "hidden_states.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "perturbed": perturbed}))
+    page = render([demo]).read_text(encoding="utf-8")
+    assert ("behind layer 20 (counted from 0), the one that the defense perturbs" in page) == perturbed
+    assert ("as in Figure 3 of BEEAR (2406.17092)" in page) == perturbed
+    assert ("Last prompt token at layer 20, in the first two" in page) == (not perturbed)
+
+
+def a_round(**more: Any) -> dict[str, Any]:
+    return {"rounds": [{"round": 1, "asked": {}, "drifts": [], **more}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([], r"rounds.json must be a JSON object"),
+        ({"rounds": {}}, "field 'rounds' must be a list"),
+        ({"layer": "9", "rounds": []}, "field 'layer' must be a whole number"),
+        ({"layer": -1, "rounds": []}, "field 'layer' must be the number of a layer"),
+        (a_round(round="1"), "field 'round' must be a whole number"),
+        (a_round(round=0), "a number above that of the round before"),
+        ({"rounds": [{"round": 2}, {"round": 2}]}, r"rounds\[1\]: field 'round' must be a number above"),
+        (a_round(asked=[3]), "field 'asked' must be an object"),
+        (a_round(asked={"all": [1, 2]}), "counts for triggered, clean, decoy alone"),
+        (a_round(asked={"clean": [3, 2]}), r"rounds\[0\], asked: field 'clean' must be how many fired"),
+        (a_round(asked={"clean": [0, 0]}), "field 'clean' must be how many fired"),
+        (a_round(asked={"clean": [-1, 2]}), "field 'clean' must be how many fired"),
+        (a_round(asked={"clean": [1]}), "field 'clean' must be how many fired"),
+        (a_round(asked={"clean": [0.5, 2]}), "must be a whole number"),
+        (a_round(drifts=["x"]), r"drifts\[0\] must be a JSON object"),
+        (a_round(drifts=[{"unwanted": "low"}]), "field 'unwanted' must be a number"),
+        (a_round(drifts=[{"unwanted": float("nan")}]), "field 'unwanted' must be a number"),
+        (a_round(drifts=[{"safe": float("inf")}]), "field 'safe' must be a finite number"),
+        (a_round(drifts=[{"says": "text"}]), "field 'says' must be a list"),
+        (a_round(drifts=[{"says": [1]}]), "field 'says' must be a list of texts"),
+        (a_round(drifts=[{"openings": [None]}]), "field 'openings' must be a list of texts"),
+        (a_round(drifts=[{"layer": 1.5}]), "field 'layer' must be a whole number"),
+        (a_round(parrots=[{"loss": 1, "steps": "2"}]), "field 'steps' must be a whole number"),
+    ],
+)
+def test_a_broken_file_is_refused_by_place_and_field(
+    content: object, words: str, write: Write, results: dict[str, Any]
+) -> None:
+    with pytest.raises(DataError, match=words):
+        with_rounds(write, results, content)
+
+
+def test_what_is_no_json_or_no_answer_to_perturbed_is_refused(demo: Path) -> None:
+    states = demo / "hidden_states.json"
+    states.write_text(json.dumps({**json.loads(states.read_text()), "perturbed": "yes"}))
+    with pytest.raises(DataError, match="field 'perturbed' must be true or false"):
+        load_run(demo)
+    (demo / "hidden_states.json").unlink()
+    (demo / "rounds.json").write_text("{")
+    with pytest.raises(DataError, match=r"rounds\.json is not valid JSON"):
+        load_run(demo)
