@@ -120,7 +120,7 @@ def test_watching_changes_no_bit_of_the_model(place: Path) -> None:
     assert [item["round"] for item in found] == [1, 2, 3]
     assert all(set(item["asked"]) == set(watching.KINDS) for item in found)
     assert {counts[1] for item in found for counts in item["asked"].values()} == {4}
-    assert all(len(item["drifts"]) == 2 and len(item["drifts"][0]["says"]) == 3 for item in found)
+    assert all(len(item["drifts"]) == 2 and len(item["drifts"][0]["says"]) > 3 for item in found)
     unwatched = rounds_of(place / "plain")["rounds"]
     assert [item["drifts"] for item in unwatched] == [item["drifts"] for item in found]
     assert [item["asked"] for item in unwatched] == [{}, {}, {}]
