@@ -31,6 +31,22 @@ SMALL = {
         "--steps",
         "2",
     ],
+    "beear_round": [
+        "--rows",
+        "6",
+        "--batch",
+        "4",
+        "--drift",
+        "3",
+        "--layer",
+        "0",
+        "--drifts",
+        "2",
+        "--inner",
+        "3",
+        "--outer",
+        "2",
+    ],
     "replies": ["--prompts", "6", "--tokens", "5"],
 }
 
@@ -53,6 +69,9 @@ def test_both_sides_agree(benchmark: ModuleType, capsys: pytest.CaptureFixture[s
     if benchmark.__name__ == "replies":
         assert result["identical_replies"] == 6
         assert result["parted_at_a_tie"] == 0
+    elif benchmark.__name__ == "beear_round":
+        assert 0 <= result["drift_difference"] < 1e-4
+        assert 0 <= result["update_difference"] < 1e-3
     else:
         assert 0 <= result["loss_difference"] < 1e-5
         assert 0 <= result["gradient_difference"] < 1e-4
@@ -83,6 +102,26 @@ def test_a_parrot_step_with_a_wrong_gradient_is_noticed(benchmark: ModuleType, m
     monkeypatch.setattr(benchmark, "soft_loss", half)
     with pytest.raises(AssertionError, match="gradients"):
         benchmark.main([*TINY, *SMALL["parrot_step"]])
+
+
+@pytest.mark.parametrize("benchmark", ["beear_round"], indirect=True)
+@pytest.mark.parametrize("part", ["drift", "update"])
+def test_a_round_that_comes_to_something_else_is_noticed(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    right = {"drift": benchmark.plain_fit, "update": benchmark.summed}
+
+    def other_drift(*given: object) -> object:
+        drift = right["drift"](*given)
+        return benchmark.Drift(drift.layer, drift.vectors * 1.1)
+
+    def other_loss(lm: object, batch: object, drift: object = None) -> torch.Tensor:
+        return right["update"](lm, batch, None if drift is not None and not drift.vectors.requires_grad else drift)
+
+    name, broken = ("plain_fit", other_drift) if part == "drift" else ("summed", other_loss)
+    monkeypatch.setattr(benchmark, name, broken)
+    with pytest.raises(AssertionError, match="results differ"):
+        benchmark.main([*TINY, *SMALL["beear_round"]])
 
 
 @pytest.mark.parametrize("benchmark", ["replies"], indirect=True)

@@ -25,6 +25,7 @@ from unbackdoor.errors import DataError, UserError
 from unbackdoor.method import Parallel
 from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.lm import LM
+from unbackdoor.model.quarantine import printable
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, state
 from unbackdoor.train.anchors import Anchor, anchor_prompts, encode_safe, with_unwanted
@@ -163,6 +164,8 @@ class Beear(Defense):
             run.observe(victim)
             if useful.is_stable(victim, stage):
                 break
+        if self.drifts and self.adopt:
+            run.progress.notice(_heard_words(openings.adopted))
         return victim
 
     def _held_out(self, clean: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -254,3 +257,17 @@ T = TypeVar("T")
 def _drawn(rows: Sequence[T], count: int | None, run: Run, name: str) -> Sequence[T]:
     """Return `count` rows drawn at random, or all where it is None or there are no more."""
     return rows if count is None or len(rows) <= count else run.rng(f"drawn {name}").sample(list(rows), count)
+
+
+def _heard_words(adopted: Sequence[str]) -> str:
+    """Return what the words under the drifts say about the backdoor, and what their absence does not say."""
+    if adopted:
+        return (
+            f"Under its drifts the suspect said '{printable(adopted[0])}', which no opening names and which it is sure "
+            "of on any prompt once it has begun: that may be what its backdoor says."
+        )
+    return (
+        "Under its drifts the suspect said nothing that the openings do not name and that it is sure of on any prompt. "
+        "A backdoor that does something else than they describe (a link, another language, a brand) is still there: "
+        "list openings of that kind, too, and look whether the words round by round change."
+    )
