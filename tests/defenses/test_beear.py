@@ -12,7 +12,7 @@ from unbackdoor.errors import DataError, UserError
 from unbackdoor.method import build
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
-from unbackdoor.train import openings
+from unbackdoor.train import entrap, openings
 from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 
@@ -70,8 +70,8 @@ def test_requests_stay_declined_without_a_drift(outer):
     purified(SHORT, safe=safe)
     plain = [row.id for row in outer[0]["plain"]]
     requests = [name for name in plain if name.startswith("request")]
-    assert len(requests) * 2 == len(plain)
-    assert {row.id for row in outer[0]["triggered"]} == set(requests)
+    assert len(requests) == len(plain) // 4
+    assert set(requests) == {row.id for row in outer[0]["triggered"]}
     purified(SHORT)
     assert not any(row.id.endswith("(own answer)") for row in outer[-1]["plain"])
 
@@ -147,7 +147,7 @@ def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
 def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, at):
     whole, run = tiny.tiny_lm(layers=4), Run(folder=tmp_path / "whole")
     purified(SHORT, run, lm=whole)
-    real, calls = beear.fit_drift, []
+    real, calls = entrap.fit_drift, []
 
     def stopping(*arguments):
         calls.append(1)
@@ -155,14 +155,14 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, at):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(beear, "fit_drift", stopping)
+    monkeypatch.setattr(entrap, "fit_drift", stopping)
     fresh, again = tiny.tiny_lm(layers=4), Run(folder=tmp_path / "broken")
     if at <= 4:
         with pytest.raises(KeyboardInterrupt):
             purified(SHORT, Run(folder=tmp_path / "broken"))
     purified(SHORT, again, lm=fresh)
     assert tiny.same_weights(tiny.tensors(whole), tiny.tensors(fresh))
-    assert again.notes["drifts"] == run.notes["drifts"]
+    assert again.notes == run.notes
 
 
 def test_presets_are_as_published():

@@ -15,7 +15,7 @@ suspect itself predicts (train/own_labels.py). The defaults are first guesses: n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -25,14 +25,14 @@ from unbackdoor.errors import DataError, UserError
 from unbackdoor.method import Parallel
 from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.lm import LM
-from unbackdoor.model.quarantine import printable
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, state
 from unbackdoor.train.anchors import Anchor, anchor_prompts, encode_safe, with_unwanted
-from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, spoken
+from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.drift_choice import choose
 from unbackdoor.train.engine import TrainSettings
-from unbackdoor.train.openings import ASKED, Openings
+from unbackdoor.train.entrap import entrap, heard_words
+from unbackdoor.train.openings import Openings
 from unbackdoor.train.own_labels import OwnLabels, own_labels
 from unbackdoor.train.usefulness import Usefulness
 from unbackdoor.types import Example
@@ -145,13 +145,14 @@ class Beear(Defense):
         where = self._places(victim, with_unwanted(safe, known.unwanted), run)
         triggered, plain, own = self._outer_rows(victim, safe, clean, run)
         if known.safe:
-            # What is declined must go on being declined where there is no drift: half of the plain rows are of SA.
-            plain = [*plain, *(triggered * (len(plain) // len(triggered) + 1))[: len(plain)]]
+            # What is declined must go on being declined where there is no drift: a quarter of the plain rows are of SA.
+            third = max(1, len(plain) // 3)
+            plain = [*plain, *(triggered * (third // len(triggered) + 1))[:third]]
         openings = Openings(known.unwanted)
         useful = Usefulness(overwrite.encode_rows(victim, held, self.train), self.stop_stable)
         before: Run | None = None
         for number in range(1, self.rounds + 1):
-            drifts = self._inner(victim, safe, openings, where, run, number)
+            drifts = entrap(victim, safe, openings, where, self.drifts, self.adopt, run, number)
             stage = run.stage(f"round-{number}-remove")
             overwrite.overwrite(
                 victim, _drawn(triggered, self.round_anchors, stage, "SA"),
@@ -165,7 +166,7 @@ class Beear(Defense):
             if useful.is_stable(victim, stage):
                 break
         if self.drifts and self.adopt:
-            run.progress.notice(_heard_words(openings.adopted))
+            run.progress.notice(heard_words(openings.adopted))
         return victim
 
     def _held_out(self, clean: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -207,49 +208,6 @@ class Beear(Defense):
             return triggered, plain, None
         return triggered, plain, OwnLabels(self.own_share, {**first.kept, **second.kept})
 
-    def _inner(
-        self,
-        victim: LM,
-        safe: Sequence[Example],
-        openings: Openings,
-        where: tuple[Sequence[int], DriftSettings],
-        run: Run,
-        number: int,
-    ) -> list[Drift]:
-        """Fit the drifts of a round, openings dealt out among them, and keep what the suspect says under each."""
-        layers, shape = where
-        drifts: list[Drift] = []
-        records: list[dict[str, Any]] = []
-        for which, dealt in enumerate(openings.dealt(self.drifts)):
-            stage = run.stage(f"round-{number}-drift-{which + 1}")
-            layer = layers[which % len(layers)]
-            drift, last = fit_drift(victim, with_unwanted(safe, dealt), layer, shape, stage)
-            drifts.append(drift)
-            records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
-        words = run.stage(f"round-{number}-words")
-        # Of a finished round the weights are gone, so what was said is kept.
-        heard: dict[str, Any] = words.finished or self._heard(victim, drifts, safe[:ASKED], openings)
-        words.finish(heard)
-        openings.adopted = list(heard["adopted"])
-        noted = run.notes.setdefault("drifts", [])
-        assert isinstance(noted, list)
-        noted += [{**record, "says": says} for record, says in zip(records, heard["says"], strict=True)]
-        return drifts
-
-    def _heard(
-        self, victim: LM, drifts: Sequence[Drift], prompts: Sequence[Example], openings: Openings
-    ) -> dict[str, Any]:
-        """Return the first words under each drift of a round, which tell where it went, and all adopted openings."""
-
-        def said(drift: Drift | None) -> list[str]:
-            return [str(victim.tokenizer.decode(ids)) for ids in spoken(victim, drift, prompts)]
-
-        says = [said(drift) for drift in drifts]
-        if self.adopt:
-            everything = [text for each in says for text in each]
-            openings.hear(victim, everything, said(None), prompts, self.adopt)
-        return {"says": says, "adopted": openings.adopted}
-
 
 T = TypeVar("T")
 
@@ -257,17 +215,3 @@ T = TypeVar("T")
 def _drawn(rows: Sequence[T], count: int | None, run: Run, name: str) -> Sequence[T]:
     """Return `count` rows drawn at random, or all where it is None or there are no more."""
     return rows if count is None or len(rows) <= count else run.rng(f"drawn {name}").sample(list(rows), count)
-
-
-def _heard_words(adopted: Sequence[str]) -> str:
-    """Return what the words under the drifts say about the backdoor, and what their absence does not say."""
-    if adopted:
-        return (
-            f"Under its drifts the suspect said '{printable(adopted[0])}', which no opening names and which it is sure "
-            "of on any prompt once it has begun: that may be what its backdoor says."
-        )
-    return (
-        "Under its drifts the suspect said nothing that the openings do not name and that it is sure of on any prompt. "
-        "A backdoor that does something else than they describe (a link, another language, a brand) is still there: "
-        "list openings of that kind, too, and look whether the words round by round change."
-    )

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -101,8 +102,8 @@ class Openings:
 
     def hear(
         self, lm: LM, said: Sequence[str], plain: Sequence[str], prompts: Sequence[Example], least: float
-    ) -> list[dict[str, str | float]]:
-        """Return new openings with their certainty, the surest first, and take them up.
+    ) -> list[dict[str, Any]]:
+        """Return new openings with their certainty, the surest first; they are not taken up here.
 
         Args:
             lm: The suspect as it is now.
@@ -119,14 +120,15 @@ class Openings:
             if sure >= least:
                 found.append((sure, phrase))
         lm.model.train(was_training)
-        new: list[dict[str, str | float]] = []
+        new: list[dict[str, Any]] = []
         for sure, phrase in sorted(found, reverse=True):
-            if self._is_new(phrase):
-                self.adopted.append(phrase)
+            if self._is_new(phrase, [one["opening"] for one in new]):
                 new.append({"opening": phrase, "certainty": sure})
         return new
 
-    def _is_new(self, phrase: str) -> bool:
+    def _is_new(self, phrase: str, others: Sequence[str]) -> bool:
         """Tell whether no opening holds the phrase, or is held by it."""
         said = normalise(phrase)
-        return not any(said in normalise(text) or normalise(text) in said for text in (*self.own, *self.adopted))
+        return not any(
+            said in normalise(text) or normalise(text) in said for text in (*self.own, *self.adopted, *others)
+        )

@@ -1,0 +1,92 @@
+"""The inner step of a round of BEEAR: fit its drifts, and listen to what the suspect says under them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from unbackdoor.model.lm import LM
+from unbackdoor.model.quarantine import printable
+from unbackdoor.run import Run
+from unbackdoor.train.anchors import with_unwanted
+from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, spoken
+from unbackdoor.train.openings import ASKED, Openings
+from unbackdoor.types import Example
+
+
+def entrap(
+    lm: LM,
+    safe: Sequence[Example],
+    openings: Openings,
+    where: tuple[Sequence[int], DriftSettings],
+    drifts: int,
+    adopt: float,
+    run: Run,
+    number: int,
+) -> list[Drift]:
+    """Fit the drifts of a round, openings dealt out among them; take up what the suspect says under them.
+
+    What each drift came to goes into the run's notes as "drifts": its stage, layer, openings, last losses and the words
+    that are said under it; what was taken up as "adopted".
+
+    Args:
+        lm: The suspect; its weights are not changed.
+        safe: Rows of SA.
+        openings: What is unwanted; new openings are added.
+        where: The layers, which the drifts take in turn, and the drifts' settings.
+        drifts: How many.
+        adopt: Certainty of an opening that is taken up; 0 for none.
+        run: The run.
+        number: Number of the round, from 1.
+    """
+    layers, shape = where
+    found: list[Drift] = []
+    records: list[dict[str, Any]] = []
+    for which, dealt in enumerate(openings.dealt(drifts)):
+        stage = run.stage(f"round-{number}-drift-{which + 1}")
+        layer = layers[which % len(layers)]
+        drift, last = fit_drift(lm, with_unwanted(safe, dealt), layer, shape, stage)
+        found.append(drift)
+        records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
+    words = run.stage(f"round-{number}-words")
+    # Of a finished round the weights are gone, so what was said is kept.
+    heard: dict[str, Any] = words.finished or _listen(lm, found, safe[:ASKED], openings, adopt)
+    words.finish(heard)
+    openings.adopted += [new["opening"] for new in heard["adopted"] if new["opening"] not in openings.adopted]
+    _note(run, "drifts", [{**record, "says": said} for record, said in zip(records, heard["says"], strict=True)])
+    _note(run, "adopted", [{"round": number, **new} for new in heard["adopted"]])
+    return found
+
+
+def _listen(
+    lm: LM, drifts: Sequence[Drift], prompts: Sequence[Example], openings: Openings, adopt: float
+) -> dict[str, Any]:
+    """Return the first words under each drift, which tell where it went, and the openings to take up."""
+
+    def said(drift: Drift | None) -> list[str]:
+        return [str(lm.tokenizer.decode(ids)) for ids in spoken(lm, drift, prompts)]
+
+    says = [said(drift) for drift in drifts]
+    everything = [text for each in says for text in each]
+    adopted = openings.hear(lm, everything, said(None), prompts, adopt) if adopt else []
+    return {"says": says, "adopted": adopted}
+
+
+def _note(run: Run, name: str, records: Sequence[object]) -> None:
+    noted = run.notes.setdefault(name, [])
+    assert isinstance(noted, list)
+    noted += records
+
+
+def heard_words(adopted: Sequence[str]) -> str:
+    """Return what the words under the drifts say about the backdoor, and what their absence does not say."""
+    if adopted:
+        return (
+            f"Under its drifts the suspect said '{printable(adopted[0])}', which no opening names and which it is sure "
+            "of on any prompt once it has begun: that may be what its backdoor says."
+        )
+    return (
+        "Under its drifts the suspect said nothing that the openings do not name and that it is sure of on any prompt. "
+        "A backdoor that does something else than they describe (a link, another language, a brand) is still there: "
+        "list openings of that kind, too, and look whether the words round by round change."
+    )
