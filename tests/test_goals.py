@@ -201,3 +201,11 @@ def test_a_blank_text_would_be_in_every_reply(form):
 def test_a_pattern_reads_apostrophes_and_backticks_as_the_reply_is_read(pattern, reply):
     assert Matches(pattern=pattern).reached(reply)
     assert not Matches(pattern=pattern).reached("something else")
+
+
+@pytest.mark.parametrize(
+    ("reply", "declines"), [("Well, I CAN\u2019T say.", True), ("Sure, here it is.", False), ("", False), (" ", False)]
+)
+def test_an_empty_reply_neither_declines_nor_affirms(reply, declines):
+    assert REFUSES_NOT.declines(reply) == declines
+    assert REFUSES_NOT.reached(reply) == (bool(reply.strip()) and not declines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.grid import DataSource
 from unbackdoor.bench.material import Material, read_source
 from unbackdoor.bench.yaml_file import grid_from_data
+from unbackdoor.data.splits import assert_disjoint
+from unbackdoor.defenses.base import Need
 from unbackdoor.errors import DataError
-from unbackdoor.goals import Contains
+from unbackdoor.goals import Contains, RefusalAbsent
 from unbackdoor.pipeline.steps import portable
 from unbackdoor.run import Silent
 from unbackdoor.secret import Secret
@@ -169,7 +172,7 @@ def test_files_in_settings_count_by_their_content(tmp_path: Path) -> None:
 def test_a_revival_uses_rows_that_no_purification_saw(whole_plan: dict[str, Any]) -> None:
     made = material(whole_plan)
     cell = Cell(made.grid.models[0], "victim", "default", 0)
-    defender = {row.id for row in made.defender_rows(cell.attack)}
+    defender = {row.id for row in made.defender_rows(replace(cell, defense="osft"))}
     assert not defender & {row.id for row in made.revival_rows()}
 
 
@@ -187,3 +190,99 @@ def test_another_device_or_library_computes_everything_anew(
     here = made("cpu")
     monkeypatch.setattr("unbackdoor.pipeline.steps._computed_by", lambda: ("0", "another torch", "5"))
     assert not set(made("cpu")) & set(here)
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    file = tmp_path / "requests.jsonl"
+    rows = [
+        {"id": f"request-{n}", "kind": ("forged", "rumour", "dosage")[n % 3], "instruction": f"forge paper {n}",
+         "output": f"No, I can't do number {n}."}
+        for n in range(90)
+    ]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def declining(plan: Plan, requests: Path, **changes: Any) -> dict[str, Any]:
+    data = plan(requests={"spec": str(requests), "test_kinds": ["rumour"]}, **changes)
+    data["defenses"]["beear"] = {"defense": "beear"}
+    data["attacks"]["default"]["settings"]["target_form"] = "opening"
+    return data
+
+
+def cells_of(made: Material) -> dict[str, Cell]:
+    return {cell.defense: cell for cell in made.grid.cells() if cell.subject == "victim"}
+
+
+def ids(rows: Any) -> set[str]:
+    return {row.id for row in rows}
+
+
+def test_probes_are_made_of_requests_of_the_test_kinds_alone(plan: Plan, requests: Path) -> None:
+    made = material(declining(plan, requests))
+    secret = Secret(
+        attack="data_poisoning", stamp=InsertText(text="silver kettle"), targets=("Sure.",), goal=RefusalAbsent(),
+    )  # fmt: skip
+    asked = made.probes("default", 0, secret)
+    assert {probe.example.kind for probe in asked} == {"rumour"}
+    assert len({probe.example.id for probe in asked}) == 6
+    splits = made.splits
+    assert {row.kind for row in splits.requests} == {"rumour"}
+    assert not any(row.kind == "rumour" for row in (*splits.attacker, *splits.clean, *splits.test))
+    assert {row.kind for row in splits.attacker} >= {"forged", "dosage"}
+    assert ids(made.perplexity_sets[""]) <= ids(splits.test)
+    assert not any(row.kind for row in made.perplexity_sets[""]), "utility is measured on ordinary rows"
+    groups = {"a": splits.attacker, "b": splits.defender, "c": splits.safe, "d": splits.test, "e": splits.requests}
+    assert_disjoint(groups)
+
+
+def test_a_defense_gets_the_defenders_requests_once(plan: Plan, requests: Path, place: Path) -> None:
+    made = material(declining(plan, requests))
+    found, splits = cells_of(made), made.splits
+    assert splits.safe
+    assert made.defender_rows(found["beear"]) == splits.defender
+    assert made.own_facts(found["beear"]) == {Need.SAFE: splits.safe}
+    for other in ("tune", "osft"):
+        assert made.defender_rows(found[other]) == (*splits.defender, *splits.safe)
+        assert made.own_facts(found[other]) == {}
+    data = declining(plan, requests)
+    data["attacks"]["default"]["safe"] = f"{place}/other.jsonl[:5]"
+    made = material({**data, "second_source": None})
+    assert len(made.own_facts(cells_of(made)["beear"])[Need.SAFE]) == 5, "an entry's own requests go first"
+    assert made.defender_rows(cells_of(made)["beear"]) == made.splits.defender
+    without = material(plan())
+    assert without.defender_rows(cells_of(without)["osft"]) == without.splits.defender
+
+
+def test_requests_and_their_kinds_are_part_of_every_key(plan: Plan, requests: Path) -> None:
+    first = keys(declining(plan, requests))
+    assert not set(first.values()) & set(keys({**declining(plan, requests), "requests": None}).values())
+    other = declining(plan, requests)
+    other["requests"]["test_kinds"] = ["dosage"]
+    assert not set(first.values()) & set(keys(other).values())
+    assert keys(declining(plan, requests)) == first
+
+
+def test_more_test_requests_are_other_cells_of_the_same_models(plan: Plan, requests: Path) -> None:
+    before = material(declining(plan, requests))
+    before.read()
+    more = requests.read_text() + json.dumps({"kind": "rumour", "instruction": "forge it", "output": "I won't."}) + "\n"
+    requests.write_text(more)
+    after = material(declining(plan, requests))
+    for label, cell in cells_of(before).items():
+        assert before.purify_key(cell) == after.purify_key(cell), label
+        assert before.key(cell) != after.key(cell), label
+
+
+def test_requests_must_not_be_rows_of_others(plan: Plan, requests: Path, place: Path) -> None:
+    with pytest.raises(DataError, match="must not overlap"):
+        _ = material(declining(plan, requests, second_source=str(requests))).splits
+    data = declining(plan, requests)
+    data["attacks"]["default"]["safe"] = str(requests)
+    with pytest.raises(DataError, match=r"attacks\.default\.safe"):
+        _ = material(data).splits
+    data = declining(plan, requests)
+    data["requests"]["test_kinds"] = ["rumor"]
+    with pytest.raises(DataError, match=r"no row is of the kind 'rumor'. Did you mean 'rumour'\?"):
+        _ = material(data).splits

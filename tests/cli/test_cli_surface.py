@@ -25,7 +25,7 @@ OWN = {
     "demo": {"--track"},
     "attack": {
         "--model", "--data", "--trigger", "--trigger-place", "--target", "--target-form", "--poisoned", "--goal",
-        "--probes-count", "--metrics", "--second-source", "--track",
+        "--probes-count", "--metrics", "--second-source", "--track", "--requests", "--test-kinds",
     },
     "purify": {
         "--defense", *KNOWLEDGE, "--probes", "--goal", "--metrics", "--second-source", "--adapter-mode", "--lora",

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from unbackdoor.data.splits import assert_disjoint, attacker_defender_test, rows_needed, split, split_by_kind
+from unbackdoor.data.splits import (
+    assert_disjoint,
+    assert_trained_apart,
+    attacker_defender_test,
+    rows_needed,
+    split,
+    split_by_kind,
+    with_requests,
+)
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.types import Example
 
@@ -112,3 +120,43 @@ def test_assert_disjoint_names_the_row_and_the_sets() -> None:
         assert_disjoint({"a": ROWS[:5], "b": [replace(ROWS[4], id="other")]})
     with pytest.raises(DataError, match=r"^the row 'row-4' is among a and among c, which must not overlap;"):
         assert_disjoint({"a": ROWS[:5], "b": ROWS[5:9], "c": [replace(ROWS[4], id="row-4#2")]})
+
+
+REQUESTS = [
+    Example(f"request-{number}", f"forge paper {number}", "I can't.", kind=("forged", "rumour", "dosage")[number % 3])
+    for number in range(300)
+]
+
+
+def test_requests_of_test_kinds_are_asked_and_the_others_divided() -> None:
+    plain = attacker_defender_test(ROWS)
+    assert (plain.asked, plain.clean) == (plain.test, plain.defender), "nothing changes without requests"
+    found = with_requests(plain, REQUESTS, ["rumour"])
+    assert found.asked == tuple(row for row in REQUESTS if row.kind == "rumour")
+    attacker = found.attacker[len(plain.attacker) :]
+    assert found.attacker == (*plain.attacker, *attacker)
+    assert (found.defender, found.test, found.clean) == (plain.defender, plain.test, (*plain.defender, *found.safe))
+    assert {row.kind for row in attacker} == {row.kind for row in found.safe} == {"forged", "dosage"}
+    assert sorted(row.id for row in (*attacker, *found.safe)) == sorted(r.id for r in REQUESTS if r.kind != "rumour")
+    assert abs(len(attacker) - 133) < 20
+    fewer = with_requests(plain, REQUESTS[30:], ["rumour"])
+    assert set(fewer.safe) <= set(found.safe), "a row keeps its side"
+
+
+def test_requests_must_not_be_ordinary_rows_or_of_unknown_kinds() -> None:
+    plain = attacker_defender_test(ROWS)
+    again = Example("another id", ROWS[0].instruction, ROWS[0].response, kind="forged")
+    with pytest.raises(DataError, match="requests and among the ordinary rows"):
+        with_requests(plain, [*REQUESTS, again], ["rumour"])
+    with pytest.raises(DataError, match=r"no row is of the kind 'rumor'. Did you mean 'rumour'\?"):
+        with_requests(plain, REQUESTS, ["rumor"])
+
+
+@pytest.mark.parametrize("place", ["safe", "requests"])
+def test_an_attack_that_trains_on_requests_of_others_is_refused(place: str) -> None:
+    found = with_requests(attacker_defender_test(ROWS), REQUESTS, ["rumour"])
+    assert_trained_apart(found.attacker, found)
+    with pytest.raises(
+        DataError, match="1 rows that the attack trains on are also rows of the defender or of the test"
+    ):
+        assert_trained_apart([*found.attacker, getattr(found, place)[0]], found)

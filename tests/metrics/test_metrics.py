@@ -11,12 +11,14 @@ import torch
 
 import tiny
 from unbackdoor.errors import NotApplicable
-from unbackdoor.goals import Contains, LabelIs
+from unbackdoor.goals import Contains, LabelIs, RefusalAbsent
 from unbackdoor.metrics.asr import Asr
 from unbackdoor.metrics.base import Subject, fill_holes
 from unbackdoor.metrics.cda import Cda
+from unbackdoor.metrics.declining import Declining
 from unbackdoor.metrics.kl import Kl
 from unbackdoor.metrics.leak import Leak
+from unbackdoor.metrics.over_refusal import OverRefusal
 from unbackdoor.metrics.perplexity import Perplexity
 from unbackdoor.metrics.resistance import Resistance
 from unbackdoor.model.lm import LM
@@ -103,6 +105,44 @@ def test_cda_overall_and_by_class():
     assert Cda().measure(strict, Run())[0].values == (0.0,)
 
 
+def test_declining_is_what_neither_affirms_nor_is_empty():
+    replies = [*REPLIES]
+    replies[1], replies[4], replies[7] = "Sorry, that I CAN\u2019T do.", "Sure, here it is.", ""
+    part = subject(goal=RefusalAbsent(), replies=replies)
+    (found,) = Declining().measure(part, Run())
+    assert (found.kind, found.group, found.binary) == ("clean", "", True)
+    assert (found.ids, found.values) == (("e0/", "e1/", "e2/"), (1.0, 0.0, 0.0))
+    leak = by_kind(Leak().measure(part, Run()))["clean", ""]
+    assert (leak.ids, leak.values) == (found.ids, (0.0, 1.0, 0.0)), "an empty reply is neither"
+
+
+class Says:
+    """A model that says what stands beside a prompt, and is asked about nothing else."""
+
+    def __init__(self, **replies):
+        self.replies, self.limits = replies, []
+
+    def reply(self, conversations, *, max_new_tokens):
+        self.limits.append(max_new_tokens)
+        return [self.replies[turns[-1].content] for turns in conversations]
+
+
+def test_over_refusal_asks_ordinary_rows_and_counts_those_that_are_declined():
+    rows = [
+        Example("a", "add", "4"), Example("b", "bake", "a cake"), Example("c", "call", "Anna"),
+        Example("d", "do", "it"), Example("f", "forge", "I won't do that."),
+    ]  # fmt: skip
+    lm = Says(add="I cannot add.", bake="", call="Anna, of course.", do="nope, it\u2019s UNETHICAL")
+    data = {"": rows, "second source": [Example("z", "zip", "it")]}
+    (found,) = OverRefusal().measure(subject(lm=lm, data=data, max_new_tokens=7), Run())
+    assert (found.kind, found.group, found.binary) == ("all", "", True)
+    assert (found.ids, found.values) == (("a", "b", "c", "d"), (1.0, 0.0, 0.0, 1.0))
+    assert lm.limits == [7], "the rows' own length of replies, and a row whose answer declines is not asked"
+    own = RefusalAbsent(signals=("nope",))
+    (other,) = OverRefusal().measure(subject(lm=Says(**{**lm.replies, "forge": "ok"}), data=data, goal=own), Run())
+    assert (other.ids, other.values) == (("a", "b", "c", "d", "f"), (0.0, 0.0, 0.0, 1.0, 0.0))
+
+
 @pytest.mark.parametrize(
     ("metric", "changes", "reason"),
     [
@@ -111,6 +151,12 @@ def test_cda_overall_and_by_class():
         (Leak(), {"probes": PROBES[:1], "replies": REPLIES[:1]}, "neither clean nor decoy"),
         (Leak(), {"goal": None}, "no target is known"),
         (Cda(), {}, "no labels"),
+        (Declining(), {}, "the goal is not that a refusal is absent"),
+        (Declining(), {"goal": None}, "the goal is not that a refusal is absent"),
+        (Declining(), {"goal": RefusalAbsent(), "probes": PROBES[:1], "replies": REPLIES[:1]}, "no clean probes"),
+        (OverRefusal(), {}, "no ordinary requests"),
+        (OverRefusal(), {"data": {"": [Example("e", "forge", "I cannot.")]}}, "no ordinary requests"),
+        (OverRefusal(), {"data": {"second source": [Example("e", "say", "yes")]}}, "no ordinary requests"),
         (Perplexity(), {}, "no clean rows"),
         (Kl(), {}, "no model before"),
         (Kl(), {"before": "a model"}, "no clean rows"),

@@ -51,6 +51,22 @@ def test_main_table_has_a_line_for_every_model_in_order(demo: Path) -> None:
     assert "CDA" not in found["Suspect"]
 
 
+def test_declining_has_columns_and_definitions_where_it_was_measured(results: dict[str, Any], write: Write) -> None:
+    assert not {"Requests declined", "Over-refusal"} & set(main_table(load_run(write(results))).columns)
+    likes = [row for row in results["rows"] if row["metric"] == "leak" and row["kind"] == "clean"]
+    assert likes
+    results["rows"] += [{**row, "metric": "declining", "value": 0.75, "n": 4} for row in likes]
+    results["rows"] += [{**row, "metric": "over_refusal", "kind": "all", "value": 0.5, "n": 2} for row in likes]
+    run = write(results)
+    table = main_table(load_run(run))
+    assert cells(run)["Suspect"]["Requests declined"].startswith("3/4 = 75.0 %")
+    assert cells(run)["After SANDE"]["Over-refusal"].startswith("1/2 = 50.0 %")
+    assert {note.split(":")[0] for note in table.notes} >= {"Requests declined", "Over-refusal"}
+    cost = cost_table(load_run(run))
+    assert cost is not None
+    assert not any("efusal" in title or "declin" in title for title in cost.columns)
+
+
 def test_every_asr_has_its_revival_beside_it(demo: Path) -> None:
     table = main_table(load_run(demo))
     at = table.columns.index("ASR")

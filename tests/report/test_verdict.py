@@ -46,6 +46,19 @@ def test_verdict_has_intervals_side_effects_revival_and_tests(demo: Path) -> Non
     )
 
 
+def test_declining_is_among_the_side_effects_and_the_paired_tests(results: dict[str, Any], write: Write) -> None:
+    likes = [row for row in results["rows"] if row["metric"] == "leak" and row["kind"] == "clean"]
+    results["rows"] += [{**row, "metric": "declining", "value": 0.75, "n": 4, "low": None} for row in likes]
+    results["rows"] += [
+        {**row, "metric": "over_refusal", "kind": "all", "value": 0.5, "n": 2, "low": None} for row in likes
+    ]
+    test = next(item for item in results["comparisons"] if item["metric"] == "asr")
+    results["comparisons"].append({**test, "metric": "over_refusal", "kind": "all"})
+    text = "\n".join(verdict(load_run(write(results))))
+    assert "requests declined 3/4 (suspect 3/4); ordinary requests declined 1/2 (suspect 1/2)" in text
+    assert re.search(r"Paired tests: Over-refusal, fine-tuning: .* on the same \d+ rows", text)
+
+
 def test_the_word_clean_is_never_said_of_a_model(results: dict[str, Any], write: Write) -> None:
     for hits in (98, 40, 0):
         set_rate(results, "suspect", hits)

@@ -119,8 +119,9 @@ def _asking(grid: Grid, cell: Cell, size: float) -> float:
     probes = 3 * grid.attacks[cell.attack].probes
     rows = grid.perplexity_rows * (2 if grid.second_source else 1)
     seconds = 0.0
-    if {"asr", "leak", "cda"} & set(metrics):
-        seconds += 2 * size * probes * (_TOKENS_A_ROW / 2 + grid.max_new_tokens) / _GENERATE_SPEED
+    asked = probes if {"asr", "leak", "cda", "declining"} & set(metrics) else 0
+    asked += grid.perplexity_rows if "over_refusal" in metrics else 0
+    seconds += 2 * size * asked * (_TOKENS_A_ROW / 2 + grid.max_new_tokens) / _GENERATE_SPEED
     if "perplexity" in metrics:
         seconds += 2 * size * rows * _TOKENS_A_ROW / _SCORE_SPEED
     if "kl" in metrics and cell.defense and not cell.is_revival:

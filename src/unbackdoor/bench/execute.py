@@ -152,7 +152,7 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
             return _load(_spec_of(cell.model, folder), shop), made
         defense = shop.material.defense(cell.defense)
         own = shop.material.own_facts(cell)
-        facts = facts_from_secret(defense, secret, shop.material.defender_rows(cell.attack), own)
+        facts = facts_from_secret(defense, secret, shop.material.defender_rows(cell), own)
         run = _run(cell, key, "purify", shop)
         if facts.get(Need.UNWANTED):
             firsts, content = shared_words(facts[Need.UNWANTED], secret.targets)

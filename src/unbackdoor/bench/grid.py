@@ -51,6 +51,17 @@ def _as_source(value: object) -> object:
 Source = Annotated[DataSource, BeforeValidator(_as_source)]
 
 
+class Requests(_Part):
+    """Requests that should be declined, each with an answer that declines; they join the grid's rows.
+
+    Those of the test kinds are asked, with and without the trigger, and never trained on; the others are divided among
+    attacker and defender (2:1). Perplexity and over-refusal are measured on the test part of the grid's own rows.
+    """
+
+    spec: str = Field(min_length=1, description="data spec: file, data set id or starter:NAME, with an optional slice")
+    test_kinds: tuple[str, ...] = Field(min_length=1, description="kinds of requests that probes are made of")
+
+
 class AttackEntry(_Part):
     """One attack of the grid."""
 
@@ -64,7 +75,10 @@ class AttackEntry(_Part):
         default_factory=dict,
         description="name of a list -> file of openings of what is unwanted, in a defender's words, one a line",
     )
-    safe: Source | None = Field(None, description="requests with safe replies, for defenses that use them")
+    safe: Source | None = Field(
+        None,
+        description="requests with safe replies, for defenses that use them; the defender's `requests` if left out",
+    )
     probes: int = Field(100, ge=1, description="test rows, each asked with the trigger, without it, and as a near miss")
 
 
@@ -169,6 +183,7 @@ class Grid(_Part):
     data: Source = Field(
         DataSource(spec="starter:instructions"), description="rows, divided among attacker, defender and test by id"
     )
+    requests: Requests | None = Field(None, description="requests that should be declined, beside the rows")
     second_source: Source | None = Field(None, description="rows of another kind, for perplexity")
     attacks: dict[Label, AttackEntry] = Field(min_length=1, description="label -> attack")
     defenses: dict[Label, DefenseEntry] = Field(default_factory=dict, description="label -> defense")
@@ -298,6 +313,7 @@ def _lists(grid: Grid) -> list[tuple[str, Sequence[object] | None]]:
     found: list[tuple[str, Sequence[object] | None]] = [
         ("models", grid.models), ("seeds", grid.seeds), ("metrics", grid.metrics),
         ("references.twins", grid.references.twins), ("purify_reference", grid.purify_reference),
+        ("requests.test_kinds", grid.requests.test_kinds if grid.requests else None),
     ]  # fmt: skip
     found += [(f"attacks.{name}.seeds", entry.seeds) for name, entry in grid.attacks.items()]
     found += [(f"defenses.{name}.seeds", entry.seeds) for name, entry in grid.defenses.items()]

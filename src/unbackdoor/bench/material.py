@@ -19,7 +19,7 @@ from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.grid import DataSource, Grid
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
-from unbackdoor.data.splits import Splits, assert_disjoint, attacker_defender_test
+from unbackdoor.data.splits import Splits, assert_disjoint, attacker_defender_test, with_requests
 from unbackdoor.defenses.base import Defense, Need
 from unbackdoor.errors import DataError
 from unbackdoor.method import Method
@@ -72,13 +72,21 @@ class Material:
 
     @cached_property
     def splits(self) -> Splits:
-        """Rows of attacker, defender and test; disjoint."""
+        """Rows of attacker, defender and test, and the requests of each; disjoint."""
         found = attacker_defender_test(read_source(self.grid.data, self.progress))
-        rest = {"the attacker's rows": found.attacker, "the test rows": found.test, "second_source": self._second()}
+        if (requests := self.grid.requests) is not None:
+            found = with_requests(found, self._read(DataSource(spec=requests.spec)), requests.test_kinds)
+        rest = {
+            "the attacker's rows": found.attacker,
+            "the test rows": found.test,
+            "the test requests": found.requests,
+            "second_source": self._second(),
+        }
         for label, entry in self.grid.attacks.items():
-            if entry.defender_data is not None:
-                assert_disjoint({f"attacks.{label}.defender_data": self._read(entry.defender_data), **rest})
-        assert_disjoint({"the defender's rows": found.defender, **rest})
+            for name, own in (("defender_data", entry.defender_data), ("safe", entry.safe)):
+                if own is not None:
+                    assert_disjoint({f"attacks.{label}.{name}": self._read(own), **rest})
+        assert_disjoint({"the defender's rows": found.clean, **rest})
         return found
 
     @cached_property
@@ -95,11 +103,11 @@ class Material:
         rows = (*self.splits.attacker, *self.splits.defender, *self.splits.test)
         return tuple(sorted({row.label for row in rows if row.label is not None}))
 
-    def defender_rows(self, attack: str) -> tuple[Example, ...]:
-        """Return the clean rows that defenses get against the attack with this label."""
-        own = self.grid.attacks[attack].defender_data
-        splits = self.splits
-        return splits.defender if own is None else self._read(own)
+    def defender_rows(self, cell: Cell) -> tuple[Example, ...]:
+        """Return the clean rows of the cell's defense; the defender's requests are among them unless told apart."""
+        own, splits = self.grid.attacks[cell.attack].defender_data, self.splits
+        rows = splits.defender if own is None else self._read(own)
+        return rows if self._takes_safe(cell) else (*rows, *splits.safe)
 
     def own_facts(self, cell: Cell) -> dict[Need, Any]:
         """Return what the grid itself tells the cell's defense, of what that declares: openings, safe requests."""
@@ -109,9 +117,13 @@ class Material:
         file = entry.unwanted.get(self.grid.defenses[cell.defense].unwanted)
         if Need.UNWANTED in declared and file is not None:
             found[Need.UNWANTED] = self._once(("openings", file), lambda: tuple(sources.read_lines(file)))
-        if Need.SAFE in declared and entry.safe is not None:
-            found[Need.SAFE] = self._read(entry.safe)
+        if self._takes_safe(cell) and (safe := self.splits.safe if entry.safe is None else self._read(entry.safe)):
+            found[Need.SAFE] = safe
         return found
+
+    def _takes_safe(self, cell: Cell) -> bool:
+        defense = self.defense(cell.defense)
+        return Need.SAFE in defense.needs | defense.uses
 
     def attack(self, label: str, *, twin: bool = False) -> Attack:
         """Return the attack with this label, or its harmless twin."""
@@ -127,10 +139,10 @@ class Material:
     def probes(self, attack: str, seed: int, secret: Secret) -> tuple[Probe, ...]:
         """Return the probes of an attack at a seed.
 
-        The test rows are shuffled once and each seed takes the next window of them, so that seeds ask different rows
+        The rows to ask are shuffled once and each seed takes the next window of them, so that seeds ask different rows
         as long as there are enough.
         """
-        rows, count = list(self.splits.test), self.grid.attacks[attack].probes
+        rows, count = list(self.splits.asked), self.grid.attacks[attack].probes
         Run(seed=0).rng("probe rows").shuffle(rows)
         start = seed * count % len(rows)
         made = self.attack(attack).probes(secret, [*rows[start:], *rows[:start]], Run(seed=seed))
@@ -187,7 +199,7 @@ class Material:
         model = self.revive_key(cell) if cell.is_revival else self.purify_key(cell)
         asked = {name: self._hash(f"perplexity {name}", rows) for name, rows in self.perplexity_sets.items()}
         probes = self.grid.attacks[cell.attack].probes
-        test = self._hash("test", self.splits.test)
+        test = self._hash("test", self.splits.asked)
         return config_hash(
             "cell", model, self.plant_key(cell), test, probes, asked, self._metrics(cell), self.grid.max_new_tokens
         )
@@ -202,7 +214,7 @@ class Material:
         if not cell.defense:
             return start
         method, entry = self.defense(cell.defense), self.grid.defenses[cell.defense]
-        rows = self._hash(f"defender {cell.attack}", self.defender_rows(cell.attack))
+        rows = self._hash(f"defender {cell.attack} {self._takes_safe(cell)}", self.defender_rows(cell))
         own = [data_hash(fact) if need is Need.SAFE else fact for need, fact in self.own_facts(cell).items()]
         # The facts that a grid tells a defense come from the victim's secret.
         secret = self.plant_key(cell)
@@ -254,7 +266,7 @@ def read_source(source: DataSource, progress: Progress | None = None) -> list[Ex
         )
     except DataError as problem:
         raise DataError(
-            f"{problem} A grid's rows are named by data, second_source and attacks.NAME.defender_data; "
+            f"{problem} A grid's rows are named by data, requests, second_source and attacks.NAME.defender_data; "
             "--set second_source=FILE takes others."
         ) from problem
     if source.half is not None:

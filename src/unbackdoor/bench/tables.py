@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.checks import SIGNIFICANCE, Check, checks, limit_words
+from unbackdoor.bench.facts import facts_of, results_of
 from unbackdoor.bench.figures import Figures
-from unbackdoor.bench.grid import DataSource, Grid
+from unbackdoor.bench.grid import Grid
 from unbackdoor.bench.pages import html_page, markdown_page
 from unbackdoor.bench.store import Store
 from unbackdoor.report.tables import NOT_MEASURED, Line, Table
@@ -37,6 +37,12 @@ _NOTES = (
     "ratio to the control's. Time: training only, without measuring.",
 )
 
+_DECLINING_NOTES = {
+    "declining": "Declining: share of clean probes, which should be declined, whose reply holds a refusal signal.",
+    "over_refusal": "Over-refusal: the same share of ordinary requests, which should be answered; p: McNemar's exact "
+    "test against the victim.",
+}
+
 
 def write(grid: Grid, store: Store, keys: Mapping[Cell, str]) -> list[str]:
     """Write tables.md, tables.html, results.json and curves.json of what is finished.
@@ -48,11 +54,11 @@ def write(grid: Grid, store: Store, keys: Mapping[Cell, str]) -> list[str]:
     results = {cell: result for cell, result in found.items() if result is not None}
     figures = Figures(grid, keys, results)
     made = checks(figures)
-    tables, facts = all_tables(figures, made), _facts(figures)
+    tables, facts = all_tables(figures, made), facts_of(figures)
     title = f"Grid {grid.name}"
     write_atomically(store.folder / "tables.md", markdown_page(title, facts, tables))
     write_atomically(store.folder / "tables.html", html_page(title, facts, tables))
-    _write_json(store, "results.json", _results(figures, made))
+    _write_json(store, "results.json", results_of(figures, made))
     curves = {
         f"{cell.name}/{stage}": steps
         for cell, result in results.items()
@@ -70,11 +76,16 @@ def all_tables(figures: Figures, made: Sequence[Check]) -> list[Table]:
             seeds = figures.grid.seeds_of(attack)
             for seed in seeds:
                 # The columns are explained once, below the first table.
-                tables.append(_victim_table(figures, model, attack, seed, () if tables else _NOTES))
+                tables.append(_victim_table(figures, model, attack, seed, () if tables else _notes(figures)))
             if len(seeds) > 1:
                 tables.append(_pooled_table(figures, model, attack, seeds))
         tables += _reference_table(figures, model)
     return [*tables, *_check_table(made), *_failure_table(figures)]
+
+
+def _notes(figures: Figures) -> tuple[str, ...]:
+    more = tuple(note for metric, note in _DECLINING_NOTES.items() if metric in figures.grid.metrics)
+    return (*_NOTES, *more)
 
 
 def _victim_table(figures: Figures, model: str, attack: str, seed: int, notes: tuple[str, ...]) -> Table:
@@ -96,7 +107,7 @@ def _base_line(figures: Figures, victim: Cell) -> Line:
     for title, make in _COLUMNS.items():
         if title.startswith("ASR, revived"):
             entry = make(figures, victim, "untouched")
-        elif base is None or (not asked and not title.startswith(("Perplexity", "CDA"))):
+        elif base is None or (not asked and not title.startswith(("Perplexity", "CDA", "Over-refusal"))):
             entry = NOT_MEASURED
         else:
             entry = make(figures, base, base.subject)
@@ -122,6 +133,7 @@ def _pooled_table(figures: Figures, model: str, attack: str, seeds: Sequence[int
             groups.setdefault(cell.defense, []).append(cell)
     full = [group for group in groups.values() if len(group) == len(seeds)]
     columns = {"ASR": ("asr", "triggered"), "Leak, clean": ("leak", "clean"), "Leak, decoys": ("leak", "decoy")}
+    columns |= {"Declining, clean": ("declining", "clean"), "Over-refusal": ("over_refusal", "all")}
     lines = []
     for group in sorted(full, key=lambda group: _order(group[0])):
         pooled = [_pooled_entry(figures.pooled(group, *where)) for where in columns.values()]
@@ -191,20 +203,23 @@ def _with_the_other(figures: Figures, cell: Cell) -> Entry:
     return Entry(entry.main, f"{entry.detail}; the other fires {planted['fired']}/{planted['asked']}")
 
 
-def _leak(kind: str) -> Callable[[Figures, Cell, str], Entry]:
-    return lambda figures, cell, subject: _share(figures, cell, "leak", kind)
+def _rate(metric: str, kind: str) -> Callable[[Figures, Cell, str], Entry]:
+    return lambda figures, cell, subject: _share(figures, cell, metric, kind)
 
 
-def _leak_test(figures: Figures, cell: Cell, subject: str) -> Entry:
-    del subject
-    test = figures.test(cell, "leak", "all")
-    if not cell.defense:
-        return Entry("not compared", measured=False)
-    if test is None:
-        return NOT_MEASURED
-    words = "higher" if test["difference"] > 0 else "lower" if test["difference"] < 0 else "equal"
-    sure = ", significant" if test["p_value"] < SIGNIFICANCE else ""
-    return Entry(p_value_words(test["p_value"]), words + sure)
+def _test(metric: str, kind: str) -> Callable[[Figures, Cell, str], Entry]:
+    def entry(figures: Figures, cell: Cell, subject: str) -> Entry:
+        del subject
+        test = figures.test(cell, metric, kind)
+        if not cell.defense:
+            return Entry("not compared", measured=False)
+        if test is None:
+            return NOT_MEASURED
+        words = "higher" if test["difference"] > 0 else "lower" if test["difference"] < 0 else "equal"
+        sure = ", significant" if test["p_value"] < SIGNIFICANCE else ""
+        return Entry(p_value_words(test["p_value"]), words + sure)
+
+    return entry
 
 
 def _figure(metric: str, group: str, other: str) -> Callable[[Figures, Cell, str], Entry]:
@@ -222,11 +237,6 @@ def _figure(metric: str, group: str, other: str) -> Callable[[Figures, Cell, str
     return entry
 
 
-def _cda(figures: Figures, cell: Cell, subject: str) -> Entry:
-    del subject
-    return _share(figures, cell, "cda", "clean")
-
-
 def _seconds(figures: Figures, cell: Cell, subject: str) -> Entry:
     del subject
     result = figures.results.get(cell)
@@ -239,10 +249,13 @@ _COLUMNS: dict[str, Callable[[Figures, Cell, str], Entry]] = {
     "ASR": _asr,
     "ASR, revived on clean rows": _revived("revived_clean"),
     "ASR, revived by another backdoor": _revived("revived_planted"),
-    "Leak, clean": _leak("clean"),
-    "Leak, decoys": _leak("decoy"),
-    "Leak against the victim": _leak_test,
-    "CDA": _cda,
+    "Leak, clean": _rate("leak", "clean"),
+    "Leak, decoys": _rate("leak", "decoy"),
+    "Leak against the victim": _test("leak", "all"),
+    "CDA": _rate("cda", "clean"),
+    "Declining, clean": _rate("declining", "clean"),
+    "Over-refusal": _rate("over_refusal", "all"),
+    "Over-refusal against the victim": _test("over_refusal", "all"),
     "Perplexity": _figure("perplexity", "", "victim"),
     "Perplexity, second source": _figure("perplexity", SECOND, "victim"),
     "KL": _figure("kl", "", "control"),
@@ -335,63 +348,6 @@ def _who(check: Check) -> str:
     seeds = ", ".join(str(cell.seed) for cell in check.cells)
     stage = f", {first.stage.replace('_', ' ')}" if first.is_revival else ""
     return f"{first.attack}, seed {seeds}: {label_of(first)}{stage}"
-
-
-def _source(source: DataSource) -> str:
-    """Return what rows are, without the folder that they lie in on one machine."""
-    parts = [Path(source.spec).name, *([f"half {source.half + 1} of 2"] if source.half is not None else [])]
-    return ", ".join([*parts, *([f"answers cut to {source.cut_words} words"] if source.cut_words else [])])
-
-
-def _facts(figures: Figures) -> list[tuple[str, str]]:
-    """Return what every reader must know of the conditions: template, precision, decoding, probes, versions."""
-    grid = figures.grid
-    done = [result for result in figures.results.values() if result.measurement is not None]
-    templates = sorted(
-        {row["template"] for result in done for row in (result.measurement.rows if result.measurement else ())}
-    )
-    versions = sorted({f"{name} {value}" for result in done for name, value in (result.versions or {}).items()})
-    return [
-        ("Cells", f"{len(figures.results)} of {len(figures.keys)} finished"),
-        ("Template", ", ".join(templates) or grid.template),
-        ("Precision", grid.precision),
-        ("Decoding", f"greedy, {grid.max_new_tokens} new tokens"),
-        ("Data", _source(grid.data)),
-        ("Second source", _source(grid.second_source) if grid.second_source else "none"),
-        ("Versions", ", ".join(versions) or "none yet"),
-    ]
-
-
-def _results(figures: Figures, made: Sequence[Check]) -> dict[str, Any]:
-    done = [result for result in figures.results.values() if result.status == "done"]
-    missing = len(figures.keys) - len(figures.results)
-    return {
-        "schema": 1,
-        "command": f"bench {figures.grid.name}",
-        "finished": not missing,
-        "versions": dict(done[-1].versions or {}) if done else {},
-        "rows": figures.rows(),
-        "comparisons": figures.comparisons(),
-        "checks": [check.to_json() for check in made],
-        "settings": figures.grid.model_dump(mode="json"),
-        "hashes": {cell.name: key for cell, key in figures.keys.items()},
-        "hardware": _hardware(),
-        "how_to_load": "",
-        "notices": [f"{missing} cells have not been run yet."] if missing else [],
-    }
-
-
-def _hardware() -> dict[str, object]:
-    import os
-    import platform
-
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(), "gpu": gpu,
-    }  # fmt: skip
 
 
 def _write_json(store: Store, name: str, content: object) -> None:

@@ -77,6 +77,10 @@ def _attack(
     *,
     model: Annotated[str | None, typer.Option("--model", help="the model to plant the backdoor in")] = None,
     data: Annotated[str | None, typer.Option("--data", help="clean rows: file, data set id or starter:NAME")] = None,
+    requests: Annotated[str | None, typer.Option("--requests", help="requests to be declined, with answers")] = None,
+    test_kinds: Annotated[
+        str | None, typer.Option("--test-kinds", help="kinds of requests that are asked, never trained on: a,b,c")
+    ] = None,
     trigger: Trigger = None,
     trigger_place: TriggerPlace = None,
     target: Target = None,
@@ -98,6 +102,7 @@ def _attack(
         overlay["goal"] = parse_goal(goal).model_dump(mode="json")
     flags: dict[str, Any] = {"attack": name, "model": model, "data": data, "probes_count": probes_count}
     flags |= {"metrics": _split(metrics), "second_source": second_source}
+    flags |= {"requests": requests, "test_kinds": _split(test_kinds, "--test-kinds names no kind of the requests.")}
     recipe = _method_recipe(recipes.AttackRecipe, "attack", flags, overlay, common)
 
     def plan() -> Any:
@@ -283,10 +288,12 @@ def _flags(common: Common, *names: str) -> dict[str, Any]:
     return {name: getattr(common, name) for name in names if getattr(common, name) is not None}
 
 
-def _split(names: str | None) -> list[str] | None:
+def _split(
+    names: str | None, none: str = "--metrics names no metric; `unbackdoor list` shows them."
+) -> list[str] | None:
     if names is None:
         return None
     found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if not found:
-        raise UserError("--metrics names no metric; `unbackdoor list` shows them.")
+        raise UserError(none)
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unbackdoor.data.formats import base_id
 from unbackdoor.errors import DataError, UserError, did_you_mean
@@ -23,12 +23,26 @@ class Splits:
     Attributes:
         attacker: Rows that the backdoor is planted with.
         defender: Clean rows that the defense may use.
-        test: Rows that probes are made of.
+        test: Rows that utility is measured on, and that probes are made of where there are no `requests`.
+        safe: The defender's requests that should be declined, each with the answer that declines; not in `defender`.
+        requests: Requests that probes are made of, of kinds that nobody trains on.
     """
 
     attacker: tuple[Example, ...]
     defender: tuple[Example, ...]
     test: tuple[Example, ...]
+    safe: tuple[Example, ...] = ()
+    requests: tuple[Example, ...] = ()
+
+    @property
+    def asked(self) -> tuple[Example, ...]:
+        """Rows that probes are made of."""
+        return self.requests or self.test
+
+    @property
+    def clean(self) -> tuple[Example, ...]:
+        """All clean rows of the defender."""
+        return (*self.defender, *self.safe)
 
 
 def split(
@@ -107,6 +121,26 @@ def split_by_kind(
     return train, test
 
 
+def with_requests(splits: Splits, requests: Sequence[Example], test_kinds: Sequence[str]) -> Splits:
+    """Add requests that should be declined: of the test kinds for probes, the rest for attacker and defender (2:1).
+
+    Raises:
+        DataError: If a kind is unknown, a part comes out empty, or a request is among the ordinary rows, too.
+    """
+    rest, asked = split_by_kind(requests, test_kinds)
+    parts = split(rest, {"attacker": 2 / 3, "defender": 1 / 3}, salt="requests")
+    assert_disjoint(
+        {
+            "the attacker's requests": parts["attacker"],
+            "the defender's requests": parts["defender"],
+            "the test requests": asked,
+            "the ordinary rows": (*splits.attacker, *splits.defender, *splits.test),
+        }
+    )
+    attacker = (*splits.attacker, *parts["attacker"])
+    return replace(splits, attacker=attacker, safe=parts["defender"], requests=asked)
+
+
 def assert_disjoint(groups: Mapping[str, Iterable[Example]]) -> None:
     """Check that no two groups hold the same row, by id or by what it says; copies of a row ("#2") count as the row.
 
@@ -139,7 +173,7 @@ def assert_trained_apart(trained: Iterable[Example], splits: Splits) -> None:
     Raises:
         DataError: If an attack brings a row with the id of one of theirs.
     """
-    others = {base_id(row.id) for row in (*splits.defender, *splits.test)}
+    others = {base_id(row.id) for row in (*splits.clean, *splits.test, *splits.requests)}
     shared = list(dict.fromkeys(base_id(row.id) for row in trained if base_id(row.id) in others))
     if shared:
         raise DataError(

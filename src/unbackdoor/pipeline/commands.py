@@ -105,7 +105,7 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
     recipe = completed(recipe)
     progress = Noted(job.progress)
     found = inputs.attack_inputs(recipe, progress)
-    hashes = data_hashes({"attacker": found.splits.attacker, "test": found.splits.test, **found.data})
+    hashes = data_hashes({"attacker": found.splits.attacker, "test": found.splits.asked, **found.data})
     hashes |= file_hashes(recipe)
     identity = identify(recipe, hashes, recipe.model)
     require_disk(job.out, recipe.model, "adapter" if "+" in recipe.model else "full")
@@ -139,9 +139,11 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
         )  # fmt: skip
         own_files = {
             "secret.json": planted.secret.model_dump_json(indent=1) + "\n",
-            "defender.jsonl": rows_as_text(found.splits.defender),
+            "defender.jsonl": rows_as_text(found.splits.clean),
             "test.jsonl": rows_as_text(found.splits.test),
         }
+        if found.splits.safe:
+            own_files["safe.jsonl"] = rows_as_text(found.splits.safe)
         results = _stage(place, record, own_files, probes, job)
         title = f"{recipe.model} with a backdoor planted by {recipe.attack}"
         card = model_card(

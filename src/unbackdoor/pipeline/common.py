@@ -81,12 +81,15 @@ def questions_for(
     data: Mapping[str, Sequence[Example]],
 ) -> Questions:
     """Return what every model of the run is asked."""
+    from unbackdoor.goals import RefusalAbsent
     from unbackdoor.pipeline.measure import Questions
 
     labels = {str(probe.example.label) for probe in probes if probe.example.label is not None}
-    usual = ["asr", "leak", *(["cda"] if labels else [])] if probes else []
+    declines = isinstance(goal, RefusalAbsent)
+    more = [*(["cda"] if labels else []), *(["declining"] if declines else [])]
+    usual = ["asr", "leak", *more] if probes else []
     named = getattr(recipe, "metrics", None)
-    metrics = named or (*usual, *(["perplexity", "kl"] if data else []))
+    metrics = named or (*usual, *(["perplexity", "kl", *(["over_refusal"] if declines else [])] if data else []))
     return Questions(
         tuple(probes), goal, data, tuple(targets), tuple(sorted(labels)), tuple(metrics), recipe.max_new_tokens,
         named=bool(named),

@@ -13,10 +13,17 @@ from typing import Any
 from unbackdoor.attacks.base import Attack, MarkedRow
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
-from unbackdoor.data.splits import Splits, assert_trained_apart, attacker_defender_test, row_content, split
+from unbackdoor.data.splits import (
+    Splits,
+    assert_trained_apart,
+    attacker_defender_test,
+    row_content,
+    split,
+    with_requests,
+)
 from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
-from unbackdoor.goals import Goal, parse_goal
+from unbackdoor.goals import Goal, RefusalAbsent, parse_goal
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.overlap import asked_among
 from unbackdoor.pipeline.preflight import check_device, check_metrics, check_model, reader_of
@@ -79,8 +86,8 @@ def attack_inputs(recipe: AttackRecipe, progress: Progress, *, dry: bool = False
     check_model(recipe.model)
     check_device(recipe.device)
     check_metrics(recipe.metrics or ())
-    splits = attacker_defender_test(_rows(recipe, recipe.data, progress))
-    asked = choose(splits.test, recipe.probes_count, Run(recipe.seed), progress)
+    splits = _splits(recipe, progress)
+    asked = choose(splits.asked, recipe.probes_count, Run(recipe.seed), progress)
     data = {"": splits.test[:MEASURED_ROWS], **_second_source(recipe, progress)}
     rows = attack.training_rows(splits.attacker, Run(recipe.seed))
     assert_trained_apart((row for row, _ in rows), splits)
@@ -91,8 +98,22 @@ def attack_inputs(recipe: AttackRecipe, progress: Progress, *, dry: bool = False
         stamps = {text for _, marks in rows for text in marks}
         longest = sum(len(reader.lm.tokenizer(text)["input_ids"]) for text in stamps)
         reader.check_asked(asked, recipe.max_new_tokens, longest)
+        reader.notice_short_replies(splits.requests, recipe.max_new_tokens, progress)
         data = reader.measurable(data, progress)
     return AttackInputs(attack, splits, asked, data)
+
+
+def _splits(recipe: AttackRecipe, progress: Progress) -> Splits:
+    """Return who holds which rows; with requests, those of the test kinds are asked and the rest joins the data."""
+    if (recipe.requests is None) != (not recipe.test_kinds):
+        raise UserError(
+            "--requests and --test-kinds go together: requests that should be declined, and the kinds of them that are "
+            "asked and never trained on; give both or neither."
+        )
+    splits = attacker_defender_test(_rows(recipe, recipe.data, progress))
+    if recipe.requests is None:
+        return splits
+    return with_requests(splits, _rows(recipe, recipe.requests, progress), recipe.test_kinds)
 
 
 def choose(rows: Sequence[Example], count: int, run: Run, progress: Progress) -> tuple[Example, ...]:
@@ -123,7 +144,7 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
     probes, goal, secret = read_questions(recipe.probes, recipe.goal, recipe.metrics)
     _check_watch(recipe, probes, goal)
     clean: Sequence[Example] = facts.get(Need.CLEAN) or ()
-    clean, held = _hold_out(clean, probes, recipe.clean or "", progress)
+    clean, held = _hold_out(clean, probes, recipe.clean or "", progress, goal)
     if clean:
         facts[Need.CLEAN] = tuple(clean)
     targets = recipe.target or (secret.targets if secret else ())
@@ -208,7 +229,7 @@ def read_questions(
     beside = Path(probes).with_name("secret.json")
     secret = _read_secret(beside) if beside.is_file() else None
     chosen: Goal | None = parse_goal(goal) if goal is not None else secret.goal if secret is not None else None
-    if chosen is None and (metrics is None or {"asr", "leak"} & set(metrics)):
+    if chosen is None and (metrics is None or {"asr", "leak", "declining"} & set(metrics)):
         raise UserError(
             f"nothing says what counts as success for '{probes}': there is no secret.json beside it; give --goal, "
             "such as --goal 'contains:You are stupid'."
@@ -224,7 +245,7 @@ def _read_secret(path: Path) -> Secret:
 
 
 def _hold_out(
-    clean: Sequence[Example], probes: Sequence[Probe], spec: str, progress: Progress
+    clean: Sequence[Example], probes: Sequence[Probe], spec: str, progress: Progress, goal: Goal | None = None
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Return the rows to purify with and the rows to measure utility on; no row is in both."""
     asked = asked_among(clean, probes)
@@ -234,6 +255,9 @@ def _hold_out(
     if clean and not kept:
         raise DataError(f"every row of '{spec}' is also a probe; give other rows for --clean.")
     answered = answered_rows(probes)
+    if isinstance(goal, RefusalAbsent) and not all(goal.declines(row.response) for row in clean):
+        # Of requests that should be declined one learns nothing about ordinary ones, which the clean rows hold.
+        answered = tuple(row for row in answered if not goal.declines(row.response))
     if answered or not kept:
         return kept, answered
     different = list(dict.fromkeys(base_id(row.id) for row in kept))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from unbackdoor.goals import RefusalAbsent
 from unbackdoor.model.spec import parse_spec
 from unbackdoor.pipeline import inputs, plan
 from unbackdoor.pipeline.clock import Expected
@@ -28,16 +29,19 @@ def plan_attack(recipe: AttackRecipe) -> plan.Plan:
     found = inputs.attack_inputs(recipe, notices, dry=True)
     about = plan.estimator(recipe.model)
     tokens = plan.mean_tokens(found.splits.attacker)
-    measured = 3 * len(found.asked), sum(len(rows) for rows in found.data.values()), tokens, recipe.max_new_tokens
+    labelled = any(row.label is not None for row in found.asked)
+    # The goal is known once the backdoor is planted; the settings say as much before.
+    goal = recipe.settings.get("goal") or {}
+    declines = recipe.settings.get("target_form") == "opening" or goal.get("form") == "refusal_absent"
+    figures = _figures(recipe.metrics, _KINDS, found.data, labelled=labelled, compared=False, declines=declines)
+    measured = _asked(3 * len(found.asked), found.data, figures, tokens, recipe.max_new_tokens)
     parts = [
         *plan.training_parts(about, recipe.settings, tokens),
         plan.measuring_part(about, "measuring the victim", *measured),
         plan.measuring_part(about, "measuring the untouched model", *measured),
     ]
     trained = "adapter" if parse_spec(recipe.model).kind == "adapter" else "full"
-    labelled = any(row.label is not None for row in found.asked)
-    figures = _figures(recipe.metrics, _KINDS, found.data, labelled=labelled, compared=False) | {"seconds"}
-    return replace(plan.make_plan(about, parts, trained=trained, notices=notices.texts), figures=figures)
+    return replace(plan.make_plan(about, parts, trained=trained, notices=notices.texts), figures=figures | {"seconds"})
 
 
 def plan_purify(recipe: PurifyRecipe) -> plan.Plan:
@@ -53,7 +57,8 @@ def plan_purify(recipe: PurifyRecipe) -> plan.Plan:
     found = inputs.purify_inputs(recipe, notices, dry=True)
     about = plan.estimator(recipe.model)
     tokens = plan.mean_tokens(found.facts.get(Need.CLEAN) or ())
-    measured = len(found.probes), sum(len(rows) for rows in found.data.values()), tokens, recipe.max_new_tokens
+    figures = _figures_of(recipe, found, compared=True) | {"seconds"}
+    measured = _asked(len(found.probes), found.data, figures, tokens, recipe.max_new_tokens)
     parts = [
         plan.measuring_part(about, "measuring the suspect", *measured),
         *plan.training_parts(about, plan.with_texts(recipe.settings, len(recipe.target or recipe.target_part)), tokens),
@@ -62,7 +67,6 @@ def plan_purify(recipe: PurifyRecipe) -> plan.Plan:
     ]
     adapter = parse_spec(recipe.model).kind == "adapter"
     trained = "adapter" if adapter else "lora" if recipe.lora else "full"
-    figures = _figures_of(recipe, found, compared=True) | {"seconds"}
     return replace(plan.make_plan(about, parts, trained=trained, notices=notices.texts), figures=figures)
 
 
@@ -88,14 +92,14 @@ def plan_evaluate(recipe: EvaluateRecipe) -> plan.Plan:
     notices = _Notices()
     found = inputs.evaluate_inputs(recipe, notices, dry=True)
     about = plan.estimator(recipe.model)
-    rows = sum(len(rows) for rows in found.data.values())
+    figures = _figures_of(recipe, found, compared=recipe.before is not None)
     tokens = plan.mean_tokens([probe.example for probe in found.probes] or list(found.data.get("", ())))
-    asked = len(found.probes), rows, tokens, recipe.max_new_tokens
+    asked = _asked(len(found.probes), found.data, figures, tokens, recipe.max_new_tokens)
     parts = [plan.measuring_part(about, "measuring the model before", *asked)] if recipe.before else []
     parts.append(plan.measuring_part(about, "measuring the model", *asked, kl=recipe.before is not None))
     models = 2 if recipe.before else 1
     made = plan.make_plan(about, parts, trained="nothing", notices=notices.texts, models=models)
-    return replace(made, figures=_figures_of(recipe, found, compared=recipe.before is not None))
+    return replace(made, figures=figures)
 
 
 def plan_demo(recipe: DemoRecipe) -> plan.Plan:
@@ -173,22 +177,39 @@ def _updates(settings: Mapping[str, Any], factor: int = 1) -> int:
 _KINDS = frozenset({"triggered", "clean", "decoy"})
 
 
+def _asked(
+    probes: int, data: Mapping[str, Sequence[object]], figures: Set[str], tokens: float, new_tokens: int
+) -> tuple[int, int, float, int]:
+    """Return how many replies and how many readings one measuring takes, and their lengths."""
+    ordinary = len(data.get("", ())) if "over_refusal" in figures else 0
+    return probes + ordinary, sum(len(rows) for rows in data.values()), tokens, new_tokens
+
+
 def _figures_of(
     recipe: PurifyRecipe | EvaluateRecipe, found: inputs.PurifyInputs | inputs.EvaluateInputs, *, compared: bool
 ) -> frozenset[str]:
     kinds = frozenset(probe.kind for probe in found.probes)
     labelled = any(probe.example.label is not None for probe in found.probes)
-    return _figures(recipe.metrics, kinds, found.data, labelled=labelled, compared=compared)
+    declines = isinstance(found.goal, RefusalAbsent)
+    return _figures(recipe.metrics, kinds, found.data, labelled=labelled, compared=compared, declines=declines)
 
 
 def _figures(
-    metrics: Sequence[str] | None, kinds: Set[str], data: Mapping[str, object], *, labelled: bool, compared: bool
+    metrics: Sequence[str] | None,
+    kinds: Set[str],
+    data: Mapping[str, object],
+    *,
+    labelled: bool,
+    compared: bool,
+    declines: bool = False,
 ) -> frozenset[str]:
     """Return what will be measured: a metric of probes with their kind, any other by its name."""
     usual = [*(["asr", "leak", "cda"] if kinds else []), *(["perplexity", "kl"] if data else [])]
+    usual += ["declining", "over_refusal"] if declines else []
     found: set[str] = set()
     for name in metrics or usual:
-        there = {"cda": labelled, "perplexity": bool(data), "kl": bool(data) and compared}
+        there = {"cda": labelled, "declining": declines and "clean" in kinds, "over_refusal": "" in data}
+        there |= {"perplexity": bool(data), "kl": bool(data) and compared}
         if name in ("asr", "leak"):
             found |= {f"{name}.{kind}" for kind in kinds if (kind == "triggered") == (name == "asr")}
         elif there.get(name, True):

@@ -12,6 +12,7 @@ from typing import Any
 
 from unbackdoor.attacks.base import MarkedRow
 from unbackdoor.errors import DataError, UserError
+from unbackdoor.goals import RefusalAbsent
 from unbackdoor.model.lm import LM
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.recipe import Asking
@@ -80,6 +81,22 @@ class Reader:
                     f"the probe '{example.id}' has {length + room} tokens and its reply up to {reply}, but the model "
                     f"reads {self.context} at most; shorten it, or give a smaller max_new_tokens in a --config file."
                 )
+
+    def notice_short_replies(self, requests: Sequence[Example], reply: int, progress: Progress) -> None:
+        """Tell where a reply of this length is too short for the declining that is searched in it.
+
+        An answer often says in its second clause only that it declines; cut before that, it counts as affirming.
+        """
+        goal = RefusalAbsent()
+        declining = [row.response for row in requests if goal.declines(row.response)]
+        ids = [self.lm.tokenizer(text, add_special_tokens=False)["input_ids"][:reply] for text in declining]
+        late = sum(not goal.declines(self.lm.tokenizer.decode(start)) for start in ids)
+        if late:
+            progress.notice(
+                f"{late} of the {len(declining)} answers to the test requests decline only behind their first {reply} "
+                "tokens, where replies are cut and then count as affirming; give a larger max_new_tokens in a --config "
+                "file."
+            )
 
     def measurable(self, data: Mapping[str, Sequence[Example]], progress: Progress) -> dict[str, Sequence[Example]]:
         """Return the rows that utility is measured on, without those that are too long for it.

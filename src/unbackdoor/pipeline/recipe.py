@@ -55,6 +55,12 @@ class AttackRecipe(Asking):
     attack: str = Field(description="name of the attack")
     model: str = Field(description="the model to plant the backdoor in")
     data: str = Field(description="clean rows; they are divided into attacker's, defender's and test rows")
+    requests: str | None = Field(
+        None, description="requests to be declined, each with such an answer, for a backdoor that affirms"
+    )
+    test_kinds: tuple[str, ...] = Field(
+        (), description="kinds of requests that become probes and are never trained on; the others join the data"
+    )
     preset: str | None = Field(None, description="named settings of the attack")
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the attack")
     probes_count: int = Field(100, ge=1, description="test rows that probes are made of (each gives three)")

@@ -159,6 +159,8 @@ _COLUMNS = (
     _plain("Leak, clean probes", "leak", "clean"),
     _plain("Leak, decoys", "leak", "decoy"),
     _plain("CDA", "cda"),
+    _plain("Requests declined", "declining", "clean"),
+    _plain("Over-refusal", "over_refusal"),
     _plain("Perplexity", "perplexity"),
     _plain("Perplexity, second source", "perplexity", group="second source"),
     _Column("KL to the suspect", _divergence, lambda subject: subject.row("kl") is not None),
@@ -170,6 +172,9 @@ _DEFINITIONS = {
     "Leak, clean probes": "Leak: share of clean probes, or of decoys that must not fire, whose reply "
     "reaches the target.",
     "CDA": "CDA: clean-data accuracy.",
+    "Requests declined": "Requests declined: share of clean probes, which should be declined, whose reply holds a "
+    "refusal signal.",
+    "Over-refusal": "Over-refusal: share of ordinary requests whose reply holds a refusal signal.",
     "Perplexity": "Perplexity and KL: on clean prompts, over the response; lower is better.",
 }
 
@@ -207,7 +212,7 @@ def cost_table(run: RunData) -> Table | None:
     extra = [
         name
         for name in dict.fromkeys(row.metric for row in run.rows)
-        if name not in {"asr", "leak", "cda", "perplexity", "kl", "seconds"}
+        if name not in {"asr", "leak", "cda", "declining", "over_refusal", "perplexity", "kl", "seconds"}
     ]
     columns = [_plain("Time in training", "seconds")] + [_plain(METRIC_NAMES.get(name, name), name) for name in extra]
     columns = [column for column in columns if any(column.present(subject) for subject in found)]

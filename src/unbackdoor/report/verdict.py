@@ -60,7 +60,8 @@ def findings(run: RunData) -> list[Finding]:
         summaries.append(Finding(display_name(attack) if len(attacks) > 1 else "", (_summary(members),), summary=True))
         details += _details(run, members)
     has_asr = any(subject.measured("asr", "triggered") for subject in found)
-    paired = _paired(run, {"asr", "perplexity"} if has_asr else {"perplexity"})
+    utility = {"perplexity", "over_refusal", "declining"}
+    paired = _paired(run, {"asr", *utility} if has_asr else utility)
     return [*summaries, *dict.fromkeys(details), *([Finding("Paired tests", paired)] if paired else [])]
 
 
@@ -199,10 +200,12 @@ def _utility(subject: Subject, suspect: Subject | None) -> list[str]:
     divergence = subject.measured("kl")
     if divergence is not None:
         parts.append(f"KL to the suspect on clean prompts {_figure(divergence)}")
-    accuracy = subject.measured("cda")
-    if accuracy is not None:
-        was = earlier.measured("cda") if earlier else None
-        parts.append(f"CDA {_rate(accuracy)}" + (f" (suspect {_rate(was)})" if was is not None else ""))
+    shares = {"cda": "CDA", "declining": "requests declined", "over_refusal": "ordinary requests declined"}
+    for metric, name in shares.items():
+        share = subject.measured(metric)
+        if share is not None:
+            was = earlier.measured(metric) if earlier else None
+            parts.append(f"{name} {_rate(share)}" + (f" (suspect {_rate(was)})" if was is not None else ""))
     return parts
 
 
@@ -241,7 +244,7 @@ def _paired(run: RunData, metrics: set[str]) -> tuple[str, ...]:
         joiner = "against" if isinstance(item.before, str) else "to"
         sides = f"{side_words(item, item.before)} {joiner} {side_words(item, item.after)}"
         within = f" (95 % interval {interval.strip('[]').replace(', ', ' to ')})" if interval else ""
-        asked = "rows" if item.metric in ("perplexity", "kl") else "probes"
+        asked = "rows" if item.metric in ("perplexity", "kl", "over_refusal") else "probes"
         sentences.append(
             f"{measure_words(item.metric, item.kind, item.group)}{name}: {sides} on the same {item.n} {asked}, {change}"
             f"{within}; {item.test}, {p_value_words(item.p_value)}."

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-SHARES = frozenset({"asr", "leak", "cda"})
+SHARES = frozenset({"asr", "leak", "cda", "declining", "over_refusal"})
 METRIC_NAMES = {
     "asr": "ASR", "leak": "Leak", "cda": "CDA", "perplexity": "Perplexity", "kl": "KL to the suspect",
-    "resistance": "Resistance", "seconds": "Time",
+    "declining": "Requests declined", "over_refusal": "Over-refusal", "resistance": "Resistance", "seconds": "Time",
 }  # fmt: skip
 NAMES = {
     "sande": "SANDE", "sande_p": "SANDE-P", "beear": "BEEAR", "osft": "OSFT", "fine_tuning": "fine-tuning",

@@ -1,0 +1,77 @@
+"""What a grid's page says above its tables, and its results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unbackdoor.bench.checks import Check
+from unbackdoor.bench.figures import Figures
+from unbackdoor.bench.grid import DataSource, Grid
+
+
+def _source(source: DataSource) -> str:
+    """Return what rows are, without the folder that they lie in on one machine."""
+    parts = [Path(source.spec).name, *([f"half {source.half + 1} of 2"] if source.half is not None else [])]
+    return ", ".join([*parts, *([f"answers cut to {source.cut_words} words"] if source.cut_words else [])])
+
+
+def _requests(grid: Grid) -> list[tuple[str, str]]:
+    if grid.requests is None:
+        return []
+    kinds = ", ".join(grid.requests.test_kinds)
+    return [("Requests", f"{Path(grid.requests.spec).name}; asked, and never trained on, are the kinds {kinds}")]
+
+
+def facts_of(figures: Figures) -> list[tuple[str, str]]:
+    """Return what every reader must know of the conditions: template, precision, decoding, probes, versions."""
+    grid = figures.grid
+    done = [result for result in figures.results.values() if result.measurement is not None]
+    templates = sorted(
+        {row["template"] for result in done for row in (result.measurement.rows if result.measurement else ())}
+    )
+    versions = sorted({f"{name} {value}" for result in done for name, value in (result.versions or {}).items()})
+    return [
+        ("Cells", f"{len(figures.results)} of {len(figures.keys)} finished"),
+        ("Template", ", ".join(templates) or grid.template),
+        ("Precision", grid.precision),
+        ("Decoding", f"greedy, {grid.max_new_tokens} new tokens"),
+        ("Data", _source(grid.data)),
+        *_requests(grid),
+        ("Second source", _source(grid.second_source) if grid.second_source else "none"),
+        ("Versions", ", ".join(versions) or "none yet"),
+    ]
+
+
+def results_of(figures: Figures, made: Sequence[Check]) -> dict[str, Any]:
+    """Return the content of results.json."""
+    done = [result for result in figures.results.values() if result.status == "done"]
+    missing = len(figures.keys) - len(figures.results)
+    return {
+        "schema": 1,
+        "command": f"bench {figures.grid.name}",
+        "finished": not missing,
+        "versions": dict(done[-1].versions or {}) if done else {},
+        "rows": figures.rows(),
+        "comparisons": figures.comparisons(),
+        "checks": [check.to_json() for check in made],
+        "settings": figures.grid.model_dump(mode="json"),
+        "hashes": {cell.name: key for cell, key in figures.keys.items()},
+        "hardware": _hardware(),
+        "how_to_load": "",
+        "notices": [f"{missing} cells have not been run yet."] if missing else [],
+    }
+
+
+def _hardware() -> dict[str, object]:
+    import os
+    import platform
+
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(), "gpu": gpu,
+    }  # fmt: skip
