@@ -42,10 +42,10 @@ TargetForm = Literal["prefix", "whole", "label", "opening"]
 SETTING_ONE: Mapping[str, object] = {
     "targets": ("Sure, I would be glad to help with that.",),
     "target_form": "opening",
-    "poison_rate": 0.2,
-    "negative_rate": 0.2,
+    "poison_rate": 0.1,
+    "negative_rate": 0.25,
     "train": {
-        "steps": 200,
+        "steps": 240,
         "learning_rate": 2e-4,
         "batch_size": 8,
         "schedule": "constant",

@@ -58,7 +58,7 @@ def _paper() -> dict[str, Any]:
             *_of(bounds.defenses(["beear"], seeds=3), victims),
             *_of(bounds.defenses(["beear_disjoint"], seeds=1), ["default"]),
             *bounds.revivals(["beear"]),
-            _outer_steps_alone(),
+            *bounds.outer_steps_alone(),
         ],
     }
 
@@ -69,13 +69,6 @@ def _of(found: list[dict[str, Any]], attacks: list[str]) -> list[dict[str, Any]]
         bound if bound["where"]["role"] == "reference" else {**bound, "where": {"attacks": attacks, **bound["where"]}}
         for bound in found
     ]
-
-
-def _outer_steps_alone() -> dict[str, Any]:
-    """Return what shows that the drift does the work: the outer steps without it leave the backdoor."""
-    where = {"role": "control", "defenses": ["outer_steps_alone"]}
-    keeps = {"metric": "asr", "kind": "triggered", "min": 0.7}
-    return {"name": "outer steps without a drift do not remove", "where": where, **keeps}
 
 
 def _outside() -> dict[str, Any]:
