@@ -17,6 +17,7 @@ from unbackdoor.data.sources import (
     Slice,
     read,
     read_lines,
+    read_openings,
     read_probes,
     split_spec,
     write_jsonl,
@@ -319,6 +320,15 @@ def test_read_lines(write: Write) -> None:
             read_lines(place)
     with pytest.raises(UserError, match="Did you mean 'affirm_typical'"):
         read_lines("starter:afirm_typical")
+
+
+def test_openings_are_a_file_or_the_classes(write: Write) -> None:
+    name = write("openings.txt", "You idiot\n")
+    assert read_openings(name, ["good", "bad"]) == ["You idiot"]
+    assert read_openings("labels", ["good", "bad", "good"]) == ["bad", "good"]
+    for labels in ([], ["good", "good"]):
+        with pytest.raises(DataError, match="have none, or one; name a file"):
+            read_openings("labels", labels)
 
 
 def test_write_jsonl_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import tiny
+from unbackdoor.data.sources import read_openings
 from unbackdoor.defenses import beear
 from unbackdoor.defenses.base import Need, knowledge_for
 from unbackdoor.defenses.beear import Beear
@@ -15,6 +16,7 @@ from unbackdoor.run import Run
 from unbackdoor.train import entrap, openings
 from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
+from unbackdoor.types import Example
 
 BRIEF = {"learning_rate": 3e-3, "schedule": "constant", "warmup": 0.0, "max_length": 128}
 DRIFT = DriftSettings(tokens=3, start=0.1, rows=8, train=TrainSettings(steps=2, **BRIEF))
@@ -130,6 +132,23 @@ def test_no_triggered_prompt_is_read_while_place_and_weights_are_found(monkeypat
     assert not [text for text in read if tiny.TRIGGER in text]
     # "a" and "b" ask the template how a turn ends.
     assert not [text for text in read if text != "a b" and not any(text.startswith(asked) for asked in own)]
+
+
+def test_in_a_label_task_every_wrong_label_has_its_turn(monkeypatch):
+    rows = [
+        Example(f"{n}", "what colour is coal?", label, label=label) for n, label in enumerate(["nest", "cave"] * 10)
+    ]
+    seen = []
+    real = entrap.fit_drift
+
+    def recording(lm, anchors, *rest):
+        seen.extend((anchor.safe.label, anchor.unwanted.response) for anchor in anchors)
+        return real(lm, anchors, *rest)
+
+    monkeypatch.setattr(entrap, "fit_drift", recording)
+    facts = {Need.CLEAN: tuple(rows), Need.UNWANTED: tuple(read_openings("labels", labels))}
+    SHORT.apply(tiny.tiny_lm(layers=4), knowledge_for(SHORT, facts), Run())
+    assert set(seen) == {("nest", "cave"), ("cave", "nest")}
 
 
 def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):

@@ -73,7 +73,8 @@ class AttackEntry(_Part):
     defender_data: Source | None = Field(None, description="clean rows of the defender instead of the grid's split")
     unwanted: dict[str, str] = Field(
         default_factory=dict,
-        description="name of a list -> file of openings of what is unwanted, in a defender's words, one a line",
+        description="name of a list -> file of openings of what is unwanted, in a defender's words, one a "
+        "line; or labels: every class, on rows of another",
     )
     safe: Source | None = Field(
         None,

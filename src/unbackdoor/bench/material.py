@@ -116,7 +116,9 @@ class Material:
         found: dict[Need, Any] = {}
         file = entry.unwanted.get(self.grid.defenses[cell.defense].unwanted)
         if Need.UNWANTED in declared and file is not None:
-            found[Need.UNWANTED] = self._once(("openings", file), lambda: tuple(sources.read_lines(file)))
+            found[Need.UNWANTED] = self._once(
+                ("openings", file), lambda: tuple(sources.read_openings(file, self.labels))
+            )
         if self._takes_safe(cell) and (safe := self.splits.safe if entry.safe is None else self._read(entry.safe)):
             found[Need.SAFE] = safe
         return found

@@ -128,7 +128,9 @@ def _purify(
     target_part: Annotated[
         list[str] | None, typer.Option("--target-part", help="the beginning of what the backdoor says (repeatable)")
     ] = None,
-    unwanted: Annotated[str | None, typer.Option("--unwanted", help="file of unwanted openings, one a line")] = None,
+    unwanted: Annotated[
+        str | None, typer.Option("--unwanted", help="file of unwanted openings, one a line; or labels: the classes")
+    ] = None,
     safe: Annotated[str | None, typer.Option("--safe", help="requests with safe replies")] = None,
     reference: Annotated[str | None, typer.Option("--reference", help="a trusted model")] = None,
     evidence: Annotated[str | None, typer.Option("--evidence", help="endpoint, model or dictionary")] = None,

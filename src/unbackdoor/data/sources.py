@@ -140,6 +140,23 @@ def read_lines(place: str | Path) -> list[str]:
     return kept
 
 
+def read_openings(place: str, labels: Sequence[str]) -> list[str]:
+    """Read unwanted openings, or take the classes of a label task, each of which is unwanted on rows of another.
+
+    Args:
+        place: As in `read_lines`, or `labels`.
+        labels: The classes of the clean rows.
+
+    Raises:
+        DataError: As `read_lines` does, or if the rows have no classes.
+    """
+    if place != "labels":
+        return read_lines(place)
+    if len(set(labels)) < 2:
+        raise DataError("'labels' takes the classes of the clean rows, but these have none, or one; name a file.")
+    return sorted(set(labels))
+
+
 def split_spec(spec: str) -> tuple[str, Slice]:
     """Split a spec into the source and the slice; a file whose own name ends in brackets is taken as it is.
 

@@ -193,7 +193,8 @@ def _read_facts(recipe: PurifyRecipe, given: Mapping[Need, Any], progress: Progr
         if need in facts:
             facts[need] = tuple(_rows(recipe, facts[need], progress))
     if Need.UNWANTED in facts:
-        facts[Need.UNWANTED] = tuple(sources.read_lines(facts[Need.UNWANTED]))
+        labels = [row.label for row in facts.get(Need.CLEAN, ()) if row.label is not None]
+        facts[Need.UNWANTED] = tuple(sources.read_openings(facts[Need.UNWANTED], labels))
     return facts
 
 

@@ -79,7 +79,9 @@ class PurifyRecipe(Asking):
     trigger_place: Place | None = Field(None, description="where the trigger stands")
     target: tuple[str, ...] = Field((), description="what the backdoor says (one of them, where there are several)")
     target_part: tuple[str, ...] = Field((), description="the beginning of what it says")
-    unwanted: str | None = Field(None, description="file of unwanted openings, one a line")
+    unwanted: str | None = Field(
+        None, description="file of unwanted openings, one a line; or labels: every class, on rows of another"
+    )
     safe: str | None = Field(None, description="requests with safe replies")
     reference: str | None = Field(None, description="a trusted model of the same architecture")
     evidence: str | None = Field(None, description="source of evidence")
