@@ -135,9 +135,8 @@ def test_no_triggered_prompt_is_read_while_place_and_weights_are_found(monkeypat
 
 
 def test_in_a_label_task_every_wrong_label_has_its_turn(monkeypatch):
-    rows = [
-        Example(f"{n}", "what colour is coal?", label, label=label) for n, label in enumerate(["nest", "cave"] * 10)
-    ]
+    labels = ["nest", "cave"] * 10
+    rows = [Example(f"{n}", "what colour is coal?", label, label=label) for n, label in enumerate(labels)]
     seen = []
     real = entrap.fit_drift
 
