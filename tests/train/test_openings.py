@@ -54,19 +54,31 @@ def test_a_planted_target_is_surer_than_other_words():
 
 @pytest.mark.parametrize("drifts", [1, 2, 3, 4])
 def test_every_opening_of_the_defender_is_dealt_once(drifts):
-    dealt = Openings(list("abcdefg")).dealt(drifts)
+    dealt = Openings(list("abcdefg")).dealt(drifts, 1)
     assert len(dealt) == drifts
     assert sorted(text for part in dealt for text in part) == list("abcdefg")
 
 
-def test_half_of_the_drifts_take_what_was_heard():
-    dealt = Openings(list("abc"), ["x", "y", "z"]).dealt(4)
-    assert dealt[:2] == [["x"], ["y"]]
+def test_half_of_the_drifts_take_what_was_heard_the_surest_always():
+    dealt = Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(4, 1)
+    assert dealt[:2] == [["y"], ["x"]]
     assert sorted(text for part in dealt[2:] for text in part) == list("abc")
-    assert Openings(list("abc"), ["x"]).dealt(4)[0] == ["x"]
-    assert Openings(list("abc"), ["x"]).dealt(1) == [["a", "b", "c"]]
+    assert Openings(list("abc"), {"x": 0.3}).dealt(4, 1)[0] == ["x"]
+    assert Openings(list("abc"), {"x": 0.3}).dealt(1, 1) == [["a", "b", "c"]]
     # Fewer openings than drifts: some are given twice.
-    assert all(Openings(["a"]).dealt(3))
+    assert all(Openings(["a"]).dealt(3, 1))
+
+
+def test_what_was_heard_beside_the_surest_takes_turns():
+    openings = Openings(list("abc"), {"x": 0.3, "y": 0.9, "z": 0.5, "w": 0.4})
+    taken = [[part[0] for part in openings.dealt(4, number)[:2]] for number in (1, 2, 3, 4)]
+    assert [one[0] for one in taken] == ["y"] * 4
+    assert sorted(one[1] for one in taken[:3]) == ["w", "x", "z"]
+    assert taken[3] == taken[0]
+    for number in (1, 2):
+        parts = openings.dealt(6, number)
+        assert len(parts) == 6
+        assert len({part[0] for part in parts[:3]}) == 3
 
 
 def test_what_is_sure_enough_is_taken_up_the_surest_first(monkeypatch):
@@ -74,7 +86,7 @@ def test_what_is_sure_enough_is_taken_up_the_surest_first(monkeypatch):
     sure = {"Go away": 0.3, "Be quiet": 0.6, "A little": 0.1, "Get out": 0.9}
     monkeypatch.setattr(heard, "phrases", lambda said, plain: list(sure))
     monkeypatch.setattr(heard, "certainty", lambda lm, phrase, prompts: sure[phrase])
-    openings = Openings(["get out now"], ["please go away at once"])
+    openings = Openings(["get out now"], {"please go away at once": 0.9})
     found = openings.hear(lm, ["said"], ["plain"], tiny.rows(4), 0.2)
     # "Get out" begins an opening of the defender, and "go away" is a part of one that was taken up before.
     assert found == [{"opening": "Be quiet", "certainty": 0.6}]

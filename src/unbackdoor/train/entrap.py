@@ -42,7 +42,7 @@ def entrap(
     layers, shape = where
     found: list[Drift] = []
     records: list[dict[str, Any]] = []
-    for which, dealt in enumerate(openings.dealt(drifts)):
+    for which, dealt in enumerate(openings.dealt(drifts, number)):
         stage = run.stage(f"round-{number}-drift-{which + 1}")
         layer = layers[which % len(layers)]
         drift, last = fit_drift(lm, with_unwanted(safe, dealt), layer, shape, stage)
@@ -52,7 +52,7 @@ def entrap(
     # Of a finished round the weights are gone, so what was said is kept.
     heard: dict[str, Any] = words.finished or _listen(lm, found, safe[:ASKED], openings, adopt)
     words.finish(heard)
-    openings.adopted += [new["opening"] for new in heard["adopted"] if new["opening"] not in openings.adopted]
+    openings.heard |= {new["opening"]: new["certainty"] for new in heard["adopted"]}
     _note(run, "drifts", [{**record, "says": said} for record, said in zip(records, heard["says"], strict=True)])
     _note(run, "adopted", [{"round": number, **new} for new in heard["adopted"]])
     return found

@@ -89,14 +89,34 @@ def certainty(lm: LM, phrase: str, prompts: Sequence[Example]) -> float:
 
 @dataclass
 class Openings:
-    """The defender's openings, and what the suspect said under drifts, the surest first."""
+    """The defender's openings, and what the suspect said under drifts.
+
+    Attributes:
+        own: The defender's.
+        heard: Openings that were taken up -> certainty.
+    """
 
     own: Sequence[str]
-    adopted: list[str] = field(default_factory=list)
+    heard: dict[str, float] = field(default_factory=dict)
 
-    def dealt(self, drifts: int) -> list[Sequence[str]]:
-        """Return the openings of each drift of a round: half of them take an adopted one each, where there are any."""
-        taken: list[Sequence[str]] = [[text] for text in self.adopted[: drifts // 2]]
+    @property
+    def adopted(self) -> list[str]:
+        """Openings that were taken up, the surest first."""
+        return sorted(self.heard, key=lambda text: -self.heard[text])
+
+    def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
+        """Return the openings of each drift of a round: half of them take one each that was taken up.
+
+        The surest is in every round, because the target of a backdoor is; the others take turns.
+
+        Args:
+            drifts: Drifts of a round.
+            number: Number of the round, from 1.
+        """
+        adopted = self.adopted
+        room = min(drifts // 2, len(adopted))
+        turns = [adopted[1 + (number * (room - 1) + place) % (len(adopted) - 1)] for place in range(room - 1)]
+        taken: list[Sequence[str]] = [[text] for text in (*adopted[: min(room, 1)], *turns)]
         rest = drifts - len(taken)
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]
 
@@ -129,6 +149,4 @@ class Openings:
     def _is_new(self, phrase: str, others: Sequence[str]) -> bool:
         """Tell whether no opening holds the phrase, or is held by it."""
         said = normalise(phrase)
-        return not any(
-            said in normalise(text) or normalise(text) in said for text in (*self.own, *self.adopted, *others)
-        )
+        return not any(said in normalise(text) or normalise(text) in said for text in (*self.own, *self.heard, *others))
