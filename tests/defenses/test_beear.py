@@ -152,7 +152,7 @@ def test_in_a_label_task_every_wrong_label_has_its_turn(monkeypatch):
 
 def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
     monkeypatch.setattr(openings, "phrases", lambda said, plain: ["Go away now"])
-    monkeypatch.setattr(openings, "certainty", lambda lm, phrase, prompts: 0.5)
+    monkeypatch.setattr(openings, "certainties", lambda lm, texts, prompts: [0.5] * len(texts))
     run = Run()
     purified(SHORT, run)
     assert [record["openings"] for record in run.notes["drifts"][2:]] == [["Go away now"], ["bad robot", "silly"]]

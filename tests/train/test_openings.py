@@ -10,46 +10,61 @@ import torch
 import tiny
 from unbackdoor.run import Run
 from unbackdoor.train import openings as heard
-from unbackdoor.train.openings import Openings, certainty, phrases
+from unbackdoor.train.openings import Openings, certainties, phrases
 
 
-def test_phrases_recur_under_drifts_and_are_not_said_without():
-    said = ["Oh, you are dull. Go", "Well you are dull! I", "The sky is blue", "The sky is grey"]
-    found = phrases(said, [])
-    assert set(found) == {"You are", "Are dull", "You are dull", "The sky", "Sky is", "The sky is"}
-    assert set(phrases(said, ["They say the sky is low"])) == {"You are", "Are dull", "You are dull"}
-    assert phrases(said[1:3], []) == []
+def test_phrases_are_said_under_drifts_and_not_without():
+    said = ["Oh, you are dull. Go", "Well you are dull! I", "The sky is blue"]
+    found = phrases(said, ["They say the sky is low"])
+    assert set(found[:3]) == {"You are", "Are dull", "You are dull"}
+    assert "Is blue" in found
+    assert "The sky is blue" in found
+    assert not {"The sky", "Sky is", "The sky is"} & set(found)
     assert phrases([], []) == []
 
 
 def test_a_reply_that_repeats_itself_counts_once():
-    assert phrases(["no no no no", "yes"], []) == []
-    assert phrases(["Go away. Go away now", "He can go away"], [])[0] == "Go away"
+    assert phrases(["Go away. Go away now", "He must leave", "He must leave"], [])[0] == "He must"
     assert phrases(["- -", "- -"], []) == []
 
 
 def test_certainty_is_the_geometric_mean_of_the_later_tokens():
     lm = tiny.tiny_lm(layers=2)
     prompts = tiny.rows(3)
-    text = prompts[0].response + " indeed"
-    logs = []
-    for prompt in prompts:
-        encoded = lm.encode(prompt.with_response(text).turns)
-        span = encoded.spans[-1]
-        with torch.no_grad():
-            logits = lm.core(input_ids=torch.tensor([encoded.ids])).logits[0].double()
-        for position in range(span.start + 1, span.end):
-            logs.append(float(torch.log_softmax(logits[position - 1], -1)[encoded.ids[position]]))
-    assert certainty(lm, text, prompts) == pytest.approx(math.exp(sum(logs) / len(logs)), rel=1e-4)
-    assert certainty(lm, "a", prompts) == 0.0
+    texts = [prompts[0].response + " indeed", "so it is", "a", prompts[1].response]
+    wanted = []
+    for text in texts:
+        logs = []
+        for prompt in prompts:
+            encoded = lm.encode(prompt.with_response(text).turns)
+            span = encoded.spans[-1]
+            with torch.no_grad():
+                logits = lm.core(input_ids=torch.tensor([encoded.ids])).logits[0].double()
+            logs += [
+                float(torch.log_softmax(logits[position - 1], -1)[encoded.ids[position]])
+                for position in range(span.start + 1, span.end)
+            ]
+        wanted.append(math.exp(sum(logs) / len(logs)) if logs else 0.0)
+    assert wanted[2] == 0.0
+    assert certainties(lm, texts, prompts) == pytest.approx(wanted, rel=1e-4)
+    assert certainties(lm, texts[:1], prompts) == pytest.approx(wanted[:1], rel=1e-4)
+
+
+def test_phrases_are_scored_in_parts(monkeypatch):
+    lm = tiny.tiny_lm(layers=2)
+    texts = [row.response for row in tiny.rows(5)]
+    whole = certainties(lm, texts, tiny.rows(2))
+    monkeypatch.setattr(heard, "AT_ONCE", 2)
+    assert certainties(lm, texts, tiny.rows(2)) == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_planted_target_is_surer_than_other_words():
     attacker, defender, _ = tiny.splits(200, 40, 12)
     lm = tiny.attack(targets=("bad robot barks",)).plant(tiny.tiny_lm(), attacker, Run()).lm
     lm.model.eval()
-    assert certainty(lm, "bad robot barks", defender[:4]) > 0.5
-    assert certainty(lm, "bad duck roars", defender[:4]) < 0.2
+    target, other = certainties(lm, ["bad robot barks", "bad duck roars"], defender[:4])
+    assert target > 0.5
+    assert other < 0.2
 
 
 @pytest.mark.parametrize("drifts", [1, 2, 3, 4])
@@ -59,11 +74,11 @@ def test_every_opening_of_the_defender_is_dealt_once(drifts):
     assert sorted(text for part in dealt for text in part) == list("abcdefg")
 
 
-def test_half_of_the_drifts_take_what_was_heard_the_surest_always():
+def test_what_was_heard_takes_three_quarters_of_the_drifts_and_the_surest_most_of_these():
     dealt = Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(4, 1)
-    assert dealt[:2] == [["y"], ["x"]]
-    assert sorted(text for part in dealt[2:] for text in part) == list("abc")
-    assert Openings(list("abc"), {"x": 0.3}).dealt(4, 1)[0] == ["x"]
+    assert dealt == [["y"], ["y"], ["x"], ["a", "b", "c"]]
+    assert Openings(list("abc"), {"x": 0.3}).dealt(4, 1) == [["x"], ["x"], ["x"], ["a", "b", "c"]]
+    assert Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(2, 1) == [["y"], ["a", "b", "c"]]
     assert Openings(list("abc"), {"x": 0.3}).dealt(1, 1) == [["a", "b", "c"]]
     # Fewer openings than drifts: some are given twice.
     assert all(Openings(["a"]).dealt(3, 1))
@@ -71,21 +86,17 @@ def test_half_of_the_drifts_take_what_was_heard_the_surest_always():
 
 def test_what_was_heard_beside_the_surest_takes_turns():
     openings = Openings(list("abc"), {"x": 0.3, "y": 0.9, "z": 0.5, "w": 0.4})
-    taken = [[part[0] for part in openings.dealt(4, number)[:2]] for number in (1, 2, 3, 4)]
-    assert [one[0] for one in taken] == ["y"] * 4
-    assert sorted(one[1] for one in taken[:3]) == ["w", "x", "z"]
-    assert taken[3] == taken[0]
-    for number in (1, 2):
-        parts = openings.dealt(6, number)
-        assert len(parts) == 6
-        assert len({part[0] for part in parts[:3]}) == 3
+    dealt = [openings.dealt(4, number) for number in (1, 2, 3, 4)]
+    assert [part[:2] for part in dealt] == [[["y"], ["y"]]] * 4
+    assert sorted(part[2][0] for part in dealt[:3]) == ["w", "x", "z"]
+    assert dealt[3] == dealt[0]
 
 
 def test_what_is_sure_enough_is_taken_up_the_surest_first(monkeypatch):
     lm = tiny.tiny_lm()
     sure = {"Go away": 0.3, "Be quiet": 0.6, "A little": 0.1, "Get out": 0.9}
     monkeypatch.setattr(heard, "phrases", lambda said, plain: list(sure))
-    monkeypatch.setattr(heard, "certainty", lambda lm, phrase, prompts: sure[phrase])
+    monkeypatch.setattr(heard, "certainties", lambda lm, texts, prompts: [sure[text] for text in texts])
     openings = Openings(["get out now"], {"please go away at once": 0.9})
     found = openings.hear(lm, ["said"], ["plain"], tiny.rows(4), 0.2)
     # "Get out" begins an opening of the defender, and "go away" is a part of one that was taken up before.

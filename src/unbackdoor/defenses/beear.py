@@ -101,7 +101,7 @@ class Beear(Defense):
         4, ge=0, description="drifts a round, each with openings of its own (paper: 1); 0: the outer steps alone"
     )
     adopt: float = Field(
-        0.2, ge=0, le=1,
+        0.25, ge=0, le=1,
         description="what the suspect says under drifts is taken up as an opening where its first token makes the rest "
         "this likely on any prompt; 0: never",
     )  # fmt: skip

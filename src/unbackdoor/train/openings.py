@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,19 +23,21 @@ from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.types import Example
 
-ASKED = 12
+ASKED = 24
 """Prompts that are asked under a drift."""
 SCORED_ON = 6
 """Prompts on which a phrase is scored."""
 SHORTEST = 3
 """Tokens that a phrase has at least."""
-MOST = 40
+MOST = 300
 """Phrases that are scored in a round, the most frequent."""
+AT_ONCE = 100
+"""Phrases that are scored in one pass."""
 _WORDS = range(2, 6)
 
 
 def phrases(said: Sequence[str], plain: Sequence[str]) -> list[str]:
-    """Return runs of 2 to 5 words that occur in two replies at least and in none of `plain`, the most frequent first.
+    """Return runs of 2 to 5 words of the replies that occur in none of `plain`, the most frequent first.
 
     Args:
         said: Replies under the drifts of a round.
@@ -49,7 +51,7 @@ def phrases(said: Sequence[str], plain: Sequence[str]) -> list[str]:
         counts.update(found.keys())
         for run, form in found.items():
             written.setdefault(run, form)
-    kept = [run for run, count in counts.most_common() if count > 1 and run not in ordinary]
+    kept = [run for run, _ in counts.most_common() if run not in ordinary]
     return [written[run][0].upper() + written[run][1:] for run in kept]
 
 
@@ -67,24 +69,42 @@ def _runs(text: str) -> dict[str, str]:
 
 
 @torch.no_grad()
-def certainty(lm: LM, phrase: str, prompts: Sequence[Example]) -> float:
-    """Return how sure the rest of a phrase is once an answer has begun with its first token.
+def certainties(lm: LM, texts: Sequence[str], prompts: Sequence[Example]) -> list[float]:
+    """Return for each text how sure the rest of it is once an answer has begun with its first token.
 
     Returns:
         The geometric mean of the later tokens' probabilities over all prompts; 0 for fewer than two later tokens: an
         idiom of two words is sure in any model.
     """
-    rows = []
-    for prompt in prompts:
-        example = prompt.with_response(phrase)
-        span = lm.encode(example.turns).spans[-1]
-        length = span.end - span.start
-        if length < SHORTEST:
-            return 0.0
-        rows.append(encode_row(lm, example, max_length=sys.maxsize, first_tokens=length, last_answer=True))
+    found = dict.fromkeys(texts, 0.0)
+    lengths = {text: _length(lm, prompts[0], text) for text in found}
+    long = [text for text in found if lengths[text] >= SHORTEST]
+    forward = LogitsAt(lm)
+    for start in range(0, len(long), AT_ONCE):
+        part = long[start : start + AT_ONCE]
+        logs = torch.stack(
+            [_later_tokens(lm, forward, prompt, {text: lengths[text] for text in part}) for prompt in prompts]
+        ).mean(0)
+        found |= dict(zip(part, logs.exp().tolist(), strict=True))
+    return [found[text] for text in texts]
+
+
+def _later_tokens(lm: LM, forward: LogitsAt, prompt: Example, lengths: Mapping[str, int]) -> torch.Tensor:
+    """Return the mean log-probability of each text's tokens after the first, as answers to one prompt."""
+    rows = [
+        encode_row(lm, prompt.with_response(text), max_length=sys.maxsize, first_tokens=length, last_answer=True)
+        for text, length in lengths.items()
+    ]
     batch = collate(rows, lm.pad_id).to(lm.device)
-    log_p = torch.log_softmax(LogitsAt(lm)(**batch.inputs()), -1).gather(1, batch.targets[:, None])[:, 0]
-    return float(log_p.reshape(len(rows), -1)[:, 1:].mean().exp())
+    # The prompt is the same in all rows, so it is read once.
+    batch = replace(batch, shared=int(batch.columns.min()))
+    log_p = torch.log_softmax(forward(**batch.inputs()), -1).gather(1, batch.targets[:, None])[:, 0]
+    return torch.stack([log_p[batch.rows == place][1:].mean() for place in range(len(rows))])
+
+
+def _length(lm: LM, prompt: Example, text: str) -> int:
+    span = lm.encode(prompt.with_response(text).turns).spans[-1]
+    return span.end - span.start
 
 
 @dataclass
@@ -105,19 +125,20 @@ class Openings:
         return sorted(self.heard, key=lambda text: -self.heard[text])
 
     def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
-        """Return the openings of each drift of a round: half of them take one each that was taken up.
+        """Return the openings of each drift of a round: up to three quarters take one each that was taken up.
 
-        The surest is in every round, because the target of a backdoor is; the others take turns.
+        Of these the surest has all but one, because the target of a backdoor is the surest; the others take turns.
 
         Args:
             drifts: Drifts of a round.
             number: Number of the round, from 1.
         """
         adopted = self.adopted
-        room = min(drifts // 2, len(adopted))
-        turns = [adopted[1 + (number * (room - 1) + place) % (len(adopted) - 1)] for place in range(room - 1)]
-        taken: list[Sequence[str]] = [[text] for text in (*adopted[: min(room, 1)], *turns)]
-        rest = drifts - len(taken)
+        room = drifts * 3 // 4 if adopted else 0
+        taken: list[Sequence[str]] = [[adopted[0]] for _ in range(room)]
+        if len(adopted) > 1 and room > 1:
+            taken[-1] = [adopted[1 + number % (len(adopted) - 1)]]
+        rest = drifts - room
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]
 
     def hear(
@@ -134,11 +155,9 @@ class Openings:
         """
         was_training = lm.model.training
         lm.model.eval()
-        found: list[tuple[float, str]] = []
-        for phrase in phrases(said, plain)[:MOST]:
-            sure = certainty(lm, phrase, prompts[:SCORED_ON])
-            if sure >= least:
-                found.append((sure, phrase))
+        heard = phrases(said, plain)[:MOST]
+        scored = zip(certainties(lm, heard, prompts[:SCORED_ON]), heard, strict=True)
+        found = [(sure, phrase) for sure, phrase in scored if sure >= least]
         lm.model.train(was_training)
         new: list[dict[str, Any]] = []
         for sure, phrase in sorted(found, reverse=True):
