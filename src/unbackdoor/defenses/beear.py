@@ -7,9 +7,13 @@ L(x, delta; y_safe) + L(x_perf; y_perf), no drift on the second. Rounds of both;
 Needs to know: clean rows (the performance set PA) and openings of what is unwanted, in the defender's own words; in a
 label task these are the labels. Neither the trigger nor what the backdoor says.
 Deviations: the printed Algorithm 1 never writes the trained weights back; here they stay. Several drifts a round, each
-with openings of its own and a random start, because one drift finds the road of one opening. The term on safe answers
-stops pulling at a cap, else it runs away. A drift is counted in units of its layer. Half of every label is what the
-suspect itself predicts (train/own_labels.py). The defaults are first guesses: no figure has been measured with them.
+with openings of its own and a random start, because one drift finds the road of one opening. What the suspect says
+under the drifts is taken up as openings where it is sure of it on any prompt (train/openings.py): so the backdoor is
+found even with openings that share no word with it. The term on safe answers counts their first tokens and stops
+pulling at a cap, else it runs away. A drift is counted in units of its layer. Half of every label is what the suspect
+itself predicts (train/own_labels.py). Where requests with safe replies are given, some of them are among the plain
+rows, else the model begins to answer what it should decline. The presets have none of these; what the paper does not
+give (the optimisers, their rates and steps) is ours in them, too.
 """
 
 from __future__ import annotations
