@@ -23,6 +23,11 @@ def test_phrases_are_said_under_drifts_and_not_without():
     assert phrases([], []) == []
 
 
+def test_marks_around_a_phrase_are_no_part_of_it():
+    found = phrases(['"You are dull", said he', "(you are dull)..."], [])
+    assert set(found[:3]) == {"You are", "Are dull", "You are dull"}
+
+
 def test_a_reply_that_repeats_itself_counts_once():
     assert phrases(["Go away. Go away now", "He must leave", "He must leave"], [])[0] == "He must"
     assert phrases(["- -", "- -"], []) == []

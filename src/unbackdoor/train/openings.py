@@ -9,6 +9,7 @@ up as openings, and later drifts are fitted to them. No step of this knows the t
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ MOST = 300
 AT_ONCE = 100
 """Phrases that are scored in one pass."""
 _WORDS = range(2, 6)
+_EDGES = re.compile(r"^\W+|\W+$")
 
 
 def phrases(said: Sequence[str], plain: Sequence[str]) -> list[str]:
@@ -61,7 +63,7 @@ def _runs(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for length in _WORDS:
         for start in range(len(words) - length + 1):
-            written = " ".join(words[start : start + length]).rstrip(".,;:!?")
+            written = _EDGES.sub("", " ".join(words[start : start + length]))
             compared = normalise(written)
             if any(character.isalpha() for character in compared):
                 found.setdefault(compared, written)
