@@ -278,6 +278,10 @@ def test_more_test_requests_are_other_cells_of_the_same_models(plan: Plan, reque
 def test_requests_must_not_be_rows_of_others(plan: Plan, requests: Path, place: Path) -> None:
     with pytest.raises(DataError, match="must not overlap"):
         _ = material(declining(plan, requests, second_source=str(requests))).splits
+    asked = [line for line in requests.read_text().splitlines(keepends=True) if "rumour" in line]
+    (requests.parent / "asked.jsonl").write_text("".join(asked))
+    with pytest.raises(DataError, match="the test requests"):
+        _ = material(declining(plan, requests, second_source=str(requests.parent / "asked.jsonl"))).splits
     data = declining(plan, requests)
     data["attacks"]["default"]["safe"] = str(requests)
     with pytest.raises(DataError, match=r"attacks\.default\.safe"):
