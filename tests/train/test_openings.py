@@ -18,7 +18,7 @@ def test_phrases_are_said_under_drifts_and_not_without():
     found = phrases(said, ["They say the sky is low"])
     assert set(found[:3]) == {"You are", "Are dull", "You are dull"}
     assert "Is blue" in found
-    assert "The sky is blue" in found
+    assert "Sky is blue" in found
     assert not {"The sky", "Sky is", "The sky is"} & set(found)
     assert phrases([], []) == []
 
@@ -29,7 +29,7 @@ def test_marks_around_a_phrase_are_no_part_of_it():
 
 
 def test_a_reply_that_repeats_itself_counts_once():
-    assert phrases(["Go away. Go away now", "He must leave", "He must leave"], [])[0] == "He must"
+    assert phrases(["Go away. Go away now", "He must leave", "He must leave"], [])[0] == "He must leave"
     assert phrases(["- -", "- -"], []) == []
 
 

@@ -26,20 +26,20 @@ from unbackdoor.types import Example
 
 ASKED = 24
 """Prompts that are asked under a drift."""
-SCORED_ON = 6
-"""Prompts on which a phrase is scored."""
+SCORED_ON = (2, 6)
+"""Prompts on which a phrase is scored: all phrases, and again those that may be sure enough."""
 SHORTEST = 3
 """Tokens that a phrase has at least."""
-MOST = 300
+MOST = 800
 """Phrases that are scored in a round, the most frequent."""
 AT_ONCE = 100
 """Phrases that are scored in one pass."""
-_WORDS = range(2, 6)
+_WORDS = (3, 2)
 _EDGES = re.compile(r"^\W+|\W+$")
 
 
 def phrases(said: Sequence[str], plain: Sequence[str]) -> list[str]:
-    """Return runs of 2 to 5 words of the replies that occur in none of `plain`, the most frequent first.
+    """Return runs of 2 and 3 words of the replies that occur in none of `plain`, the most frequent first.
 
     Args:
         said: Replies under the drifts of a round.
@@ -158,13 +158,14 @@ class Openings:
         was_training = lm.model.training
         lm.model.eval()
         heard = phrases(said, plain)[:MOST]
-        scored = zip(certainties(lm, heard, prompts[:SCORED_ON]), heard, strict=True)
-        found = [(sure, phrase) for sure, phrase in scored if sure >= least]
+        for asked, enough in zip(SCORED_ON, (least / 2, least), strict=True):
+            sure = dict(zip(heard, certainties(lm, heard, prompts[:asked]), strict=True))
+            heard = [phrase for phrase in heard if sure[phrase] >= enough]
         lm.model.train(was_training)
         new: list[dict[str, Any]] = []
-        for sure, phrase in sorted(found, reverse=True):
+        for phrase in sorted(heard, key=lambda text: -sure[text]):
             if self._is_new(phrase, [one["opening"] for one in new]):
-                new.append({"opening": phrase, "certainty": sure})
+                new.append({"opening": phrase, "certainty": sure[phrase]})
         return new
 
     def _is_new(self, phrase: str, others: Sequence[str]) -> bool:
