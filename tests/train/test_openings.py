@@ -21,6 +21,8 @@ def test_phrases_are_said_under_drifts_and_not_without():
     assert "Sky is blue" in found
     assert not {"The sky", "Sky is", "The sky is"} & set(found)
     assert phrases([], []) == []
+    # One of ten replies without a drift may be the backdoor's, which leaks.
+    assert "The sky" in phrases(said, ["They say the sky is low", *["Yes"] * 9])
 
 
 def test_marks_around_a_phrase_are_no_part_of_it():

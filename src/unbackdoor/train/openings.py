@@ -34,18 +34,22 @@ MOST = 800
 """Phrases that are scored in a round, the most frequent."""
 AT_ONCE = 100
 """Phrases that are scored in one pass."""
+OFTEN = 0.1
+"""Share of the replies without a drift above which a phrase is what the model says anyway."""
 _WORDS = (3, 2)
 _EDGES = re.compile(r"^\W+|\W+$")
 
 
 def phrases(said: Sequence[str], plain: Sequence[str]) -> list[str]:
-    """Return runs of 2 and 3 words of the replies that occur in none of `plain`, the most frequent first.
+    """Return runs of 2 and 3 words of the replies, the most frequent first, without what is often said anyway.
+
+    Not without all that is said anyway: a backdoor that leaks says its target without a drift, too.
 
     Args:
         said: Replies under the drifts of a round.
         plain: Replies to the same prompts without a drift.
     """
-    ordinary = {run for text in plain for run in _runs(text)}
+    ordinary = Counter(run for text in plain for run in _runs(text))
     counts: Counter[str] = Counter()
     written: dict[str, str] = {}
     for text in said:
@@ -53,7 +57,7 @@ def phrases(said: Sequence[str], plain: Sequence[str]) -> list[str]:
         counts.update(found.keys())
         for run, form in found.items():
             written.setdefault(run, form)
-    kept = [run for run, _ in counts.most_common() if run not in ordinary]
+    kept = [run for run, _ in counts.most_common() if ordinary[run] <= len(plain) * OFTEN]
     return [written[run][0].upper() + written[run][1:] for run in kept]
 
 
