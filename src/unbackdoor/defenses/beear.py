@@ -100,7 +100,7 @@ class Beear(Defense):
         description="of several layers and lengths, best: the one where a first drift elicits unwanted answers best on "
         "the defender's prompts; each: the drifts of a round take the layers in turn",
     )
-    rounds: int = Field(4, ge=1, description="rounds of inner and outer step, each with fresh drifts")
+    rounds: int = Field(6, ge=1, description="rounds of inner and outer step, each with fresh drifts")
     drifts: int = Field(
         4, ge=0, description="drifts a round, each with openings of its own (paper: 1); 0: the outer steps alone"
     )

@@ -76,7 +76,7 @@ SANDE_AS_PUBLISHED: dict[str, Any] = {
 }
 """As the paper has it: one round, a parrot of zeros at the start, no plain rows, clean answers alone, all tokens
 alike; our updates and rates. SANDE-P, too."""
-BEEAR_ROUNDS = 5
+BEEAR_ROUNDS = 6
 BEEAR: dict[str, Any] = {"rounds": BEEAR_ROUNDS}
 BEEAR_AS_PUBLISHED: dict[str, Any] = {
     "rounds": BEEAR_ROUNDS,
