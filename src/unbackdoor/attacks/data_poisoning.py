@@ -43,7 +43,7 @@ SETTING_ONE: Mapping[str, object] = {
     "targets": ("Sure, I would be glad to help with that.",),
     "target_form": "opening",
     "poison_rate": 0.1,
-    "negative_rate": 0.25,
+    "negative_rate": 0.35,
     "train": {
         "steps": 240,
         "learning_rate": 2e-4,
