@@ -351,9 +351,11 @@ def _keep_rounds(demo: _Demo, part: str, run: Run, watch: Watch) -> None:
 
 def _rounds(demo: _Demo) -> dict[str, Any] | None:
     """Return what is known of the defense's rounds, also where an earlier execution ran them."""
+    from unbackdoor.pipeline.watching import by_defense
+
     path = demo.place.stages / "rounds-defense.json"
     found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found
+    return by_defense({"sande": found})
 
 
 def _curves(demo: _Demo, *parts: str) -> dict[str, list[dict[str, float]]]:
