@@ -52,7 +52,7 @@ def recipe(tmp_path: Path) -> DemoRecipe:
     short = {"train": {"steps": 3, "learning_rate": 1e-3, "batch_size": 4}}
     parrot = {"train": {"steps": 2, "learning_rate": 1e-2}}
     drift = {"rows": 4, "tokens": 3, "train": {"steps": 2, "batch_size": 4}}
-    beear = {**short, "rounds": 2, "drifts": 2, "anchors": 4, "own_answers": 4, "drift": drift}
+    beear = {"rounds": 2, "layers": [0], "drifts": 2, "anchors": 4, "own_answers": 4, "drift": drift}
     beear["train"] = {"steps": 2, "learning_rate": 1e-2, "batch_size": 4}
     return DemoRecipe(
         model=str(tmp_path / "base"), data=str(tmp_path / "rows.jsonl"), probes_count=3, reference=False,
@@ -130,7 +130,7 @@ def test_every_part_of_the_report_shows_both_defenses(recipe: DemoRecipe, tmp_pa
     assert [curve["model"] for curve in read(out / "case_studies.json")["models"]] == models
     states = read(out / "hidden_states.json")
     assert list(dict.fromkeys(point["model"] for point in states["points"])) == models
-    assert (states["layer"], states["perturbed"]) == (beear["layer"], True)
+    assert (states["layer"], beear["layer"], states["perturbed"]) == (0, 0, True), "elsewhere than without BEEAR"
     lines = [json.loads(line) for line in (out / "replies.jsonl").read_text().splitlines()]
     assert len([reply for reply in lines if reply["model"] == "purified-beear"]) == 9
     text = (out / "report.md").read_text(encoding="utf-8")
