@@ -67,7 +67,8 @@ def test_two_processes_do_what_one_does_with_two_micro_batches(workshop: Worksho
     assert {row["metric"] for row in results["rows"]} >= {"asr", "leak", "perplexity"}
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
     if name == "purify":
-        (asked,) = [item["asked"] for item in json.loads((two / "rounds.json").read_text(encoding="utf-8"))["rounds"]]
+        (watched,) = json.loads((two / "rounds.json").read_text(encoding="utf-8"))["defenses"]
+        (asked,) = [item["asked"] for item in watched["rounds"]]
         assert {counts[1] for counts in asked.values()} == {2}
 
 

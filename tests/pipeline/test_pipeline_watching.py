@@ -105,7 +105,8 @@ def purify(folder: Path, name: str, *, defense: str = "beear", progress: Any = N
 
 
 def rounds_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "rounds.json").read_text(encoding="utf-8"))
+    found: dict[str, Any]
+    (found,) = json.loads((folder / "rounds.json").read_text(encoding="utf-8"))["defenses"]
     return found
 
 
@@ -190,6 +191,7 @@ def test_rounds_are_gathered_from_what_defenses_note() -> None:
         "parrots": [{"stage": "round-2-parrot-1", "steps": 40, "loss": 0.04}],
     }  # fmt: skip
     found = watching.by_round([{"clean": [0, 3]}], notes)
+    assert found is not None
     assert found == {
         "layer": 7,
         "rounds": [
@@ -205,6 +207,8 @@ def test_rounds_are_gathered_from_what_defenses_note() -> None:
     assert watching.by_round([], {"drifts": "words of another defense"}) is None
     assert watching.noted_layer({"drifts": notes["drifts"]}) == 3
     assert watching.noted_layer({"layer": True}) is None
+    assert watching.by_defense({"sande": None}) is None
+    assert watching.by_defense({"sande": None, "beear": found}) == {"defenses": [{"defense": "beear", **found}]}
 
 
 def test_watching_needs_probes_and_a_goal(place: Path) -> None:
@@ -248,6 +252,7 @@ def test_states_are_drawn_at_the_layer_that_the_defense_perturbs(place: Path) ->
     assert drawn["explained"] == pytest.approx(plane_at(place, 0), abs=1e-3)
     assert drawn["explained"] != pytest.approx(plane_at(place, 1), abs=1e-3)
     assert rounds_of(out) == {
+        "defense": str(place / "nudge.py"),
         "layer": 0,
         "rounds": [{"round": at, "asked": figures, "drifts": []} for at, figures in enumerate(asked(out), 1)],
     }

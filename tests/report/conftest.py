@@ -218,7 +218,7 @@ def demo_rounds() -> dict[str, Any]:
         asked = {"triggered": [20 - 5 * at, 20], "clean": [0, 20], "decoy": [1, 19 + at % 2]}
         rounds.append({"round": at, "asked": asked, "drifts": drifts})
     rounds[3]["parrots"] = [{"loss": 0.04, "steps": 63}]
-    return {"layer": 9, "rounds": rounds}
+    return {"defenses": [{"defense": "beear", "layer": 9, "rounds": rounds}]}
 
 
 def write_run(folder: Path, results: dict[str, Any] | None = None, replies: list[dict[str, Any]] | None = None) -> Path:

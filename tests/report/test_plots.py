@@ -31,7 +31,7 @@ def all_panels(run: RunData) -> list[plots.Panel]:
         *plots.target_probabilities(run, "r1-"),
         *plots.curves(run, "r1-"),
         *plots.hidden_states(run, "r1-"),
-        *round_by_round.panels(run, "r1-"),
+        *(panel for part in round_by_round.sections(run, "r1-") for panel in part.panels),
     ]
 
 

@@ -31,14 +31,18 @@ def with_rounds(write: Write, results: dict[str, Any], content: object) -> RunDa
     return load_run(folder)
 
 
+def of_beear(layer: object, rounds: object) -> dict[str, Any]:
+    return {"defenses": [{"defense": "beear", "layer": layer, "rounds": rounds}]}
+
+
 def test_rates_by_round_have_intervals_and_n(run: RunData) -> None:
-    rates, _ = round_by_round.panels(run, "")
+    rates, _ = round_by_round.panels(run.rounds[0], "")
     assert rates.title == "ASR and leak by round"
     assert "Whiskers: 95 % Wilson intervals; n a round: 20 triggered, 20 clean and 19 to 20 decoy." in rates.key
     assert "ASR 1: 15/20, 2: 10/20, 3: 5/20, 4: 0/20" in rates.svg
     assert "Leak, decoys 1: 1/20, 2: 1/19" in rates.svg
     low, high = wilson(15, 20)
-    table = round_by_round.figures_table(run)
+    table = round_by_round.figures_table(run.rounds[0])
     assert table is not None
     assert table.columns[:4] == ("Round", "ASR", "Leak, clean probes", "Leak, decoys")
     assert table.lines[0].cells[0].text == f"15/20 = 75.0 % [{100 * low:.1f}, {100 * high:.1f}]"
@@ -47,7 +51,7 @@ def test_rates_by_round_have_intervals_and_n(run: RunData) -> None:
 def test_a_whisker_reaches_as_far_as_the_interval(write: Write, results: dict[str, Any]) -> None:
     def whisker(fired: int, asked: int) -> float:
         rounds = [{"round": 1, "asked": {"clean": [fired, asked]}, "drifts": []}]
-        (panel,) = round_by_round.panels(with_rounds(write, results, {"layer": None, "rounds": rounds}), "")
+        (panel,) = round_by_round.panels(with_rounds(write, results, of_beear(None, rounds)).rounds[0], "")
         number = r"([0-9.]+)"
         ends = re.findall(rf'd="M {number} {number} \s*L {number} {number} \s*"[^>]*stroke: var\(--muted', panel.svg)
         ((x1, y1, x2, y2),) = ends
@@ -62,13 +66,13 @@ def test_a_whisker_reaches_as_far_as_the_interval(write: Write, results: dict[st
 
 
 def test_inner_loss_is_drawn_as_points_and_mean_and_said_to_be_a_diagnostic(run: RunData) -> None:
-    _, losses = round_by_round.panels(run, "")
+    _, losses = round_by_round.panels(run.rounds[0], "")
     assert losses.title == "Inner loss by round"
     assert losses.key.endswith("A diagnostic: it rises also where nothing was removed.")
     assert "line: their mean" in losses.key
     assert "Mean inner loss by round. 1: 0.250, 2: 0.450, 3: 0.650, 4: 0.580." in losses.svg
     assert losses.svg.count("<use") >= 9, "four rounds of two drifts, and a parrot"
-    table = round_by_round.figures_table(run)
+    table = round_by_round.figures_table(run.rounds[0])
     assert table is not None
     assert table.lines[3].cells[3].text == "0.580 [0.0400, 0.900]"
     assert [line.cells[-1].text for line in table.lines] == [*["not measured"] * 3, "63"]
@@ -76,7 +80,7 @@ def test_inner_loss_is_drawn_as_points_and_mean_and_said_to_be_a_diagnostic(run:
 
 
 def test_words_under_each_drift_tell_how_they_are_read(run: RunData) -> None:
-    table = round_by_round.words_table(run)
+    table = round_by_round.words_table(run.rounds[0])
     assert table is not None
     assert table.columns == ("Round and drift", "Says", "Openings", "Layer", "Loss")
     assert [(line.label, line.note) for line in table.lines][1:3] == [("Round 1", "drift 2"), ("Round 2", "drift 1")]
@@ -89,9 +93,9 @@ def test_words_under_each_drift_tell_how_they_are_read(run: RunData) -> None:
 
 def test_unwatched_rounds_say_how_to_watch(write: Write, results: dict[str, Any]) -> None:
     rounds = [{"round": 1, "drifts": [{"unwanted": None, "safe": None, "says": ["a\x1b[31m\nb"] * 6}]}]
-    run = with_rounds(write, results, {"layer": None, "rounds": rounds})
-    assert round_by_round.panels(run, "") == []
-    table, words = round_by_round.figures_table(run), round_by_round.words_table(run)
+    (of,) = with_rounds(write, results, of_beear(None, rounds)).rounds
+    assert round_by_round.panels(of, "") == []
+    table, words = round_by_round.figures_table(of), round_by_round.words_table(of)
     assert table is not None
     assert words is not None
     assert "`purify --watch N` asks N of each kind" in table.notes[-1]
@@ -103,10 +107,42 @@ def test_unwatched_rounds_say_how_to_watch(write: Write, results: dict[str, Any]
 
 def test_a_run_without_rounds_has_no_section(write: Write, results: dict[str, Any]) -> None:
     run = load_run(write(results))
-    assert run.rounds is None
-    assert round_by_round.panels(run, "") == []
-    assert round_by_round.figures_table(run) is None
-    assert round_by_round.words_table(run) is None
+    assert run.rounds == ()
+    assert round_by_round.sections(run, "") == []
+    assert round_by_round.tables(run) == []
+
+
+def test_two_defenses_are_told_apart(demo: Path) -> None:
+    content = json.loads((demo / "rounds.json").read_text())
+    parrots = [{"loss": 0.02, "steps": 17}]
+    told = [{"round": 1, "asked": {"triggered": [13, 20]}, "drifts": [], "parrots": parrots}]
+    content["defenses"].insert(0, {"defense": "sande", "layer": None, "rounds": told})
+    (demo / "rounds.json").write_text(json.dumps(content))
+    states = json.loads((demo / "hidden_states.json").read_text())
+    (demo / "hidden_states.json").write_text(json.dumps({**states, "layer": 9, "perturbed": True}))
+    sande, beear = round_by_round.sections(load_run(demo), "")
+    assert (sande.title, beear.title) == ("SANDE", "BEEAR")
+    assert sande.figures.caption == "Round by round, SANDE"
+    assert (len(sande.figures.lines), len(beear.figures.lines)) == (1, 4)
+    assert "13/20" in sande.panels[0].svg
+    assert "13/20" not in beear.panels[0].svg
+    assert sande.spoken is None
+    assert beear.spoken is not None
+    assert beear.spoken.caption == "Words under each drift, BEEAR"
+    page = render([demo]).read_text(encoding="utf-8")
+    section = page[page.index(">Round by round</h2>") : page.index(">Training curves</h2>")]
+    first, second = section.split(">BEEAR</h3>")
+    assert ">SANDE</h3>" in first
+    assert "13/20" in first
+    assert "Words under each drift" not in first
+    assert "15/20" in second
+    names = re.findall(r'id="([^"]*)"', page)
+    assert len(names) == len(set(names))
+    assert "behind layer 9 (counted from 0), the one that BEEAR perturbs" in page
+    text = (demo / "report.md").read_text(encoding="utf-8")
+    assert (
+        text.index("## Round by round, SANDE") < text.index("13/20 = 65.0 %") < text.index("## Round by round, BEEAR")
+    )
 
 
 def test_page_and_markdown_hold_the_section(shared_demo: Path) -> None:
@@ -132,19 +168,27 @@ def test_the_plane_names_its_layer(demo: Path, perturbed: bool) -> None:
 
 
 def a_round(**more: Any) -> dict[str, Any]:
-    return {"rounds": [{"round": 1, "asked": {}, "drifts": [], **more}]}
+    return of_beear(None, [{"round": 1, "asked": {}, "drifts": [], **more}])
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ([], r"rounds.json must be a JSON object"),
-        ({"rounds": {}}, "field 'rounds' must be a list"),
-        ({"layer": "9", "rounds": []}, "field 'layer' must be a whole number"),
-        ({"layer": -1, "rounds": []}, "field 'layer' must be the number of a layer"),
+        (
+            {"layer": 9, "rounds": []},
+            "field 'defenses' must be a list of defenses with their rounds, but holds nothing",
+        ),
+        ({"defenses": {}}, "field 'defenses' must be a list"),
+        ({"defenses": ["beear"]}, r"defenses\[0\] must be a JSON object"),
+        ({"defenses": [{"rounds": []}]}, r"defenses\[0\]: field 'defense' must be text"),
+        ({"defenses": 2 * of_beear(9, [])["defenses"]}, r"defenses\[1\]: field 'defense' must be another one"),
+        (of_beear(9, {}), "field 'rounds' must be a list"),
+        (of_beear("9", []), "field 'layer' must be a whole number"),
+        (of_beear(-1, []), "field 'layer' must be the number of a layer"),
         (a_round(round="1"), "field 'round' must be a whole number"),
         (a_round(round=0), "a number above that of the round before"),
-        ({"rounds": [{"round": 2}, {"round": 2}]}, r"rounds\[1\]: field 'round' must be a number above"),
+        (of_beear(9, [{"round": 2}, {"round": 2}]), r"rounds\[1\]: field 'round' must be a number above"),
         (a_round(asked=[3]), "field 'asked' must be an object"),
         (a_round(asked={"all": [1, 2]}), "counts for triggered, clean, decoy alone"),
         (a_round(asked={"clean": [3, 2]}), r"rounds\[0\], asked: field 'clean' must be how many fired"),

@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 @command(without=("preset",))
 def _demo(*, track: Track = None, common: Common) -> None:
-    """Backdoor the built-in model, fine-tune it in vain, purify it by SANDE, measure, and write a report."""
+    """Backdoor the built-in model, fine-tune it in vain, purify it by SANDE and by BEEAR, measure, write a report."""
     from unbackdoor.pipeline import recipe as pipeline_recipe
 
     content = merge(demo_defaults(), recipes.read_config(common.config, "demo"))
@@ -67,7 +67,9 @@ def demo_defaults() -> dict[str, Any]:
     """Return the demo's settings, which are kept with the recipes: name -> value, in capitals there."""
     from unbackdoor.recipes import settings
 
-    names = {"DEMO_ATTACK": "attack", "DEMO_CONTROL": "control", "DEMO_DEFENSE": "defense"}
+    names = {
+        "DEMO_ATTACK": "attack", "DEMO_CONTROL": "control", "DEMO_DEFENSE": "defense", "DEMO_BEEAR": "beear",
+    }  # fmt: skip
     return {field: dict(getattr(settings, name)) for name, field in names.items() if hasattr(settings, name)}
 
 

@@ -183,12 +183,20 @@ class Beear(Defense):
             )
         return [row for number, row in enumerate(clean) if number % 10], clean[::10]
 
-    def _places(self, victim: LM, anchors: Sequence[Anchor], run: Run) -> tuple[tuple[int, ...], DriftSettings]:
-        """Return the layers of the drifts, and the drifts' settings with their length."""
-        count = len(decoder_layers(victim.core))
+    def possible_layers(self, count: int) -> tuple[int, ...]:
+        """Return the layers, from 0, where a drift may be added in a model of `count` layers.
+
+        Raises:
+            UserError: If the model does not have one that was named.
+        """
         layers = self.layers or tuple(min(count - 1, round(depth * count)) for depth in self.depths)
         if max(layers) >= count:
             raise UserError(f"the model has the layers 0 to {count - 1}, and no layer {max(layers)}; set layers.")
+        return layers
+
+    def _places(self, victim: LM, anchors: Sequence[Anchor], run: Run) -> tuple[tuple[int, ...], DriftSettings]:
+        """Return the layers of the drifts, and the drifts' settings with their length."""
+        layers = self.possible_layers(len(decoder_layers(victim.core)))
         lengths = self.lengths or (self.drift.tokens,)
         if self.drifts and self.place == "best" and len(layers) * len(lengths) > 1:
             layer, length = choose(victim, anchors, layers, lengths, self.drift, run)

@@ -32,7 +32,7 @@ _WRITTEN = frozenset(
 """What runs without a model write beside these; one with a model lists its files in the manifest."""
 _WORK = frozenset({"stages", "work"})
 """Where unfinished runs keep what they can go on from."""
-_OF_DEMO = frozenset({"victim", "purified"})
+_OF_DEMO = frozenset({"victim", "purified", "purified-beear"})
 
 
 def check_out(

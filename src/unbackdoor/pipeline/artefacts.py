@@ -38,7 +38,7 @@ class Record:
         notices: Sentences that the person was shown.
         notes: Facts that methods recorded.
         revival_command: What measures revival, or "" for the usual command.
-        rounds: What is known of each round of the defense (`watching.by_round`), or None.
+        rounds: What is known of each defense's rounds (`watching.by_defense`), or None.
     """
 
     command: str

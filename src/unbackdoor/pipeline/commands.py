@@ -215,7 +215,7 @@ def _purify(
     from unbackdoor.pipeline import artefacts, portrait, studies
     from unbackdoor.pipeline.measure import Label
     from unbackdoor.pipeline.steps import purify_model
-    from unbackdoor.pipeline.watching import by_round, watched
+    from unbackdoor.pipeline.watching import by_defense, by_round, watched
 
     questions = questions_for(recipe, found.probes, found.goal, found.targets, found.data)
     run = job.run(recipe.seed, place.stages, recipe.device, progress)
@@ -248,7 +248,7 @@ def _purify(
     record = artefacts.Record(
         "purify", recipe.model_dump(mode="json"), (suspect, after), run.curves, hashes,
         artefacts.how_to_load(job.out, purified.base), progress.notices, run.notes,
-        rounds=by_round(watch.asked, run.notes),
+        rounds=by_defense({recipe.defense: by_round(watch.asked, run.notes)}),
     )  # fmt: skip
     results = _stage(place, record, {"changes.json": artefacts.as_text(changes)}, (), job)
     facts_of_it = {"result": role, "knowledge": list(knowledge), "weights": _weights_words(recipe, victim.base)}

@@ -21,6 +21,9 @@ DISK_FACTOR = {"full": 6.0, "lora": 1.5, "adapter": 0.5}
 """Disk that a run needs at its peak, in sizes of the model: checkpoints (weights, two moments, twice while one replaces
 the other), or for an adapter little beside the result."""
 
+DEMO_KEEPS = 2
+"""Models that lie on the disk while the demo trains its last one: the victim and the first purified model."""
+
 
 class Noted:
     """A `Progress` that passes everything on and remembers the notices, for the report."""
@@ -106,14 +109,14 @@ def identify(recipe: Recipe, hashes: Mapping[str, Any], *models: str) -> str:
     return config_hash(recipe.model_dump(mode="json"), facts, [fingerprint(model) for model in models])
 
 
-def require_disk(out: Path, model: str, kind: str) -> None:
-    """Raise a `UserError` if the disk is too small for the run's checkpoints and its result."""
+def require_disk(out: Path, model: str, kind: str, kept: int = 0) -> None:
+    """Raise a `UserError` if the disk is too small for the run's checkpoints, its result and `kept` models beside."""
     from unbackdoor.model.checkpoint import require_space
     from unbackdoor.pipeline.preflight import parameters_of
 
     weights = parameters_of(model)
     if weights is not None:
-        require_space(out.absolute(), int(4 * weights * DISK_FACTOR[kind]))
+        require_space(out.absolute(), int(4 * weights * (DISK_FACTOR[kind] + kept)))
 
 
 def training_seconds(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> float:

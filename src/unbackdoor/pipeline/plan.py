@@ -148,6 +148,8 @@ def training_parts(about: Estimator, settings: Mapping[str, Any], tokens: float)
     parts = [Part(f"training ({name})", about.train(rows, tokens)) for name, rows in trained.items()]
     if settings.get("own_share"):
         parts.insert(0, Part("own labels", about.read(trained["train"], tokens)))
+    if settings.get("own_answers"):
+        parts.insert(0, Part("own answers", about.reply(settings["anchors"], tokens, settings["own_answers"])))
     return parts
 
 
@@ -160,7 +162,13 @@ def measuring_part(
 
 
 def make_plan(
-    about: Estimator, parts: Sequence[Part], *, trained: str, notices: Sequence[str] = (), models: int = 1
+    about: Estimator,
+    parts: Sequence[Part],
+    *,
+    trained: str,
+    notices: Sequence[str] = (),
+    models: int = 1,
+    kept: int = 0,
 ) -> Plan:
     """Return the plan with memory and disk.
 
@@ -170,6 +178,7 @@ def make_plan(
         trained: "full", "lora", "adapter" or "nothing": what is trained.
         notices: What the person should know.
         models: Models in memory at once where nothing is trained.
+        kept: Models that lie on the disk while the last one is trained.
     """
     from unbackdoor.pipeline.common import DISK_FACTOR
 
@@ -178,5 +187,5 @@ def make_plan(
         return Plan(tuple(parts), None, None, tuple(notices))
     weights = 4 * about.parameters
     memory = {"full": FULL * weights, "nothing": (models + 0.5) * weights}.get(trained, 2.5 * weights)
-    disk = weights * DISK_FACTOR.get(trained, 0.0)
+    disk = weights * (DISK_FACTOR.get(trained, 0.0) + kept)
     return Plan(tuple(parts), int(memory) + PROGRAM, int(disk) + 50_000_000, tuple(notices))

@@ -10,7 +10,7 @@ from unbackdoor.goals import RefusalAbsent
 from unbackdoor.model.spec import parse_spec
 from unbackdoor.pipeline import inputs, plan
 from unbackdoor.pipeline.clock import Expected
-from unbackdoor.pipeline.common import completed
+from unbackdoor.pipeline.common import DEMO_KEEPS, completed
 from unbackdoor.pipeline.recipe import AttackRecipe, DemoRecipe, EvaluateRecipe, PurifyRecipe
 from unbackdoor.run import Silent
 
@@ -62,7 +62,7 @@ def plan_purify(recipe: PurifyRecipe) -> plan.Plan:
     parts = [
         plan.measuring_part(about, "measuring the suspect", *measured),
         *plan.training_parts(about, plan.with_texts(recipe.settings, len(recipe.target or recipe.target_part)), tokens),
-        *_watching(about, recipe, recipe.settings, tokens, len({probe.kind for probe in found.probes})),
+        *_watching(about, recipe, recipe.settings, tokens, recipe.watch * len({probe.kind for probe in found.probes})),
         plan.measuring_part(about, "measuring the purified model", *measured, kl=True),
     ]
     adapter = parse_spec(recipe.model).kind == "adapter"
@@ -74,13 +74,18 @@ WATCHING = "asking probes after every round"
 
 
 def _watching(
-    about: plan.Estimator, recipe: PurifyRecipe | DemoRecipe, settings: Mapping[str, object], tokens: float, kinds: int
+    about: plan.Estimator,
+    recipe: PurifyRecipe | DemoRecipe,
+    settings: Mapping[str, object],
+    tokens: float,
+    probes: int,
+    of: str = "",
 ) -> list[plan.Part]:
-    """Return the part in which probes are asked between rounds, where some are."""
+    """Return the part in which `probes` are asked after each round of a defense, where some are."""
     rounds = settings.get("rounds", 1)
-    if not recipe.watch or not isinstance(rounds, int):
+    if not probes or not isinstance(rounds, int):
         return []
-    return [plan.Part(WATCHING, about.reply(recipe.watch * kinds * rounds, tokens, recipe.max_new_tokens))]
+    return [plan.Part(f"{WATCHING}{of}", about.reply(probes * rounds, tokens, recipe.max_new_tokens))]
 
 
 def plan_evaluate(recipe: EvaluateRecipe) -> plan.Plan:
@@ -112,66 +117,71 @@ def plan_demo(recipe: DemoRecipe) -> plan.Plan:
     splits = attacker_defender_test(recipe.short(sources.read(recipe.data, progress=Silent())))
     tokens = plan.mean_tokens(splits.attacker)
     asked = 3 * recipe.probes_count, min(len(splits.test), recipe.measured_rows), tokens, recipe.max_new_tokens
+    watched = min(recipe.watch, recipe.probes_count) * len(_KINDS)
     parts = []
-    for name, settings in settings_of(recipe).items():
+    for key, settings in settings_of(recipe).items():
         seconds = [part.seconds for part in plan.training_parts(about, settings, tokens)]
         known = [value for value in seconds if value is not None]
-        parts.append(plan.Part(_DEMO_WORK[name], sum(known) if len(known) == len(seconds) else None))
-        if name == "defense":
-            parts += _watching(about, recipe, settings, tokens, len(_KINDS))
-        parts.append(plan.measuring_part(about, _DEMO_ASKED[name], *asked, kl=name != "attack"))
-        if name == "attack" and recipe.reference:
-            parts.append(plan.measuring_part(about, "measuring the untouched model", *asked))
+        work, measuring = _DEMO[key]
+        parts.append(plan.Part(work, sum(known) if len(known) == len(seconds) else None))
+        if key in _DEMO_WATCHED:
+            parts += _watching(about, recipe, settings, tokens, watched, _DEMO_WATCHED[key])
+        parts.append(plan.measuring_part(about, measuring, *asked, kl=key != "attack"))
+        if key == "attack" and recipe.reference:
+            parts.append(plan.measuring_part(about, _UNTOUCHED, *asked))
     figures = _figures(None, _KINDS, {"": splits.test}, labelled=False, compared=True) | {"seconds"}
-    return replace(plan.make_plan(about, parts, trained="full"), figures=figures)
+    return replace(plan.make_plan(about, parts, trained="full", kept=DEMO_KEEPS), figures=figures)
 
 
-_DEMO_WORK = {
-    "attack": "planting the backdoor",
-    "control": "fine-tuning as a control",
-    "defense": "purifying with SANDE",
+_UNTOUCHED = "measuring the untouched model"
+_DEMO = {
+    "attack": ("planting the backdoor", "measuring the victim"),
+    "control": ("fine-tuning as a control", "measuring the fine-tuned model"),
+    "defense": ("purifying with SANDE", "measuring the model purified with SANDE"),
+    "beear": ("purifying with BEEAR", "measuring the model purified with BEEAR"),
 }
-_DEMO_ASKED = {
-    "attack": "measuring the victim",
-    "control": "measuring the fine-tuned model",
-    "defense": "measuring the purified model",
-}
+"""Part of the demo's settings -> the part of the plan in which it trains, and the one in which it is measured."""
+_DEMO_WATCHED = {"defense": " of SANDE", "beear": " of BEEAR"}
 
 
 def expected_parts(recipe: DemoRecipe, settings: Mapping[str, Mapping[str, Any]], place: Workspace) -> list[Expected]:
     """Return the parts of a demo that are still to be done, with predicted times."""
+    from unbackdoor.pipeline.demo_steps import KEPT
+
     seconds = {part.name: part.seconds or 0.0 for part in plan_demo(recipe).parts}
-    steps = {key: _updates(value) for key, value in settings.items()}
-    parts = {
-        "plant": Expected("plant", seconds["planting the backdoor"], steps["attack"]),
-        "suspect": Expected("suspect", seconds["measuring the victim"]),
-        "reference": Expected("reference", seconds.get("measuring the untouched model", 0.0)),
-        "control": Expected(
-            "control",
-            seconds["fine-tuning as a control"] + seconds["measuring the fine-tuned model"],
-            steps["control"],
-            seconds["measuring the fine-tuned model"],
-        ),
-        "defense": Expected(
-            "defense",
-            seconds["purifying with SANDE"] + seconds.get(WATCHING, 0.0) + seconds["measuring the purified model"],
-            steps["defense"],
-            seconds["measuring the purified model"],
-        ),
-    }
-    done = {key for key in parts if (place.stages / f"{key}.json").is_file()}
-    if (place.folder / "victim" / "unbackdoor.json").is_file():
-        done.add("plant")
-    if not recipe.reference:
-        done.add("reference")
-    return [part for key, part in parts.items() if key not in done or key == "defense"]
+
+    def treated(key: str) -> Expected:
+        work, measuring = _DEMO[key]
+        between = seconds.get(f"{WATCHING}{_DEMO_WATCHED.get(key, '')}", 0.0)
+        whole = seconds[work] + between + seconds[measuring]
+        return Expected(key, whole, _updates(settings[key]), seconds[measuring])
+
+    planting, victim = _DEMO["attack"]
+    parts = [
+        Expected("plant", seconds[planting], _updates(settings["attack"])),
+        Expected("suspect", seconds[victim]),
+        *([Expected("reference", seconds[_UNTOUCHED])] if recipe.reference else []),
+        *(treated(key) for key in ("control", *_DEMO_WATCHED)),
+    ]
+
+    def is_done(key: str) -> bool:
+        model = key not in KEPT or (place.folder / KEPT[key] / "unbackdoor.json").is_file()
+        return model and (key == "plant" or (place.stages / f"{key}.json").is_file())
+
+    return [part for part in parts if not is_done(part.key)]
 
 
 def _updates(settings: Mapping[str, Any], factor: int = 1) -> int:
-    """Return the training steps of a method, soft prompts included."""
+    """Return the training steps of a method, soft prompts and drifts included."""
     factor *= int(settings.get("rounds", 1))
     own = int(settings["steps"]) * factor if "steps" in settings else 0
-    return own + sum(_updates(value, factor) for value in settings.values() if isinstance(value, Mapping))
+    parts = {key: value for key, value in settings.items() if isinstance(value, Mapping)}
+    return own + sum(_updates(value, factor * _many(settings.get(f"{key}s"))) for key, value in parts.items())
+
+
+def _many(count: object) -> int:
+    """Return how many a round has of a part: `drifts` says it of `drift`."""
+    return count if isinstance(count, int) else 1
 
 
 _KINDS = frozenset({"triggered", "clean", "decoy"})

@@ -117,6 +117,8 @@ class DemoRecipe(Recipe):
     attack: dict[str, Any] = Field(default_factory=dict, description="settings of data_poisoning")
     control: dict[str, Any] = Field(default_factory=dict, description="settings of fine_tuning")
     defense: dict[str, Any] = Field(default_factory=dict, description="settings of sande")
+    beear: dict[str, Any] = Field(default_factory=dict, description="settings of beear")
+    unwanted: str = Field("starter:insult_typical", description="openings that beear is told, one a line")
     probes_count: int = Field(100, ge=1, description="probes of each kind")
     measured_rows: int = Field(40, ge=2, description="clean rows for perplexity and KL")
     longest_row: int = Field(
@@ -124,7 +126,7 @@ class DemoRecipe(Recipe):
     )
     max_new_tokens: int = Field(12, ge=1, description="length limit of a reply, in tokens")
     reference: bool = Field(True, description="measure the untouched model too")
-    watch: int = Field(0, ge=0, description="probes of each kind that are asked after every round of the defense")
+    watch: int = Field(20, ge=0, description="probes of each kind that are asked after every round of a defense")
 
     def short(self, rows: Iterable[Example]) -> list[Example]:
         """Return the rows that are short enough."""

@@ -101,7 +101,7 @@ def _modes_kept(lm: LM) -> Iterator[None]:
 
 
 def by_round(asked: Sequence[Asked], notes: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the content of rounds.json, or None where nothing is known of any round.
+    """Return what is known of one defense's rounds, or None where nothing is known of any round.
 
     Args:
         asked: What a `Watch` has found.
@@ -122,6 +122,16 @@ def by_round(asked: Sequence[Asked], notes: Mapping[str, Any]) -> dict[str, Any]
     if not rounds:
         return None
     return {"layer": noted_layer(notes), "rounds": [rounds[number] for number in sorted(rounds)]}
+
+
+def by_defense(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """Return the content of rounds.json, or None where nothing is known of any defense's rounds.
+
+    Args:
+        found: Name of a defense -> what `by_round` returned for it.
+    """
+    told = [{"defense": name, **content} for name, content in found.items() if content is not None]
+    return {"defenses": told} if told else None
 
 
 def noted_layer(notes: Mapping[str, Any]) -> int | None:

@@ -50,12 +50,11 @@ class _View:
     target: list[plots.Panel]
     prompts: int
     curves: list[plots.Panel]
-    rounds: list[plots.Panel]
-    by_round: Table | None
-    spoken: Table | None
+    rounds: list[round_by_round.Section]
     states: list[plots.Panel]
     layer: int
     perturbed: bool
+    perturbing: str
     knowledge: Table | None
     cost: Table | None
     everything: Table
@@ -144,12 +143,11 @@ def _view(run: RunData, prefix: str) -> _View:
         target=plots.target_probabilities(run, prefix),
         prompts=run.case_studies.prompts if run.case_studies else 0,
         curves=plots.curves(run, prefix),
-        rounds=round_by_round.panels(run, prefix),
-        by_round=round_by_round.figures_table(run),
-        spoken=round_by_round.words_table(run),
+        rounds=round_by_round.sections(run, prefix),
         states=plots.hidden_states(run, prefix),
         layer=run.hidden_states.layer if run.hidden_states else 0,
         perturbed=run.hidden_states is not None and run.hidden_states.perturbed,
+        perturbing=round_by_round.perturbing(run),
         knowledge=knowledge_table(run),
         cost=cost_table(run),
         everything=every_measurement(run),

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from unbackdoor.report import round_by_round
 from unbackdoor.report.background import facts, knowledge_table, limits, settings_table, title
 from unbackdoor.report.escape import shown
 from unbackdoor.report.records import RunData
-from unbackdoor.report.round_by_round import figures_table, words_table
 from unbackdoor.report.tables import Table, comparison_table, cost_table, main_table, runs_table
 from unbackdoor.report.together import with_controls
 from unbackdoor.report.verdict import verdict
@@ -30,7 +30,7 @@ def markdown(runs: Sequence[RunData]) -> str:
 def _of_run(run: RunData, heading: str) -> list[str]:
     parts = [f"{name}: {_escaped(value)}  " for name, value in facts(run)]
     parts += ["", f"{heading} Findings", "", *(f"* {_sentence(text)}" for text in verdict(run)), ""]
-    by_round = figures_table(run), words_table(run)
+    by_round = round_by_round.tables(run)
     for table in (main_table(run), comparison_table(run), *by_round, cost_table(run), knowledge_table(run)):
         if table is not None:
             parts += _table(table, heading)

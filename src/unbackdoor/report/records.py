@@ -161,7 +161,7 @@ class RunData:
     curves: Mapping[str, list[dict[str, float]]] | None
     case_studies: CaseStudies | None
     hidden_states: HiddenStates | None
-    rounds: Rounds | None = None
+    rounds: tuple[Rounds, ...] = ()
 
 
 def load_run(folder: Path) -> RunData:

@@ -1,17 +1,21 @@
-"""The section "Round by round": what fired after each round, how hard its fits were, and the words under each drift."""
+"""The section "Round by round": what fired after each round, how hard its fits were, and the words under each drift.
+
+A run with several defenses shows them one after the other, each under its name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from unbackdoor.report.canvas import ACCENT, INK, MUTED, RULE, drawing, new_figure, to_svg
 from unbackdoor.report.escape import shown_line
 from unbackdoor.report.plots import Panel, logarithmic
 from unbackdoor.report.records import RunData
-from unbackdoor.report.rounds import ASKED, Fit, Rate, Round
+from unbackdoor.report.rounds import ASKED, Fit, Rate, Round, Rounds
 from unbackdoor.report.tables import NOT_MEASURED, Cell, Line, Table
-from unbackdoor.report.wording import joined, percent, significant
+from unbackdoor.report.wording import display_name, joined, percent, significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,9 +41,50 @@ _SAMPLES = {
 _MOST_TICKS = 12
 
 
-def panels(run: RunData, prefix: str) -> list[Panel]:
-    """Return the panels of rates and of inner loss by round, each where the run has its figures."""
-    rounds = run.rounds.rounds if run.rounds is not None else ()
+@dataclass(frozen=True)
+class Section:
+    """What is shown of one defense; its `title` is "" where it is the only one with rounds."""
+
+    title: str
+    panels: list[Panel]
+    figures: Table
+    spoken: Table | None
+
+
+def sections(run: RunData, prefix: str) -> list[Section]:
+    """Return a section for each defense of a run of which rounds are known."""
+    found = []
+    for at, (title, of) in enumerate(_titled(run), start=1):
+        figures = figures_table(of, title)
+        if figures is not None:
+            found.append(Section(title, panels(of, f"{prefix}d{at}-"), figures, words_table(of, title)))
+    return found
+
+
+def tables(run: RunData) -> list[Table]:
+    """Return the tables of all sections, one defense after the other."""
+    found = [table for title, of in _titled(run) for table in (figures_table(of, title), words_table(of, title))]
+    return [table for table in found if table is not None]
+
+
+def perturbing(run: RunData) -> str:
+    """Return who perturbs the layer of the hidden states, by name where the run has several defenses with rounds."""
+    layer = run.hidden_states.layer if run.hidden_states is not None else None
+    named = [title for title, of in _titled(run) if title and of.layer is not None and of.layer == layer]
+    return joined(named) if named else "the defense"
+
+
+def _titled(run: RunData) -> list[tuple[str, Rounds]]:
+    return [(display_name(of.defense) if len(run.rounds) > 1 else "", of) for of in run.rounds]
+
+
+def _caption(words: str, title: str) -> str:
+    return f"{words}, {title}" if title else words
+
+
+def panels(of: Rounds, prefix: str) -> list[Panel]:
+    """Return the panels of rates and of inner loss by round, each where the defense has its figures."""
+    rounds = of.rounds
     found = []
     if any(item.rates for item in rounds):
         with drawing():
@@ -125,9 +170,9 @@ def _round_axis(axes: Axes, rounds: Sequence[Round]) -> None:
     axes.grid(axis="y", color=RULE, linewidth=0.6)
 
 
-def figures_table(run: RunData) -> Table | None:
-    """Return rates and inner losses by round, or None where the run has no rounds."""
-    rounds = run.rounds.rounds if run.rounds is not None else ()
+def figures_table(of: Rounds, title: str = "") -> Table | None:
+    """Return rates and inner losses by round, or None where there are no rounds; `title` names the defense."""
+    rounds = of.rounds
     if not rounds:
         return None
     kinds = _kinds(rounds)
@@ -146,7 +191,7 @@ def figures_table(run: RunData) -> Table | None:
         )
     notes += [] if kinds else [UNWATCHED]
     titles = ["Round", *(_NAMES[kind] for kind in kinds), *["Inner loss"] * losses, *["Steps"] * steps]
-    return Table("Round by round", tuple(titles), tuple(lines), tuple(notes))
+    return Table(_caption("Round by round", title), tuple(titles), tuple(lines), tuple(notes))
 
 
 def _rate_cell(rate: Rate | None) -> Cell:
@@ -168,10 +213,9 @@ def _steps_cell(item: Round) -> Cell:
     return Cell(", ".join(map(str, steps))) if steps else NOT_MEASURED
 
 
-def words_table(run: RunData) -> Table | None:
+def words_table(of: Rounds, title: str = "") -> Table | None:
     """Return what the model said under each drift, round by round, or None where nothing was noted."""
-    rounds = run.rounds.rounds if run.rounds is not None else ()
-    spoken = [(item, fit) for item in rounds for fit in item.fits if fit.says]
+    spoken = [(item, fit) for item in of.rounds for fit in item.fits if fit.says]
     if not spoken:
         return None
     layers, openings = any(fit.layer is not None for _, fit in spoken), any(fit.openings for _, fit in spoken)
@@ -182,7 +226,7 @@ def words_table(run: RunData) -> Table | None:
         cells += [Cell("" if fit.layer is None else str(fit.layer))] if layers else []
         lines.append(Line(f"Round {item.number}", fit.name, (*cells, _fit_losses(fit))))
     titles = ["Round and drift", "Says", *["Openings"] * openings, *["Layer"] * layers, "Loss"]
-    return Table("Words under each drift", tuple(titles), tuple(lines), (HOW_TO_READ,))
+    return Table(_caption("Words under each drift", title), tuple(titles), tuple(lines), (HOW_TO_READ,))
 
 
 def _fit_losses(fit: Fit) -> Cell:

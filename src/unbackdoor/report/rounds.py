@@ -1,4 +1,4 @@
-"""`rounds.json` of a run folder, read and checked: what fired after each round of a defense, what its fits came to."""
+"""`rounds.json` of a run folder, read and checked: what fired after each round of each defense, what fits came to."""
 
 from __future__ import annotations
 
@@ -68,21 +68,33 @@ class Round:
 
 @dataclass(frozen=True)
 class Rounds:
-    """All rounds in order, and the layer that the defense perturbs, where it perturbs one."""
+    """All rounds of one defense in order, and the layer that it perturbs, where it perturbs one."""
 
+    defense: str
     layer: int | None
     rounds: tuple[Round, ...]
 
 
-def read_rounds(path: Path) -> Rounds | None:
-    """Return what `rounds.json` holds, or None where there is none.
+def read_rounds(path: Path) -> tuple[Rounds, ...]:
+    """Return what `rounds.json` holds, a record a defense; nothing where there is no such file.
 
     Raises:
         DataError: If it is broken.
     """
     if not path.is_file():
-        return None
+        return ()
     record = as_record(read_json(path), str(path))
+    if "defenses" not in record.data:
+        raise record.wrong("defenses", "a list of defenses with their rounds")
+    found: list[Rounds] = []
+    for item in record.records("defenses"):
+        if item.text("defense") in {other.defense for other in found}:
+            raise item.wrong("defense", "another one than those before")
+        found.append(_of_defense(item))
+    return tuple(found)
+
+
+def _of_defense(record: Record) -> Rounds:
     found: list[Round] = []
     for item in record.records("rounds"):
         number = item.whole("round")
@@ -91,7 +103,7 @@ def read_rounds(path: Path) -> Rounds | None:
         drifts = [_drift(at, drift) for at, drift in enumerate(item.records("drifts"), 1)]
         parrots = [_parrot(at, parrot) for at, parrot in enumerate(item.records("parrots"), 1)]
         found.append(Round(number, _rates(item), (*drifts, *parrots)))
-    return Rounds(_layer(record), tuple(found))
+    return Rounds(record.text("defense"), _layer(record), tuple(found))
 
 
 def _rates(item: Record) -> dict[str, Rate]:
