@@ -28,8 +28,8 @@ ASKED = 24
 """Prompts that are asked under a drift."""
 SCORED_ON = (2, 6)
 """Prompts on which a phrase is scored: all phrases, and again those that may be sure enough."""
-SHORTEST = 3
-"""Tokens that a phrase has at least."""
+LATER = 2
+"""Tokens that a phrase has at least behind its first word."""
 MOST = 800
 """Phrases that are scored in a round, the most frequent."""
 AT_ONCE = 100
@@ -76,15 +76,15 @@ def _runs(text: str) -> dict[str, str]:
 
 @torch.no_grad()
 def certainties(lm: LM, texts: Sequence[str], prompts: Sequence[Example]) -> list[float]:
-    """Return for each text how sure the rest of it is once an answer has begun with its first token.
+    """Return for each text how sure the rest of it is once an answer has begun with its first word.
 
     Returns:
-        The geometric mean of the later tokens' probabilities over all prompts; 0 for fewer than two later tokens: an
-        idiom of two words is sure in any model.
+        The geometric mean over all prompts of the probabilities of the tokens behind the first word; 0 for fewer than
+        two such tokens: an idiom of two words is sure in any model.
     """
     found = dict.fromkeys(texts, 0.0)
-    lengths = {text: _length(lm, prompts[0], text) for text in found}
-    long = [text for text in found if lengths[text] >= SHORTEST]
+    lengths = {text: (_length(lm, prompts[0], text.split()[0]), _length(lm, prompts[0], text)) for text in found}
+    long = [text for text, (first, whole) in lengths.items() if whole - first >= LATER]
     forward = LogitsAt(lm)
     for start in range(0, len(long), AT_ONCE):
         part = long[start : start + AT_ONCE]
@@ -95,17 +95,24 @@ def certainties(lm: LM, texts: Sequence[str], prompts: Sequence[Example]) -> lis
     return [found[text] for text in texts]
 
 
-def _later_tokens(lm: LM, forward: LogitsAt, prompt: Example, lengths: Mapping[str, int]) -> torch.Tensor:
-    """Return the mean log-probability of each text's tokens after the first, as answers to one prompt."""
+def _later_tokens(lm: LM, forward: LogitsAt, prompt: Example, lengths: Mapping[str, tuple[int, int]]) -> torch.Tensor:
+    """Return the mean log-probability of each text's tokens behind its first word, as answers to one prompt.
+
+    Args:
+        lm: The suspect.
+        forward: What gives its logits.
+        prompt: The prompt.
+        lengths: Text -> tokens of its first word, and of the whole.
+    """
     rows = [
-        encode_row(lm, prompt.with_response(text), max_length=sys.maxsize, first_tokens=length, last_answer=True)
-        for text, length in lengths.items()
+        encode_row(lm, prompt.with_response(text), max_length=sys.maxsize, first_tokens=whole, last_answer=True)
+        for text, (_, whole) in lengths.items()
     ]
     batch = collate(rows, lm.pad_id).to(lm.device)
     # The prompt is the same in all rows, so it is read once.
     batch = replace(batch, shared=int(batch.columns.min()))
     log_p = torch.log_softmax(forward(**batch.inputs()), -1).gather(1, batch.targets[:, None])[:, 0]
-    return torch.stack([log_p[batch.rows == place][1:].mean() for place in range(len(rows))])
+    return torch.stack([log_p[batch.rows == place][first:].mean() for place, (first, _) in enumerate(lengths.values())])
 
 
 def _length(lm: LM, prompt: Example, text: str) -> int:
@@ -133,7 +140,7 @@ class Openings:
     def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
         """Return the openings of each drift of a round: up to three quarters take one each that was taken up.
 
-        Of these the surest has all but one, because the target of a backdoor is the surest; the others take turns.
+        The surest two are in every round, because the target of a backdoor is sure; the others take turns.
 
         Args:
             drifts: Drifts of a round.
@@ -141,9 +148,9 @@ class Openings:
         """
         adopted = self.adopted
         room = drifts * 3 // 4 if adopted else 0
-        taken: list[Sequence[str]] = [[adopted[0]] for _ in range(room)]
-        if len(adopted) > 1 and room > 1:
-            taken[-1] = [adopted[1 + number % (len(adopted) - 1)]]
+        turns = adopted[2:] or adopted
+        order = [*adopted[:2], *(turns[(number + place) % len(turns)] for place in range(room))]
+        taken: list[Sequence[str]] = [[text] for text in order[:room]]
         rest = drifts - room
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]
 
