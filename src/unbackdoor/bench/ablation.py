@@ -167,17 +167,19 @@ def _trial(figures: Figures, plot: Plot, cell: Cell) -> tuple[Trial | None, str]
 def _earliest(plot: Plot, trials: Sequence[Trial], name: str) -> str:
     figure, axes = new_figure(520, 250, left=52)
     limit = max(trial.limit for trial in trials)
+    step = max(1, -(-limit // 8))
+    top = limit + step
     reached = [trial.earliest(plot.threshold) for trial in trials]
     done = [(at, number) for at, number in enumerate(reached) if number is not None]
     never = [at for at, number in enumerate(reached) if number is None]
     if done:
         axes.plot(*zip(*done, strict=True), color=ACCENT, marker="o", markersize=6, linestyle="none")
     if never:
-        axes.plot(never, [limit + 1] * len(never), color=INK, marker="x", markersize=7, linestyle="none")
-    axes.axhline(limit + 1, color=RULE, linewidth=0.8, linestyle=(0, (4, 2)))
-    numbers = list(range(1, limit + 1, max(1, -(-limit // 8))))
-    axes.set_yticks([*numbers, limit + 1], [*map(str, numbers), "none"])
-    axes.set_ylim(0.4, limit + 1.6)
+        axes.plot(never, [top] * len(never), color=INK, marker="x", markersize=7, linestyle="none")
+    axes.axhline(top, color=RULE, linewidth=0.8, linestyle=(0, (4, 2)))
+    numbers = list(range(1, limit + 1, step))
+    axes.set_yticks([*numbers, top], [*map(str, numbers), "none"])
+    axes.set_ylim(0.4, top + 0.6)
     _value_axis(axes, plot, trials)
     words = [
         f"{trial.value:g}: {f'none within {trial.limit} rounds' if number is None else f'round {number}'}"
@@ -195,7 +197,7 @@ def _value_axis(axes: Axes, plot: Plot, trials: Sequence[Trial]) -> None:
 
 
 def _by_round(plot: Plot, trials: Sequence[Trial], name: str) -> str:
-    figure, axes = new_figure(520, 290, right=150)
+    figure, axes = new_figure(520, 290, left=52, right=150)
     words = []
     for at, trial in enumerate(trials):
         numbers = range(1, len(trial.hits) + 1)
