@@ -73,6 +73,10 @@ def on_files(files: Any, config: Any) -> Any:
 
     for place, content in pages().items():
         files.append(File.generated(config, place, content=content))
+    for name in result_names():
+        if (RESULTS / name / "plots.svg").is_file():
+            drawn = (RESULTS / name / "plots.svg").read_text(encoding="utf-8")
+            files.append(File.generated(config, f"measured/{name}-plots.svg", content=drawn))
     return files
 
 
@@ -99,6 +103,7 @@ def pages() -> dict[str, str]:
     for name in result_names():
         # Its tables have eleven columns; the list of contents would take their room.
         title, _, tables = (RESULTS / name / "tables.md").read_text(encoding="utf-8").partition("\n")
+        tables = tables.replace("](plots.svg)", f"]({name}-plots.svg)")
         found[f"measured/{name}.md"] = f"---\nhide: [toc]\n---\n\n{title}\n\n{_remarks(name)}{tables}"
     if not result_names():
         found["measured/none.md"] = (

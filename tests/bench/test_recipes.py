@@ -13,10 +13,12 @@ import pytest
 from unbackdoor import recipes
 from unbackdoor.attacks.data_poisoning import DataPoisoning
 from unbackdoor.bench.estimate import estimate, guesses, memory
-from unbackdoor.bench.grid import Grid
+from unbackdoor.bench.grid import DefenseEntry, Grid
+from unbackdoor.defenses.beear import Beear
 from unbackdoor.errors import UserError
 from unbackdoor.pipeline.steps import attack_called, defense_called
 from unbackdoor.recipes import settings
+from unbackdoor.train.overwrite import check_room, plain_rows
 
 SMALL_WORDS = {
     "over",
@@ -38,15 +40,17 @@ SMALL_WORDS = {
     "i",
 }
 
+ABLATIONS = ["beear_c", "beear_layer", "beear_length", "beear_sampling"]
+
 
 def test_recipes_are_listed_without_torch() -> None:
     code = "import sys; from unbackdoor import recipes; print(*recipes.names()); sys.exit('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert {"sande", "dev", "smoke"} <= set(found.stdout.split())
-    assert not {"settings", "bounds"} & set(found.stdout.split())
+    assert {"sande", "beear", "dev", "smoke", *ABLATIONS} <= set(found.stdout.split())
+    assert not {"settings", "bounds", "ablation"} & set(found.stdout.split())
 
 
-@pytest.mark.parametrize("name", ["dev", "sande", "smoke"])
+@pytest.mark.parametrize("name", ["dev", "sande", "smoke", "beear", *ABLATIONS])
 @pytest.mark.parametrize("size", ["quick", "paper"])
 def test_every_recipe_is_a_grid(name: str, size: str) -> None:
     assert recipes.load_grid(name, size).cells()
@@ -170,3 +174,70 @@ def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
 def test_the_memory_estimate_is_near_the_peak_that_was_measured() -> None:
     """4.39e9 bytes while the recipe's first victim was planted."""
     assert memory(recipes.load_grid("sande")) == pytest.approx(4.39e9, rel=0.1)
+
+
+QUICK_VALUES = {
+    "beear_layer": [[1, 5, 9, 13, 19, 27]],
+    "beear_length": [[1, 5, 9]],
+    "beear_c": [[0.05, 0.5, 1.0]],
+    "beear_sampling": [[0.25, 1.0, 3.0], [20, 50, 200]],
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_varies_one_setting_of_beear_on_the_default_victim(name: str) -> None:
+    for size, rounds, probes in (("quick", 6, 50), ("paper", 15, 100)):
+        grid = recipes.load_grid(name, size)
+        assert attacks_of(grid) == {"default": attacks_of(recipes.load_grid("sande"))["default"]}
+        assert grid.seeds_of("default") == (0,)
+        assert grid.watch is not None
+        assert (grid.watch.probes, grid.attacks["default"].probes) == (probes, probes)
+        drawn = [label for plot in grid.plots for label in plot.values]
+        assert sorted(drawn) == sorted(grid.defenses)
+        usual = Beear(rounds=rounds).settings()
+        for plot in grid.plots:
+            changed = [values_of(grid.defenses[label], usual) for label in plot.values]
+            assert len({tuple(map(str, own.values())) for own in changed}) == len(changed), "every value is another"
+        assert {
+            defense_called(entry.defense, entry.settings).settings()["rounds"] for entry in grid.defenses.values()
+        } == {rounds}
+    assert [list(plot.values.values()) for plot in recipes.load_grid(name, "quick").plots] == QUICK_VALUES[name]
+
+
+def values_of(entry: DefenseEntry, usual: dict[str, Any]) -> dict[str, Any]:
+    """Return what an entry sets otherwise than the method's default settings."""
+    own = defense_called(entry.defense, entry.settings).settings()
+    return {key: value for key, value in own.items() if value != usual[key]}
+
+
+def test_a_value_of_an_ablation_is_the_setting_that_its_axis_names() -> None:
+    def own(name: str, size: str = "quick") -> list[tuple[float, Beear]]:
+        grid = recipes.load_grid(name, size)
+        made = {label: defense_called(entry.defense, entry.settings) for label, entry in grid.defenses.items()}
+        return [(value, made[label]) for plot in grid.plots for label, value in plot.values.items()]  # type: ignore[misc]
+
+    assert all(beear.layers == (value,) for value, beear in own("beear_layer"))
+    assert all(beear.drift.tokens == value and not beear.lengths for value, beear in own("beear_length"))
+    assert all(beear.drift.safe_coefficient == value for value, beear in own("beear_c"))
+    assert all(beear.drift.start > 0 for value, beear in own("beear_c"))
+    for size in ("quick", "paper"):
+        found = own("beear_sampling", size)
+        ratios, sizes = found[: len(found) // 2], found[len(found) // 2 :]
+        for ratio, beear in ratios:
+            plain = plain_rows(beear.train.batch_size, beear.plain_share)
+            assert (plain, beear.train.batch_size - plain) == (4 * ratio, 4)
+            check_room(beear.drifts, beear.train.batch_size - plain)
+        assert all(beear.performance == value for value, beear in sizes)
+
+
+def test_ablations_share_the_cell_of_the_default_settings() -> None:
+    """So that the four of them in one folder run it once; the layer is named there, since a share stands for it."""
+    usual = {"beear_c": "beear_c_0.5", "beear_length": "beear_length_5", "beear_sampling": "beear_ratio_1"}
+    for name, label in usual.items():
+        entry = recipes.load_grid(name, "quick").defenses[label]
+        assert defense_called(entry.defense, entry.settings) == Beear(rounds=6), name
+
+
+def test_the_quick_ablations_fit_an_afternoon() -> None:
+    seconds = sum(seconds for name in ABLATIONS for _, seconds in estimate(recipes.load_grid(name, "quick")))
+    assert 1.5 * 3600 < seconds < 4 * 3600

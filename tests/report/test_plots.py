@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unbackdoor.report import plots, round_by_round
+from unbackdoor.report import canvas, plots, round_by_round
 from unbackdoor.report.records import RunData
 from unbackdoor.report.tables import load_run
 
@@ -85,6 +85,15 @@ def test_hidden_states_share_their_axes(run: RunData) -> None:
     assert len(ticks[0]) > 4
     assert all(found == ticks[0] for found in ticks)
     assert "30 triggered centred at" in panels[0].svg
+
+
+def test_a_description_may_hold_anything() -> None:
+    with canvas.drawing():
+        figure, _ = canvas.new_figure(100, 100)
+        svg = canvas.to_svg(figure, "name", 'A "name"\x1b\\1 <b>')
+    label = ET.fromstring(svg).get("aria-label")
+    assert label == 'A "name"\\x1b\\1 <b>'
+    assert "<b>" not in svg
 
 
 def test_svg_fits_any_page(panels: list[plots.Panel]) -> None:

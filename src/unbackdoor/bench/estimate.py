@@ -20,6 +20,8 @@ _TOKENS_A_ROW = 80
 _TRAIN_SPEED, _GENERATE_SPEED, _SCORE_SPEED = 1.6e11, 1.0e11, 2.5e11
 """Floating-point operations a second on two ordinary cores in float32: training, generating, scoring."""
 _LOADING_SECONDS = 4.0
+_ROUNDS_UNTIL = 0.5
+"""Share of its rounds after which the experimenter ends a defense, about."""
 
 
 def estimate(grid: Grid, measured: Mapping[Cell, float] | None = None) -> list[tuple[Cell, float]]:
@@ -82,7 +84,8 @@ def _guess(grid: Grid, cell: Cell, planted: set[tuple[str, str, int, bool]]) -> 
         method = defense_called(entry.defense, entry.settings, entry.preset)
         targets = attack.settings.get("targets", ())
         changes = with_texts({name: getattr(method, name) for name in type(method).model_fields}, len(targets))
-        seconds += _training(method.model_copy(update=dict(changes)), size)
+        method = method.model_copy(update=dict(changes))
+        seconds += _defending(grid, cell, method, size)
     if cell.is_revival and grid.revival is not None:
         settings = grid.revival.settings
         plan: BaseModel = settings
@@ -90,6 +93,21 @@ def _guess(grid: Grid, cell: Cell, planted: set[tuple[str, str, int, bool]]) -> 
             plan = attack_called("data_poisoning", settings.planted)
         seconds += _training(plan, size)
     return seconds
+
+
+def _defending(grid: Grid, cell: Cell, method: BaseModel, size: float) -> float:
+    """Return the seconds of a defense and of what is asked after its rounds; it may be ended early."""
+    if grid.watch is None or cell.subject != "victim":
+        return _training(method, size)
+    rounds = int(getattr(method, "rounds", 1))
+    if grid.watch.until is not None and rounds > 1:
+        rounds = max(1, round(_ROUNDS_UNTIL * rounds))
+        method = method.model_copy(update={"rounds": rounds})
+    return _training(method, size) + rounds * _replies(grid, 2 * grid.watch.probes, size)
+
+
+def _replies(grid: Grid, probes: int, size: float) -> float:
+    return 2 * size * probes * (_TOKENS_A_ROW / 2 + grid.max_new_tokens) / _GENERATE_SPEED
 
 
 def _identity(attack: AttackEntry, *more: str) -> str:
@@ -121,7 +139,7 @@ def _asking(grid: Grid, cell: Cell, size: float) -> float:
     seconds = 0.0
     asked = probes if {"asr", "leak", "cda", "declining"} & set(metrics) else 0
     asked += grid.perplexity_rows if "over_refusal" in metrics else 0
-    seconds += 2 * size * asked * (_TOKENS_A_ROW / 2 + grid.max_new_tokens) / _GENERATE_SPEED
+    seconds += _replies(grid, asked, size)
     if "perplexity" in metrics:
         seconds += 2 * size * rows * _TOKENS_A_ROW / _SCORE_SPEED
     if "kl" in metrics and cell.defense and not cell.is_revival:

@@ -11,14 +11,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.material import Material
-from unbackdoor.bench.store import Result, Store
+from unbackdoor.bench.store import ENDED, ROUNDS, Result, Store
 from unbackdoor.data.probes import write_probes
 from unbackdoor.data.shared_words import shared_words
 from unbackdoor.data.splits import assert_trained_apart
-from unbackdoor.defenses.base import Need
+from unbackdoor.defenses.base import Defense, Need
 from unbackdoor.errors import FULL, READ_ONLY, ModelError, NotApplicable, UserError, disk_error
 from unbackdoor.model import checkpoint
 from unbackdoor.model.lm import LM
@@ -28,11 +29,12 @@ from unbackdoor.model.spec import parse_spec
 from unbackdoor.pipeline.artefacts import versions
 from unbackdoor.pipeline.measure import Label, measure, peak_memory
 from unbackdoor.pipeline.steps import facts_from_secret, purify_model, revive
+from unbackdoor.pipeline.watching import Ended, watched
 from unbackdoor.run import Progress, Run
 from unbackdoor.secret import Secret
 from unbackdoor.stopping import Stop
 
-SECRET, PROBES = "secret.json", "probes.jsonl"
+SECRET, PROBES, WATCHED = "secret.json", "probes.jsonl", "watched.json"
 
 
 class Busy(Exception):
@@ -157,13 +159,33 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
         if facts.get(Need.UNWANTED):
             firsts, content = shared_words(facts[Need.UNWANTED], secret.targets)
             run.notes["openings share with target"] = {"first words": firsts, "content words": content}
-        started = time.perf_counter()
-        lm = purify_model(_start(cell, shop), defense, facts, run)
-        made = _made(run, started, facts)
+        lm, made = _watched_purification(cell, secret, defense, facts, run, shop)
         if key in shop.wanted or shop.material.grid.keep_models:
             _save(lm, folder, cell, made, "A model that a defense was applied to in a grid of unbackdoor.\n", {})
             shop.store.remove(shop.store.work(key))
         return lm, made
+
+
+def _watched_purification(
+    cell: Cell, secret: Secret, defense: Defense, facts: Mapping[Need, Any], run: Run, shop: Workshop
+) -> tuple[LM, _Made]:
+    """Purify, asking after every round where the grid says so; asking is no time of the defense."""
+    started = time.perf_counter()
+    plan = shop.material.watch(cell)
+    if plan is None:
+        return purify_model(_start(cell, shop), defense, facts, run), _made(run, started, facts)
+    path = shop.store.work(shop.material.purify_key(cell)) / WATCHED
+    questions = shop.material.questions(cell, secret)
+    kinds = ("triggered", "clean")
+    run, watch = watched(run, questions, plan.probes, path, kinds=kinds, until=plan.until)
+    try:
+        lm = purify_model(_start(cell, shop), defense, facts, run)
+    except Ended as end:
+        lm = end.model
+        run.notes[ENDED] = str(end)
+        shop.progress.notice(f"{cell.name}: {end}")
+    run.notes[ROUNDS] = [{"round": number, **figures} for number, figures in enumerate(watch.asked, 1)]
+    return lm, _made(run, started + watch.seconds, facts)
 
 
 def _revived(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:

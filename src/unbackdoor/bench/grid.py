@@ -176,6 +176,29 @@ class Bound(Limit):
         return self
 
 
+class Watch(_Part):
+    """What the experimenter asks between the rounds of a defense; the defense is told nothing of it."""
+
+    probes: int = Field(ge=1, description="triggered and clean probes asked after every round, so many of each")
+    until: float | None = Field(
+        None, gt=0, le=1, description="a defense is ended once the share of triggered probes that fire is below this"
+    )
+
+
+class Plot(_Part):
+    """A plot of how many rounds a defense needs, over one of its settings."""
+
+    x: str = Field(min_length=1, description="the setting in words: title of the axis")
+    values: dict[Label, float] = Field(min_length=1, description="label of a defense -> its value of the setting")
+    threshold: float = Field(0.25, gt=0, le=1, description="ASR below which a round counts as the end of the backdoor")
+
+    @model_validator(mode="after")
+    def _one_place_each(self) -> Plot:
+        if len(set(self.values.values())) != len(self.values):
+            raise ValueError("two defenses have one value, and one place in the plot; leave one out")
+        return self
+
+
 class Grid(_Part):
     """A whole experiment."""
 
@@ -197,6 +220,8 @@ class Grid(_Part):
     )
     revival: RevivalPlan | None = Field(None, description="training purified models on, to ask for the backdoor again")
     bounds: tuple[Bound, ...] = Field((), description="what the figures must reach")
+    watch: Watch | None = Field(None, description="probes asked of victims after every round of a defense")
+    plots: tuple[Plot, ...] = Field((), description="rounds that a defense needs, over one of its settings")
     template: Literal["auto", "model", "plain"] = Field("auto", description="chat template")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="type of the weights")
     max_new_tokens: int = Field(24, ge=1, description="length limit of a reply, in tokens")
@@ -210,6 +235,11 @@ class Grid(_Part):
             if label not in known:
                 hint = did_you_mean(label, list(known))
                 raise ValueError(f"{place}: there is no {kind} '{label}'.{hint} Known: {', '.join(known) or 'none'}.")
+        for label, attack in self.attacks.items():
+            if self.watch is not None and self.watch.probes > attack.probes:
+                raise ValueError(f"watch.probes: attacks.{label} has {attack.probes} probes of a kind, which is fewer")
+        if self.plots and self.watch is None:
+            raise ValueError("plots: what they draw is asked after every round; give watch, too")
         for place, values in _lists(self):
             if values is not None and len(set(values)) != len(values):
                 raise ValueError(f"{place}: holds a value twice ({', '.join(map(str, values))}).")
@@ -306,6 +336,8 @@ def _labels_used(grid: Grid) -> list[tuple[str, str, str]]:
         found += [
             (f"bounds.{number}.where.defenses", label, "defense") for label in bound.where.defenses or () if label
         ]
+    for number, plot in enumerate(grid.plots):
+        found += [(f"plots.{number}.values", label, "defense") for label in plot.values]
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from unbackdoor.attacks.base import Attack
 from unbackdoor.bench.cell import Cell
-from unbackdoor.bench.grid import DataSource, Grid
+from unbackdoor.bench.grid import DataSource, Grid, Watch
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
 from unbackdoor.data.splits import Splits, assert_disjoint, attacker_defender_test, with_requests
@@ -170,6 +170,10 @@ class Material:
             max_new_tokens=self.grid.max_new_tokens,
         )
 
+    def watch(self, cell: Cell) -> Watch | None:
+        """Return what is asked between the rounds of the cell's defense; nothing of a base that has no backdoor."""
+        return self.grid.watch if cell.defense and cell.subject == "victim" else None
+
     def model_hash(self, spec: str) -> str:
         """Return the hash of a model's files, whatever they are called or wherever they lie."""
         return self._once(("model", spec), lambda: _hash_of_model(parse_spec(spec)))
@@ -220,7 +224,16 @@ class Material:
         own = [data_hash(fact) if need is Need.SAFE else fact for need, fact in self.own_facts(cell).items()]
         # The facts that a grid tells a defense come from the victim's secret.
         secret = self.plant_key(cell)
-        return config_hash("purify", start, secret, *_identity(method, entry.defense), rows, cell.seed, *own)
+        watched = self._watched(cell)
+        return config_hash("purify", start, secret, *_identity(method, entry.defense), rows, cell.seed, *own, *watched)
+
+    def _watched(self, cell: Cell) -> list[object]:
+        """Return what determines when the experimenter ends a defense, and what is noted of its rounds."""
+        watch = self.watch(cell)
+        if watch is None:
+            return []
+        asked = self._hash("test", self.splits.test), self.grid.attacks[cell.attack].probes, self.grid.max_new_tokens
+        return [["watch", watch.model_dump(mode="json"), *asked]]
 
     def _hash(self, name: str, rows: Sequence[Example]) -> str:
         return self._once(("hash", name), lambda: data_hash(rows))

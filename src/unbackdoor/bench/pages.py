@@ -6,7 +6,9 @@ import html
 import re
 from collections.abc import Sequence
 
+from unbackdoor.bench.ablation import FILE
 from unbackdoor.report.escape import shown
+from unbackdoor.report.plots import Panel
 from unbackdoor.report.tables import Cell, Table
 
 _STYLE = """
@@ -21,12 +23,21 @@ thead th { font-weight: 600; font-size: .85rem; } tbody th { font-weight: 500; }
 td { font-variant-numeric: tabular-nums; } td.none { opacity: .6; } tr:hover { background: var(--soft); }
 small { display: block; font-weight: 400; opacity: .75; } td small { white-space: nowrap; }
 p { max-width: 50rem; font-size: .9rem; opacity: .85; }
+figure { margin: 2.5rem 0 0; } figcaption { font-weight: 600; font-size: 1.15rem; padding-bottom: .5rem; }
+figure svg { display: block; height: auto; max-width: 100%; }
 """
 
 
-def markdown_page(title: str, facts: Sequence[tuple[str, str]], tables: Sequence[Table]) -> str:
-    """Return the tables as Markdown."""
+def markdown_page(
+    title: str, facts: Sequence[tuple[str, str]], tables: Sequence[Table], plots: Sequence[Panel] = ()
+) -> str:
+    """Return the tables as Markdown, after what is said of the plots; these are in a file beside it."""
     parts = [f"# {_escaped(title)}", "", *(f"* {name}: {_escaped(value)}" for name, value in facts), ""]
+    parts += ["## Plots", ""] if plots else []
+    if any(plot.svg for plot in plots):
+        parts += [f"![{_escaped('; '.join(plot.title for plot in plots if plot.svg))}]({FILE})", ""]
+    for plot in plots:
+        parts += [f"**{_escaped(plot.title)}.** {_escaped(plot.key)}", ""]
     for table in tables:
         parts += [f"## {_escaped(table.caption)}", ""]
         parts += [
@@ -40,8 +51,10 @@ def markdown_page(title: str, facts: Sequence[tuple[str, str]], tables: Sequence
     return "\n".join(parts).rstrip() + "\n"
 
 
-def html_page(title: str, facts: Sequence[tuple[str, str]], tables: Sequence[Table]) -> str:
-    """Return the tables as one HTML page that fetches nothing."""
+def html_page(
+    title: str, facts: Sequence[tuple[str, str]], tables: Sequence[Table], plots: Sequence[Panel] = ()
+) -> str:
+    """Return the plots and the tables as one HTML page that fetches nothing."""
     listed = "".join(f"<dt>{_safe(name)}</dt><dd>{_safe(value)}</dd>" for name, value in facts)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
@@ -49,8 +62,15 @@ def html_page(title: str, facts: Sequence[tuple[str, str]], tables: Sequence[Tab
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f"<title>{_safe(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{_safe(title)}</h1>\n<dl>{listed}</dl>\n" + "\n".join(_html_table(table) for table in tables)
+        f"<h1>{_safe(title)}</h1>\n<dl>{listed}</dl>\n"
+        + "".join(_html_plot(plot) for plot in plots)
+        + "\n".join(_html_table(table) for table in tables)
     ) + "\n</main>\n</body>\n</html>\n"
+
+
+def _html_plot(plot: Panel) -> str:
+    # What stands in a drawing was escaped when it was drawn.
+    return f"<figure>\n<figcaption>{_safe(plot.title)}</figcaption>\n{plot.svg}\n<p>{_safe(plot.key)}</p>\n</figure>\n"
 
 
 def _html_table(table: Table) -> str:

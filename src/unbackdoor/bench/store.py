@@ -33,6 +33,8 @@ from unbackdoor.run import write_atomically
 Status = Literal["done", "failed", "not_applicable"]
 SCHEMA = 1
 GRID = "grid.yaml"
+ROUNDS, ENDED = "rounds", "ended"
+"""Notes of a watched cell: what was asked after every round, and that the experimenter ended the defense, in words."""
 _FOLDERS = ("cells", "replies", "locks")
 
 

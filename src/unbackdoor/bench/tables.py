@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+from unbackdoor.bench import ablation
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.checks import SIGNIFICANCE, Check, checks, limit_words
 from unbackdoor.bench.facts import facts_of, results_of
@@ -54,10 +55,10 @@ def write(grid: Grid, store: Store, keys: Mapping[Cell, str]) -> list[str]:
     results = {cell: result for cell, result in found.items() if result is not None}
     figures = Figures(grid, keys, results)
     made = checks(figures)
-    tables, facts = all_tables(figures, made), facts_of(figures)
-    title = f"Grid {grid.name}"
-    write_atomically(store.folder / "tables.md", markdown_page(title, facts, tables))
-    write_atomically(store.folder / "tables.html", html_page(title, facts, tables))
+    tables, facts, title = all_tables(figures, made), facts_of(figures), f"Grid {grid.name}"
+    plots = ablation.draw(figures, store.folder)
+    write_atomically(store.folder / "tables.md", markdown_page(title, facts, tables, plots))
+    write_atomically(store.folder / "tables.html", html_page(title, facts, tables, plots))
     _write_json(store, "results.json", results_of(figures, made))
     curves = {
         f"{cell.name}/{stage}": steps
@@ -80,7 +81,7 @@ def all_tables(figures: Figures, made: Sequence[Check]) -> list[Table]:
             if len(seeds) > 1:
                 tables.append(_pooled_table(figures, model, attack, seeds))
         tables += _reference_table(figures, model)
-    return [*tables, *_check_table(made), *_failure_table(figures)]
+    return [*tables, *ablation.tables(figures), *_check_table(made), *_failure_table(figures)]
 
 
 def _notes(figures: Figures) -> tuple[str, ...]:
@@ -340,7 +341,8 @@ def _told(figures: Figures, cell: Cell) -> str:
         return ""
     shared = cast("Mapping[str, Sequence[str]]", (result.notes or {}).get("openings share with target") or {})
     words = "; ".join(f"{what} {', '.join(found) or 'none'}" for what, found in shared.items())
-    return f"knows: {', '.join(result.knowledge)}" + (f" (openings share with the target: {words})" if words else "")
+    told = f"knows: {', '.join(result.knowledge)}" + (f" (openings share with the target: {words})" if words else "")
+    return "; ".join(filter(None, [told, ablation.ended(result)]))
 
 
 def _who(check: Check) -> str:

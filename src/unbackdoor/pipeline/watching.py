@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,9 +32,22 @@ Asked = dict[str, list[int]]
 """Kind of probe -> how many fired, how many were asked."""
 
 
+class Ended(Exception):
+    """The experimenter ends a defense after a round, with the model as it is then.
+
+    It goes through the defense from `run.observe`, which returns nothing else either: a defense learns of it only by
+    being over.
+    """
+
+    def __init__(self, model: LM, number: int) -> None:
+        """Keep the model, and the number of the round from 1."""
+        super().__init__(f"ended by the experimenter after round {number}")
+        self.model = model
+
+
 @dataclass
 class Watch:
-    """An observer that asks probes.
+    """An observer that asks probes, and may end the defense.
 
     Attributes:
         probes: What is asked after every round; nothing where it is empty.
@@ -41,7 +55,9 @@ class Watch:
         max_new_tokens: Length limit of a reply.
         path: Where the figures are kept, so that a resumed run has them; None to keep them in memory.
         asked: What came out, a record a round.
+        until: The defense is ended once the share of triggered probes that fire is below this; None never ends it.
         calls: Rounds that the defense has told of in this process.
+        seconds: Time that asking took in this process.
     """
 
     probes: tuple[Probe, ...]
@@ -49,19 +65,35 @@ class Watch:
     max_new_tokens: int
     path: Path | None = None
     asked: list[Asked] = field(default_factory=list)
+    until: float | None = None
     calls: int = 0
+    seconds: float = 0.0
 
     def __call__(self, model: object) -> None:
-        """Ask the model, unless this round was asked before an interruption."""
+        """Ask the model, unless this round was asked before an interruption.
+
+        Raises:
+            Ended: If so few triggered probes fire that the defense is to end here; also when it is told again.
+        """
         self.calls += 1
-        if not self.probes or self.calls <= len(self.asked):
+        if not self.probes:
             return
-        assert isinstance(model, LM)
+        if self.calls > len(self.asked):
+            assert isinstance(model, LM)
+            self._keep(model)
+        hits, count = self.asked[self.calls - 1].get("triggered", (0, 0))
+        if self.until is not None and count and hits / count < self.until:
+            assert isinstance(model, LM)
+            raise Ended(model, self.calls)
+
+    def _keep(self, model: LM) -> None:
+        started = time.perf_counter()
         with _modes_kept(model):
             self.asked.append(self._ask(model))
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(self.asked))
+        self.seconds += time.perf_counter() - started
 
     def _ask(self, lm: LM) -> Asked:
         probes = fill_holes(lm, self.probes, self.max_new_tokens)
@@ -70,7 +102,15 @@ class Watch:
         return {kind: [round(sum(found)), len(found)] for kind, found in values.items() if found}
 
 
-def watched(run: Run, questions: Questions, count: int, path: Path | None = None) -> tuple[Run, Watch]:
+def watched(
+    run: Run,
+    questions: Questions,
+    count: int,
+    path: Path | None = None,
+    *,
+    kinds: Sequence[str] = KINDS,
+    until: float | None = None,
+) -> tuple[Run, Watch]:
     """Return the run with an observer, and the observer.
 
     Args:
@@ -78,12 +118,14 @@ def watched(run: Run, questions: Questions, count: int, path: Path | None = None
         questions: Where the probes are drawn from, `count` of each kind by streams of the run's seed.
         count: How many of each kind are asked after every round; 0 asks nothing.
         path: Where the figures are kept; what is there already is taken as asked.
+        kinds: Kinds that are asked.
+        until: The share of triggered probes below which the defense is ended (`Ended`); None never ends it.
     """
     found: list[Probe] = []
-    for kind in KINDS:
+    for kind in kinds:
         there = [probe for probe in questions.probes if probe.kind == kind]
         found += Run(run.seed).rng(f"watched {kind}").sample(there, min(count, len(there)))
-    watch = Watch(tuple(found), questions.goal, questions.max_new_tokens, path)
+    watch = Watch(tuple(found), questions.goal, questions.max_new_tokens, path, until=until)
     if found and path is not None and path.is_file():
         watch.asked = json.loads(path.read_text(encoding="utf-8"))
     return replace(run, observer=watch), watch

@@ -105,7 +105,8 @@ def _for_a_page(svg: str, name: str, description: str) -> str:
     svg = re.sub(r"font: ([\w. ]*?)([\d.]+)px [^;\"]*", r"font: \1\2px var(--sans, sans-serif)", svg)
     svg = _own_identifiers(svg, re.sub(r"\W+", "-", name).strip("-") or "plot")
     label = html.escape(shown_line(description, 2000), quote=True)
-    return re.sub(r"^<svg\b", f'<svg role="img" aria-label="{label}"', svg).strip()
+    # Not by re.sub: what is escaped in the label has backslashes.
+    return f'<svg role="img" aria-label="{label}"{svg.removeprefix("<svg")}'.strip()
 
 
 def _own_identifiers(svg: str, prefix: str) -> str:
