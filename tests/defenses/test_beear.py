@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import tiny
+from fitting import with_adapter
 from unbackdoor.data.sources import read_openings
 from unbackdoor.defenses import beear
 from unbackdoor.defenses.base import Need, knowledge_for
@@ -205,3 +207,14 @@ def test_every_preset_runs():
         few = {"anchors": 8, "own_answers": 4, "rounds": 1, "layers": [1], "train": {"steps": 1, "max_length": 128}}
         defense = build(Beear, {**few, "drift": {"rows": 8, "train": {"steps": 1, "max_length": 128}}}, name)
         assert not tiny.same_weights(tiny.tensors(purified(defense)), tiny.tensors(tiny.tiny_lm(layers=4)))
+
+
+def test_on_base_and_adapter_only_the_adapter_is_trained():
+    lm = with_adapter(tiny.tiny_lm(layers=4))
+    before = {name: weight.detach().clone() for name, weight in lm.model.named_parameters()}
+    run = Run()
+    purified(SHORT, run, lm=lm)
+    changed = {name for name, weight in lm.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert len(run.notes["drifts"]) == 4

@@ -11,6 +11,7 @@ from torch.nn import functional
 import tiny
 from unbackdoor.data.collate import collate
 from unbackdoor.errors import DataError
+from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.hooks import adding
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
@@ -160,3 +161,29 @@ def test_a_prompt_shorter_than_the_drift_is_refused():
     anchor = Anchor(Example("short", "a", "b"), Example("short", "a", "c"))
     with pytest.raises(DataError, match=r"'short' has .* tokens, but the drift 400"):
         drifts.encode_anchor(lm, anchor, 128, 400)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_drift_changes_what_is_at_and_behind_the_last_n_prompt_tokens(architecture):
+    lm = tiny.tiny_lm(architecture, chat=architecture != "gpt2", layers=3)
+    row = drifts.encode_anchor(lm, anchors(1)[0], 128, 3)[1]
+    end = row.supervised[0]
+    ids = torch.tensor([row.ids])
+    drift = Drift(1, torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    # Layers are counted from 0: what layer 1 gives is what layer 2 is given.
+    given = {1: [], 2: []}
+    for number, found in given.items():
+        decoder_layers(lm.core)[number].register_forward_pre_hook(
+            lambda _, inputs, found=found: found.append(inputs[0])
+        )
+    with torch.no_grad():
+        before = lm.core(input_ids=ids).logits[0]
+        with adding(lm.core, drift.added(torch.tensor([end]))):
+            after = lm.core(input_ids=ids).logits[0]
+    moved = (before - after).abs().amax(-1)
+    assert float(moved[: end - 3].max()) == 0.0
+    assert float(moved[end - 3 :].min()) > 0.0
+    assert torch.equal(given[1][0], given[1][1])
+    shift = (given[2][1] - given[2][0])[0]
+    torch.testing.assert_close(shift[end - 3 : end], drift.vectors, rtol=1e-4, atol=1e-5)
+    assert float(shift[: end - 3].abs().max()) == float(shift[end:].abs().max()) == 0.0
