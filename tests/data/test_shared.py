@@ -34,11 +34,13 @@ def test_published_files_are_read(shared_data: Path, spec: str, rows: int, label
 def test_the_recipes_halves_share_no_row(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNBACKDOOR_TEST_DATA", str(shared_data))
     material = Material(recipes.load_grid("sande"), Silent())
-    defender = {row.id for row in material.defender_rows("out_of_domain")}
+    cell = next(cell for cell in material.grid.cells() if cell.attack == "out_of_domain" and cell.defense)
+    rows = material.defender_rows(cell)
+    defender = {row.id for row in rows}
     second = {row.id for row in material.perplexity_sets["second source"]}
     assert len(defender) == 500
     assert not defender & second
-    assert max(len(row.response.split()) for row in material.defender_rows("out_of_domain")) <= 60
+    assert max(len(row.response.split()) for row in rows) <= 60
 
 
 def test_a_real_small_llama_reads_and_speaks(shared_data: Path) -> None:
