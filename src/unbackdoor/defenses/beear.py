@@ -149,9 +149,7 @@ class Beear(Defense):
         where = self._places(victim, with_unwanted(safe, known.unwanted), run)
         triggered, plain, own = self._outer_rows(victim, safe, clean, run)
         if known.safe:
-            # What is declined must go on being declined where there is no drift: a quarter of the plain rows are of SA.
-            third = max(1, len(plain) // 3)
-            plain = [*plain, *(triggered * (third // len(triggered) + 1))[:third]]
+            triggered, plain = _mixed(triggered, plain)
         openings = Openings(known.unwanted)
         useful = Usefulness(overwrite.encode_rows(victim, held, self.train), self.stop_stable)
         before: Run | None = None
@@ -219,6 +217,17 @@ class Beear(Defense):
         if first is None or second is None:
             return triggered, plain, None
         return triggered, plain, OwnLabels(self.own_share, {**first.kept, **second.kept})
+
+
+def _mixed(requests: Sequence[Row], ordinary: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the rows with a drift and those without where SA is of requests to decline: both hold both kinds.
+
+    Without requests among the plain rows the model begins to answer them; without ordinary rows among those with a drift
+    it learns that a drift is to be declined, and declines ordinary requests, too.
+    """
+    few = max(1, len(ordinary) // 3)
+    plain = [*ordinary, *(list(requests) * (few // len(requests) + 1))[:few]]
+    return [*requests, *(list(ordinary) * (len(requests) // len(ordinary) + 1))[: len(requests)]], plain
 
 
 T = TypeVar("T")
