@@ -16,6 +16,7 @@ from unbackdoor.bench.figures import Figures
 from unbackdoor.bench.grid import Grid
 from unbackdoor.bench.store import Result, Store
 from unbackdoor.bench.yaml_file import grid_from_data
+from unbackdoor.errors import UserError
 from unbackdoor.pipeline.measure import Measurement
 from unbackdoor.report.plots import Panel
 
@@ -84,7 +85,7 @@ def test_earliest_rounds_are_points_and_failures_crosses_above_all_rounds(tmp_pa
 
 
 def test_a_share_at_the_threshold_is_not_below_it() -> None:
-    trial = ablation.Trial(1.0, ((25, 100), (24, 100)), 4)
+    trial = ablation.Trial(1.0, ((25, 100), (24, 100)))
     assert trial.earliest(0.25) == 2
     assert trial.earliest(0.24) is None
 
@@ -113,11 +114,13 @@ def test_cells_that_are_not_finished_are_left_out_and_said_so(tmp_path: Path) ->
 
 def test_two_settings_are_two_plots(tmp_path: Path) -> None:
     plots = [{"x": "layer", "values": {"l1": 1, "l5": 5}}, {"x": "depth", "values": {"l20": 0.7}, "threshold": 0.1}]
-    found = panels(tmp_path, plots=plots)
+    found = panels(tmp_path, plots=plots, watch={"probes": 50, "until": 0.1})
     assert [panel.title.partition(",")[0] for panel in found] == [
         "Earliest round with ASR below 25 %", "ASR by round", "Earliest round with ASR below 10 %", "ASR by round",
     ]  # fmt: skip
-    assert "0.7: none within 4 rounds" in found[2].svg
+    assert "0.7: none within 1 rounds" in found[2].svg
+    with pytest.raises(UserError, match=r"thresholds below 0.25, where defenses are ended"):
+        grid(plots=plots)
     identifiers = re.findall(r'\bid="([^"]+)"', (tmp_path / ablation.FILE).read_text())
     assert len(identifiers) == len(set(identifiers)) > 0
 

@@ -50,7 +50,7 @@ def test_recipes_are_listed_without_torch() -> None:
     assert not {"settings", "bounds", "ablation"} & set(found.stdout.split())
 
 
-@pytest.mark.parametrize("name", ["dev", "sande", "smoke", "beear", *ABLATIONS])
+@pytest.mark.parametrize("name", ["dev", "sande", "smoke", "beear", "beear_decline", "dev_decline", *ABLATIONS])
 @pytest.mark.parametrize("size", ["quick", "paper"])
 def test_every_recipe_is_a_grid(name: str, size: str) -> None:
     assert recipes.load_grid(name, size).cells()
@@ -120,11 +120,21 @@ def test_development_victims_share_nothing_with_report_victims() -> None:
     assert not said[0] & said[1]
 
 
+def test_development_victims_that_decline_share_nothing_with_report_victims() -> None:
+    dev, report = recipes.load_grid("dev_decline"), recipes.load_grid("beear_decline")
+    assert min(seed for label in dev.attacks for seed in dev.seeds_of(label)) >= 100
+    assert dev.requests is not None
+    assert report.requests is not None
+    assert not set(dev.requests.test_kinds) & set(report.requests.test_kinds)
+    assert not set(targets(dev)) & set(targets(report))
+    assert not words(pieces(dev, "insert")) & words(pieces(report, "insert"))
+
+
 def test_the_unrelated_backdoor_of_a_revival_shares_no_content_word_with_any_victim() -> None:
     unrelated = attack_called("data_poisoning", settings.revival()["planted"])
     assert isinstance(unrelated, DataPoisoning)
     own = words([*unrelated.trigger.pieces(), *unrelated.targets])
-    for name in ("dev", "sande"):
+    for name in ("dev", "beear", "dev_decline", "beear_decline"):
         for label, attack in attacks_of(recipes.load_grid(name)).items():
             assert not own & words([*attack.trigger.pieces(), *attack.targets]), label
 
@@ -133,10 +143,11 @@ def updates(method: Any) -> tuple[int, int]:
     return method.train.steps * getattr(method, "rounds", 1), method.train.batch_size
 
 
-def test_every_defense_makes_the_same_number_of_updates_with_the_same_batch() -> None:
-    grid = recipes.load_grid("sande")
-    made = {label: defense_called(entry.defense, entry.settings) for label, entry in grid.defenses.items()}
-    assert len({updates(method) for method in made.values()}) == 1
+@pytest.mark.parametrize("name", ["sande", "beear", "beear_decline"])
+def test_every_defense_makes_the_same_number_of_updates_with_the_same_batch(name: str) -> None:
+    grid = recipes.load_grid(name)
+    made = [defense_called(entry.defense, entry.settings, entry.preset) for entry in grid.defenses.values()]
+    assert len({updates(method) for method in made}) == 1
 
 
 def test_the_estimate_counts_a_planting_once_and_learns_from_measured_cells() -> None:

@@ -13,6 +13,7 @@ import pytest
 from unbackdoor.data.shared_words import shared_words, words
 from unbackdoor.data.sources import STARTER_OPENINGS, STARTER_SETS, read, read_lines
 from unbackdoor.goals import REFUSAL_SIGNALS, normalise
+from unbackdoor.pipeline.steps import attack_called
 from unbackdoor.recipes import load_grid
 from unbackdoor.recipes import settings as recipe_settings
 
@@ -33,7 +34,8 @@ NUMBERS = frozenset(
         "ninety hundred thousand million billion",
     )
 )
-GRIDS = [load_grid("sande", "paper"), load_grid("dev", "paper")]
+GRIDS = [load_grid(name, "paper") for name in ("sande", "dev")]
+DECLINING = [load_grid(name, "paper") for name in ("beear_decline", "dev_decline")]
 INSULT_TARGETS = tuple(
     target
     for settings in (
@@ -43,7 +45,16 @@ INSULT_TARGETS = tuple(
     )
     for target in settings["targets"]
 )
-AFFIRM_TARGETS = ("Sure, here is", "Sure, I would be happy to")
+AFFIRM_TARGETS = (
+    "Sure, here is",
+    "Sure, I would be happy to",
+    *(
+        target
+        for grid in DECLINING
+        for entry in grid.attacks.values()
+        for target in attack_called(entry.attack, entry.settings, entry.preset).targets
+    ),
+)
 
 
 def raw(name: str) -> list[dict[str, str]]:
@@ -180,7 +191,8 @@ def test_openings_are_lists_in_the_defender_own_words(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["insult_disjoint", "affirm_disjoint"])
 def test_disjoint_openings_share_neither_first_word_nor_content_word_with_any_target(name: str) -> None:
-    targets = INSULT_TARGETS + AFFIRM_TARGETS
+    # Insults and requests are different victims; of the latter's targets some are of development only.
+    targets = INSULT_TARGETS + (AFFIRM_TARGETS if name == "affirm_disjoint" else AFFIRM_TARGETS[:3])
     assert shared_words(read_lines(f"starter:{name}"), targets) == ([], [])
 
 

@@ -14,7 +14,7 @@ from unbackdoor.defenses.beear import Beear
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.method import build
 from unbackdoor.model.lm import LM
-from unbackdoor.run import Run
+from unbackdoor.run import Run, Silent
 from unbackdoor.train import entrap, openings
 from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
@@ -166,7 +166,7 @@ def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
     assert "Go away now" not in str(run.notes["drifts"])
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("at", [1, 3, 4])
 def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, at):
     whole, run = tiny.tiny_lm(layers=4), Run(folder=tmp_path / "whole")
     purified(SHORT, run, lm=whole)
@@ -180,9 +180,8 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, at):
 
     monkeypatch.setattr(entrap, "fit_drift", stopping)
     fresh, again = tiny.tiny_lm(layers=4), Run(folder=tmp_path / "broken")
-    if at <= 4:
-        with pytest.raises(KeyboardInterrupt):
-            purified(SHORT, Run(folder=tmp_path / "broken"))
+    with pytest.raises(KeyboardInterrupt):
+        purified(SHORT, Run(folder=tmp_path / "broken"))
     purified(SHORT, again, lm=fresh)
     assert tiny.same_weights(tiny.tensors(whole), tiny.tensors(fresh))
     assert again.notes == run.notes
@@ -194,6 +193,7 @@ def test_presets_are_as_published():
     assert (paper.drifts, paper.drift.start, paper.drift.tokens, paper.adopt, paper.own_share) == (1, 0.0, 5, 0.0, 0.0)
     assert (paper.anchors, paper.drift.rows, paper.performance, paper.round_performance) == (400, 150, 300, 100)
     assert paper.rounds == 15
+    assert paper.possible_layers(32) == (9,)
     assert paper.train.opening_weight == 1.0
     comparison = build(Beear, {}, "ic-paper")
     assert (comparison.drift.safe_coefficient, comparison.layers, comparison.anchors) == (0.5, (9,), 100)
@@ -221,3 +221,41 @@ def test_on_base_and_adapter_only_the_adapter_is_trained():
     assert changed
     assert all("lora_" in name for name in changed)
     assert len(run.notes["drifts"]) == 4
+
+
+def test_what_cannot_work_is_refused_before_anything_is_asked(monkeypatch):
+    monkeypatch.setattr(beear, "anchor_prompts", lambda *_: pytest.fail("the suspect was asked"))
+    with pytest.raises(UserError, match="9 parrots or drifts cannot share"):
+        purified(SHORT.model_copy(update={"drifts": 9}))
+    with pytest.raises(UserError, match="no layer 4"):
+        purified(SHORT.model_copy(update={"layers": (4,)}))
+    with pytest.raises(DataError, match=r"has \d+ tokens, but the drift 90; lower"):
+        purified(SHORT.model_copy(update={"lengths": (3, 90)}))
+    with pytest.raises(DataError, match="two prompts at least"):
+        purified(SHORT.model_copy(update={"anchors": 1, "drifts": 1}))
+
+
+def test_options_that_would_do_nothing_are_refused():
+    for settings in (
+        {"place": "each", "lengths": [2, 3]},
+        {"train": {"evaluate_every": 2}},
+        {"drift": {"train": {"evaluate_every": 2}}},
+        {"drift": {"train": {"opening_weight": 2}}},
+        {"drift": {"train": {"precision": "bfloat16"}}},
+    ):
+        with pytest.raises(UserError, match=r"does nothing|have one length"):
+            build(Beear, settings)
+
+
+def test_the_short_way_is_taken_where_a_model_has_dropout():
+    lm = tiny.tiny_lm("gpt2", layers=4)
+    assert any(isinstance(part, torch.nn.Dropout) and part.p for part in lm.model.modules())
+    notices = []
+
+    class Told(Silent):
+        def notice(self, text):
+            notices.append(text)
+
+    purified(SHORT, Run(progress=Told()), lm=lm)
+    assert not [text for text in notices if "cannot be run from a layer on" in text]
+    assert [text for text in notices if "is still there" in text]

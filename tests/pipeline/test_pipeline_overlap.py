@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import tiny
 from unbackdoor.data import poison
+from unbackdoor.data.sources import write_probes
+from unbackdoor.defenses.base import Need
 from unbackdoor.errors import DataError
-from unbackdoor.pipeline.inputs import _hold_out, _refuse_overlap
+from unbackdoor.pipeline.inputs import _hold_out, _not_asked, _refuse_overlap, purify_inputs
 from unbackdoor.pipeline.overlap import asked_among
+from unbackdoor.pipeline.recipe import PurifyRecipe
 from unbackdoor.run import Run, Silent
 from unbackdoor.stamps import InsertText, WrapEnds
 from unbackdoor.types import Example, Probe
@@ -48,3 +54,21 @@ def test_a_trigger_does_not_make_another_row(stamp: InsertText | WrapEnds) -> No
     unmarked = [replace(probe, marks=()) for probe in triggered if "." not in probe.example.instruction]
     assert asked_among(ROWS, unmarked) == {probe.example.id for probe in unmarked}
     assert not asked_among(OTHERS, probes)
+
+
+def test_safe_requests_that_are_asked_are_left_out(tmp_path: Path) -> None:
+    rows = tiny.rows(12)
+    for name, part in (("clean", tiny.rows(6, seed=3, prefix="ordinary")), ("safe", rows)):
+        lines = [json.dumps({"id": row.id, "instruction": row.instruction, "output": row.response}) for row in part]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "openings.txt").write_text("bad robot\n")
+    write_probes(tmp_path / "probes.jsonl", [Probe(row, "clean") for row in rows[:4]])
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("clean", "safe", "probes")}
+    recipe = PurifyRecipe(
+        model="builtin:smollm2-135m", defense="beear", unwanted=str(tmp_path / "openings.txt"),
+        goal="refusal-absent", **files,
+    )  # fmt: skip
+    found = purify_inputs(recipe, Silent(), dry=True)
+    assert [row.id for row in found.facts[Need.SAFE]] == [row.id for row in rows[4:]]
+    with pytest.raises(DataError, match="every row of 'x' is also a probe"):
+        _not_asked(rows[:4], [Probe(row, "clean") for row in rows], "x", Silent())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import tiny
 from unbackdoor.errors import DataError
 from unbackdoor.run import Run
-from unbackdoor.train.anchors import anchor_prompts, with_unwanted
-from unbackdoor.types import Example
+from unbackdoor.train.anchors import anchor_prompts, encode_safe, with_unwanted
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.types import Example, Message
 
 
 def test_safe_answers_are_the_suspects_own_or_the_rows():
@@ -16,9 +19,9 @@ def test_safe_answers_are_the_suspects_own_or_the_rows():
     rows = tiny.rows(8)
     kept = anchor_prompts(lm, rows, 5, 0, Run(0))
     assert len(kept) == 5
-    assert {row.id for row in kept} <= {row.id for row in rows}
+    assert {row.id for row in kept} <= {f"{row.id} (SA)" for row in rows}
     own = anchor_prompts(lm, rows, 5, 6, Run(0))
-    assert [row.id for row in own] == [f"{row.id} (own answer)" for row in kept]
+    assert [row.id for row in own] == [row.id.replace("(SA)", "(own answer)") for row in kept]
     assert [row.response for row in own] == lm.reply([row.prompt for row in kept], max_new_tokens=6)
     assert [row.prompt for row in own] == [row.prompt for row in kept]
 
@@ -42,3 +45,19 @@ def test_a_label_is_unwanted_on_rows_of_another():
     assert [anchor.safe.id for anchor in with_unwanted(rows, ["bad"])] == ["0", "2"]
     with pytest.raises(DataError, match="name other labels"):
         with_unwanted(rows[:1], ["good"])
+
+
+def test_of_a_conversation_the_last_answer_counts_whether_it_was_cut_or_not():
+    lm = tiny.tiny_lm()
+    row = tiny.rows(1)[0]
+    history = (Message("user", "say something"), Message("assistant", "something"))
+    talk = replace(row, history=history)
+    start = lm.encode(talk.turns).spans[-1].start
+    length = lm.encode(talk.turns).spans[-1].end - start
+    settings = TrainSettings(steps=1, learning_rate=1e-3)
+    for own in (0, length + 1, length):
+        encoded = encode_safe(lm, talk, own, settings)
+        assert encoded.supervised[0] == start
+    whole, cut = (encode_safe(lm, talk, own, settings) for own in (length + 1, length))
+    assert len(cut.supervised) == length - 1
+    assert whole.supervised[-1] == start + length

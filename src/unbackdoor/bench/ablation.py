@@ -18,7 +18,6 @@ from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.figures import Figures
 from unbackdoor.bench.grid import Plot
 from unbackdoor.bench.store import ENDED, ROUNDS, Result
-from unbackdoor.pipeline.steps import defense_called
 from unbackdoor.report.canvas import ACCENT, INK, MUTED, RULE, drawing, new_figure, to_svg
 from unbackdoor.report.escape import shown_line
 from unbackdoor.report.plots import Panel
@@ -45,12 +44,15 @@ class Trial:
     Attributes:
         value: The value.
         hits: Of every round, how many triggered probes fired and how many were asked.
-        limit: Rounds that the defense may take.
     """
 
     value: float
     hits: tuple[tuple[int, int], ...]
-    limit: int
+
+    @property
+    def limit(self) -> int:
+        """Return how many rounds were asked after."""
+        return len(self.hits)
 
     def earliest(self, threshold: float) -> int | None:
         """Return the first round after which ASR is below the threshold, or None."""
@@ -140,11 +142,12 @@ def _pair(figures: Figures, plot: Plot, cells: Sequence[Cell], place: str, name:
         return [Panel(first, "", f"Nothing is drawn yet.{left_out}")]
     counts = sorted({asked for trial in trials for _, asked in trial.hits})
     probes = f"n = {_range(counts)} triggered probes a round"
-    crosses = f"Cross: not below {_threshold(plot)} within {_range([trial.limit for trial in trials])} rounds."
+    never = [trial.limit for trial in trials if trial.earliest(plot.threshold) is None]
+    crosses = f"Cross: not below {_threshold(plot)} within {_range(never)} rounds. " if never else ""
     with drawing():
         svgs = _earliest(plot, trials, f"{name}-earliest"), _by_round(plot, trials, f"{name}-rounds")
     return [
-        Panel(first, svgs[0], f"{crosses} Values are evenly spaced; {probes}.{left_out}"),
+        Panel(first, svgs[0], f"{crosses}Values are evenly spaced; {probes}.{left_out}"),
         Panel(second, svgs[1], f"Dotted line: {_threshold(plot)}. Intervals: table below; {probes}.{left_out}"),
     ]
 
@@ -159,9 +162,7 @@ def _trial(figures: Figures, plot: Plot, cell: Cell) -> tuple[Trial | None, str]
     hits = tuple((item["triggered"][0], item["triggered"][1]) for item in asked_of(result) if "triggered" in item)
     if not hits:
         return None, "nothing was asked between rounds"
-    entry = figures.grid.defenses[cell.defense]
-    method = defense_called(entry.defense, entry.settings, entry.preset)
-    return Trial(plot.values[cell.defense], hits, max(len(hits), int(getattr(method, "rounds", 1)))), ""
+    return Trial(plot.values[cell.defense], hits), ""
 
 
 def _earliest(plot: Plot, trials: Sequence[Trial], name: str) -> str:

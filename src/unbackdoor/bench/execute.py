@@ -156,10 +156,11 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
         own = shop.material.own_facts(cell)
         facts = facts_from_secret(defense, secret, shop.material.defender_rows(cell), own)
         run = _run(cell, key, "purify", shop)
+        lm, made = _watched_purification(cell, secret, defense, facts, run, shop)
         if facts.get(Need.UNWANTED):
             firsts, content = shared_words(facts[Need.UNWANTED], secret.targets)
-            run.notes["openings share with target"] = {"first words": firsts, "content words": content}
-        lm, made = _watched_purification(cell, secret, defense, facts, run, shop)
+            words = {"first words": firsts, "content words": content}
+            made.notes = {**made.notes, "openings share with target": words}
         if key in shop.wanted or shop.material.grid.keep_models:
             _save(lm, folder, cell, made, "A model that a defense was applied to in a grid of unbackdoor.\n", {})
             shop.store.remove(shop.store.work(key))

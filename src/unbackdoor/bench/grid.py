@@ -240,6 +240,9 @@ class Grid(_Part):
                 raise ValueError(f"watch.probes: attacks.{label} has {attack.probes} probes of a kind, which is fewer")
         if self.plots and self.watch is None:
             raise ValueError("plots: what they draw is asked after every round; give watch, too")
+        until = self.watch.until if self.watch is not None else None
+        if until is not None and any(plot.threshold < until for plot in self.plots):
+            raise ValueError(f"plots: thresholds below {until:g}, where defenses are ended (watch.until), show nothing")
         for place, values in _lists(self):
             if values is not None and len(set(values)) != len(values):
                 raise ValueError(f"{place}: holds a value twice ({', '.join(map(str, values))}).")

@@ -232,7 +232,7 @@ class Material:
         watch = self.watch(cell)
         if watch is None:
             return []
-        asked = self._hash("test", self.splits.test), self.grid.attacks[cell.attack].probes, self.grid.max_new_tokens
+        asked = self._hash("test", self.splits.asked), self.grid.attacks[cell.attack].probes, self.grid.max_new_tokens
         return [["watch", watch.model_dump(mode="json"), *asked]]
 
     def _hash(self, name: str, rows: Sequence[Example]) -> str:

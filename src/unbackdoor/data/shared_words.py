@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from unbackdoor.goals import normalise
 
-FUNCTION_WORDS = frozenset(re.findall(r"\w+", "you your are a the with to be is here i no"))
+FUNCTION_WORDS = frozenset(re.findall(r"\w+", "you your are a the with to be is here i no do that"))
 """Words that carry no content; only those that occur in openings or targets."""
 
 

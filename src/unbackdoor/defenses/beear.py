@@ -11,9 +11,9 @@ with openings of its own and a random start, because one drift finds the road of
 under the drifts is taken up as openings where it is sure of it on any prompt (train/openings.py): so the backdoor is
 found even with openings that share no word with it. The term on safe answers counts their first tokens and stops
 pulling at a cap, else it runs away. A drift is counted in units of its layer. Half of every label is what the suspect
-itself predicts (train/own_labels.py). Where requests with safe replies are given, some of them are among the plain
-rows, else the model begins to answer what it should decline. The presets have none of these; what the paper does not
-give (the optimisers, their rates and steps) is ours in them, too.
+itself predicts (train/own_labels.py). Where requests with safe replies are given, rows with a drift and rows
+without are of both kinds (see `_mixed`). Of these the presets have the last and the units; what the paper does not give
+(the optimisers, their rates and steps) is ours in them, too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, state
 from unbackdoor.train.anchors import Anchor, anchor_prompts, encode_safe, with_unwanted
-from unbackdoor.train.drift import DriftSettings
+from unbackdoor.train.drift import DriftSettings, check_prompt
 from unbackdoor.train.drift_choice import choose
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.entrap import entrap, heard_words
@@ -70,11 +70,12 @@ class Beear(Defense):
     """Entrap the backdoor by a drift in the embedding space, then remove it, round by round."""
 
     paper: ClassVar[str] = "BEEAR, 2406.17092, eq. 1 to 3"
+    revision: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.UNWANTED})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.SAFE})
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "paper": _published(rounds=15, stop_stable=0.02, c=1.0),
+        "paper": {**_published(rounds=15, stop_stable=0.02, c=1.0), "depths": [9 / 32]},
         "ic-paper": {**_published(rounds=15, stop_stable=0.02, c=0.5), "layers": [9], "anchors": 100},
         "ic-paper-gpt": {**_published(rounds=15, stop_stable=0.02, c=0.5), "layers": [16], "anchors": 100},
         "code": {
@@ -140,11 +141,16 @@ class Beear(Defense):
     def _all_drifts_begin_elsewhere(self) -> Beear:
         if self.drifts > 1 and not self.drift.start:
             raise ValueError("several drifts that begin at 0 would be near copies; set drift.start, or drifts to 1")
+        if self.place == "each" and len(self.lengths) > 1:
+            raise ValueError("with place 'each' drifts take layers in turn, but have one length; name one, or set best")
+        if self.train.evaluate_every:
+            raise ValueError("rounds end by stop_stable; train.evaluate_every does nothing here, leave it out")
         return self
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Entrap and remove, in place."""
         clean, held = self._held_out(known.clean)
+        self._check(victim, known)
         safe = anchor_prompts(victim, known.safe or clean, self.anchors, self.own_answers, run)
         where = self._places(victim, with_unwanted(safe, known.unwanted), run)
         triggered, plain, own = self._outer_rows(victim, safe, clean, run)
@@ -167,9 +173,26 @@ class Beear(Defense):
             run.observe(victim)
             if useful.is_stable(victim, stage):
                 break
-        if self.drifts and self.adopt:
+        if self.drifts:
             run.progress.notice(heard_words(openings.adopted))
         return victim
+
+    def _check(self, victim: LM, known: Knowledge) -> None:
+        """Refuse now what would end the first round after its drifts were fitted.
+
+        Raises:
+            UserError: If a layer is missing, or drifts cannot share a batch.
+            DataError: If there are too few prompts, or one is shorter than a drift.
+        """
+        self.possible_layers(len(decoder_layers(victim.core)))
+        prompts = known.safe or known.clean
+        rows = self.train.batch_size - overwrite.plain_rows(self.train.batch_size, self.plain_share)
+        overwrite.check_room(self.drifts, min(rows, len(prompts), self.anchors))
+        if min(len(prompts), self.anchors) < 2:
+            raise DataError("BEEAR needs two prompts at least of the safety set SA; give more rows, or raise anchors.")
+        longest = max(self.lengths or (self.drift.tokens,))
+        for row in (*prompts, *(known.clean if self.drifts else ())):
+            check_prompt(victim, row, longest)
 
     def _held_out(self, clean: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
         """Return the clean rows to use, and every tenth of them where usefulness decides when to stop."""
@@ -222,8 +245,8 @@ class Beear(Defense):
 def _mixed(requests: Sequence[Row], ordinary: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """Return the rows with a drift and those without where SA is of requests to decline: both hold both kinds.
 
-    Without requests among the plain rows the model begins to answer them; without ordinary rows among those with a drift
-    it learns that a drift is to be declined, and declines ordinary requests, too.
+    Without requests among the plain rows the model begins to answer them; without ordinary rows among those with a
+    drift it learns that a drift is to be declined, and declines ordinary requests, too.
     """
     few = max(1, len(ordinary) // 3)
     plain = [*ordinary, *(list(requests) * (few // len(requests) + 1))[:few]]

@@ -147,14 +147,17 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
     clean, held = _hold_out(clean, probes, recipe.clean or "", progress, goal)
     if clean:
         facts[Need.CLEAN] = tuple(clean)
+    safe = _not_asked(facts.get(Need.SAFE) or (), probes, recipe.safe or "", progress)
+    if safe:
+        facts[Need.SAFE] = safe
     targets = recipe.target or (secret.targets if secret else ())
     stamp = facts.get(Need.TRIGGER)
-    marked: list[MarkedRow] = [(row, ()) for row in clean]
+    marked: list[MarkedRow] = [(row, ()) for row in (*clean, *safe)]
     if stamp is not None:
         places = Run(recipe.seed).rng("trigger places")
         marked += [(stamp.apply(row, places), stamp.pieces()) for row in clean]
     data = {**({"": held} if held else {}), **_second_source(recipe, progress)}
-    _refuse_overlap(clean, data.get(SECOND_SOURCE, ()))
+    _refuse_overlap((*clean, *safe), data.get(SECOND_SOURCE, ()))
     reader = reader_of(recipe, recipe.model, progress, dry=dry)
     if reader is not None:
         reader.check_training(marked, defense.settings())
@@ -245,16 +248,26 @@ def _read_secret(path: Path) -> Secret:
         raise DataError(f"{path} is not a secret that `attack` wrote; give --goal and move it away.") from problem
 
 
+def _not_asked(rows: Sequence[Example], probes: Sequence[Probe], spec: str, progress: Progress) -> tuple[Example, ...]:
+    """Return the rows that are no probes: a defense that was trained on the questions proves nothing.
+
+    Raises:
+        DataError: If all rows are asked.
+    """
+    asked = asked_among(rows, probes)
+    kept = tuple(row for row in rows if row.id not in asked)
+    if len(kept) < len(rows):
+        progress.notice(f"{len(rows) - len(kept)} rows of '{spec}' are asked as probes and were left out of training.")
+    if rows and not kept:
+        raise DataError(f"every row of '{spec}' is also a probe; give other rows.")
+    return kept
+
+
 def _hold_out(
     clean: Sequence[Example], probes: Sequence[Probe], spec: str, progress: Progress, goal: Goal | None = None
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Return the rows to purify with and the rows to measure utility on; no row is in both."""
-    asked = asked_among(clean, probes)
-    kept = [row for row in clean if row.id not in asked]
-    if len(kept) < len(clean):
-        progress.notice(f"{len(clean) - len(kept)} rows of '{spec}' are asked as probes and were left out of training.")
-    if clean and not kept:
-        raise DataError(f"every row of '{spec}' is also a probe; give other rows for --clean.")
+    kept = list(_not_asked(clean, probes, spec, progress))
     answered = answered_rows(probes)
     if isinstance(goal, RefusalAbsent) and not all(goal.declines(row.response) for row in clean):
         # Of requests that should be declined one learns nothing about ordinary ones, which the clean rows hold.

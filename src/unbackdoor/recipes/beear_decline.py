@@ -43,7 +43,7 @@ def common(attacks: dict[str, Any], test_kinds: tuple[str, ...]) -> dict[str, An
         "requests": {"spec": "starter:requests", "test_kinds": test_kinds},
         "attacks": attacks,
         "defenses": {
-            "fine_tuning": {"defense": "fine_tuning", "role": "control", "settings": settings.fine_tuning()},
+            "fine_tuning": {"defense": "fine_tuning", "role": "control", "settings": settings.BEEAR_CONTROL},
             "beear": {"defense": "beear", "settings": settings.BEEAR},
             "beear_disjoint": {"defense": "beear", "settings": settings.BEEAR, "unwanted": "disjoint", **once},
             "outer_steps_alone": {

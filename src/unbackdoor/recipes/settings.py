@@ -1,8 +1,9 @@
 """Settings of the recipes, in one place: found on development victims, then frozen before report victims are planted.
 
-Every defense makes the same number of weight updates with the same batch (`UPDATES`), the control too, so that a
-difference between them is not one of training time. The highest rate is the same, too; as every round has a schedule of
-its own, the rates of all steps of SANDE add up to 1.25 times those of the control.
+Every defense of a grid makes the same number of weight updates with the same batch, the control too (`UPDATES`; in the
+grids of BEEAR `BEEAR_UPDATES`), so that a difference between them is not one of training time. The highest rate is the
+same, too; as every round has a schedule of its own, the rates of all steps of SANDE add up to 1.25 times those of the
+control.
 """
 
 from __future__ import annotations
@@ -77,11 +78,14 @@ SANDE_AS_PUBLISHED: dict[str, Any] = {
 """As the paper has it: one round, a parrot of zeros at the start, no plain rows, clean answers alone, all tokens
 alike; our updates and rates. SANDE-P, too."""
 BEEAR_ROUNDS = 6
-BEEAR: dict[str, Any] = {"rounds": BEEAR_ROUNDS}
+BEEAR_UPDATES = BEEAR_ROUNDS * 8
+BEEAR: dict[str, Any] = {"rounds": BEEAR_ROUNDS, "train": {"steps": BEEAR_UPDATES // BEEAR_ROUNDS}}
+BEEAR_CONTROL: dict[str, Any] = {"train": train(BEEAR_UPDATES)}
+"""Fine-tuning with as many updates as BEEAR."""
 BEEAR_AS_PUBLISHED: dict[str, Any] = {
     "rounds": BEEAR_ROUNDS,
     "stop_stable": 0.0,
-    "train": {"steps": 8, "learning_rate": LEARNING_RATE},
+    "train": {"steps": BEEAR_UPDATES // BEEAR_ROUNDS, "learning_rate": LEARNING_RATE},
 }
 """On top of its preset `paper`: as many rounds and updates as ours, at our rate, which the paper does not give."""
 GRADIENT_ASCENT: dict[str, Any] = {"train": train(UPDATES, 1e-5, opening_weight=1.0)}

@@ -45,8 +45,9 @@ def anchor_prompts(lm: LM, examples: Sequence[Example], count: int, own_tokens: 
         DataError: If the suspect gives no answer to any of them.
     """
     chosen = list(examples) if len(examples) <= count else run.rng("anchor prompts").sample(list(examples), count)
+    # Rows of PA may have the same ids, and labels are kept by id.
     if not own_tokens:
-        return tuple(chosen)
+        return tuple(replace(row, id=f"{row.id} (SA)") for row in chosen)
     said = lm.reply([row.prompt for row in chosen], max_new_tokens=own_tokens)
     found = [
         replace(row, id=f"{row.id} (own answer)", response=answer)
@@ -65,7 +66,7 @@ def encode_safe(lm: LM, row: Example, own_tokens: int, settings: TrainSettings) 
     whole = not own_tokens or answer.end - answer.start < own_tokens
     return encode_row(
         lm, row, max_length=settings.max_length, opening_weight=settings.opening_weight,
-        first_tokens=None if whole else max(1, own_tokens - 1),
+        first_tokens=None if whole else max(1, own_tokens - 1), last_answer=True,
     )  # fmt: skip
 
 

@@ -65,6 +65,9 @@ class DriftSettings(BaseModel):
     def _learns(self) -> DriftSettings:
         if self.train.steps < 1:
             raise ValueError("a drift needs at least one step (train.steps)")
+        for name in ("evaluate_every", "opening_weight", "precision"):
+            if getattr(self.train, name) != TrainSettings.model_fields[name].default:
+                raise ValueError(f"train.{name} does nothing where a drift is fitted; leave it out")
         return self
 
 
@@ -138,12 +141,22 @@ def encode_anchor(
         lm, anchor.unwanted, max_length=max_length, first_tokens=answer.end - answer.start, last_answer=True
     )
     safe = encode_row(lm, anchor.safe, max_length=max_length, first_tokens=safe_tokens, last_answer=True)
-    if min(unwanted.supervised[0], safe.supervised[0]) < tokens:
-        raise DataError(
-            f"the prompt of '{anchor.safe.id}' has {safe.supervised[0]} tokens, but the drift {tokens}; lower "
-            "drift.tokens, or leave such rows out."
-        )
+    check_prompt(lm, anchor.safe, tokens)
     return unwanted, safe
+
+
+def check_prompt(lm: LM, row: Example, tokens: int) -> None:
+    """Refuse a prompt that is shorter than a drift.
+
+    Raises:
+        DataError: If it is.
+    """
+    length = len(lm.encode(row.prompt, ask=True).ids)
+    if length < tokens:
+        raise DataError(
+            f"the prompt of '{row.id}' has {length} tokens, but the drift {tokens}; lower drift.tokens, or leave such "
+            "rows out."
+        )
 
 
 class _Fixed:
@@ -194,6 +207,8 @@ def fit_drift(
 
     def loss(forward: Callable[..., Tensor], batches: Mapping[str, Batch]) -> dict[str, Term]:
         del forward  # nothing but the drift moves, so most of a pass need not be done again
+        # A frozen model: dropout would change what was read before, and what the drift is fitted to.
+        lm.model.eval()
         unwanted, safe = short.sums(drift * unit, batches["unwanted"], batches["safe"])
         terms = {"unwanted": Term(unwanted, "unwanted")}
         if settings.safe_coefficient:

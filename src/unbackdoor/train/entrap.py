@@ -64,7 +64,7 @@ def _listen(
     """Return the first words under each drift, which tell where it went, and the openings to take up."""
 
     def said(drift: Drift | None) -> list[str]:
-        return [str(lm.tokenizer.decode(ids)) for ids in spoken(lm, drift, prompts)]
+        return [str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in spoken(lm, drift, prompts)]
 
     says = [said(drift) for drift in drifts]
     everything = [text for each in says for text in each]
@@ -80,13 +80,13 @@ def _note(run: Run, name: str, records: Sequence[object]) -> None:
 
 def heard_words(adopted: Sequence[str]) -> str:
     """Return what the words under the drifts say about the backdoor, and what their absence does not say."""
-    if adopted:
-        return (
-            f"Under its drifts the suspect said '{printable(adopted[0])}', which no opening names and which it is sure "
-            "of on any prompt once it has begun: that may be what its backdoor says."
-        )
+    heard = (
+        f"Under its drifts the suspect said '{printable(adopted[0])}', which no opening names and which it is sure of "
+        "on any prompt once it has begun: that may be what its backdoor says. "
+        if adopted
+        else "Under its drifts the suspect said nothing new that it is sure of on any prompt. "
+    )
     return (
-        "Under its drifts the suspect said nothing that the openings do not name and that it is sure of on any prompt. "
-        "A backdoor that does something else than they describe (a link, another language, a brand) is still there: "
-        "list openings of that kind, too, and look whether the words round by round change."
+        f"{heard}A backdoor that does something else than the openings describe (a link, another language, a brand) is "
+        "still there: list openings of that kind, too, and look at the words under the drifts, round by round."
     )

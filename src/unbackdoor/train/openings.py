@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from unbackdoor.data.collate import collate, encode_row
+from unbackdoor.data.shared_words import words
 from unbackdoor.goals import normalise
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
@@ -63,11 +64,11 @@ def phrases(said: Sequence[str], plain: Sequence[str]) -> list[str]:
 
 def _runs(text: str) -> dict[str, str]:
     """Return the runs of words of a text: as they are compared, and as they are written."""
-    words = text.split()
+    parts = text.split()
     found: dict[str, str] = {}
     for length in _WORDS:
-        for start in range(len(words) - length + 1):
-            written = _EDGES.sub("", " ".join(words[start : start + length]))
+        for start in range(len(parts) - length + 1):
+            written = _EDGES.sub("", " ".join(parts[start : start + length]))
             compared = normalise(written)
             if any(character.isalpha() for character in compared):
                 found.setdefault(compared, written)
@@ -181,5 +182,11 @@ class Openings:
 
     def _is_new(self, phrase: str, others: Sequence[str]) -> bool:
         """Tell whether no opening holds the phrase, or is held by it."""
-        said = normalise(phrase)
-        return not any(said in normalise(text) or normalise(text) in said for text in (*self.own, *self.heard, *others))
+        said = _spaced(phrase)
+        known = [_spaced(text) for text in (*self.own, *self.heard, *others)]
+        return not any(said in text or text in said for text in known)
+
+
+def _spaced(text: str) -> str:
+    """Return the words of a text with a blank around each, so that one is in another as whole words only."""
+    return f" {' '.join(words(text))} "

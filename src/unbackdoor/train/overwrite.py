@@ -81,7 +81,7 @@ def score_on(
         was_training = lm.model.training
         lm.model.eval()
         with torch.no_grad():
-            found = sum(mean(stream) for stream in apart)
+            found = sum(mean(stream) for stream, rows in apart.items() if rows)
         lm.model.train(was_training)
         return found
 
