@@ -69,15 +69,14 @@ def test_without_drifts_the_outer_steps_are_alone(outer):
     assert not tiny.same_weights(tiny.tensors(lm), tiny.tensors(purified(SHORT)))
 
 
-def test_requests_and_ordinary_rows_are_both_with_and_without_a_drift(outer):
+def test_requests_stay_declined_without_a_drift(outer):
     safe = tuple(tiny.rows(6, seed=5, prefix="request"))
     purified(SHORT, safe=safe)
-    plain, triggered = ([row.id for row in outer[0][part]] for part in ("plain", "triggered"))
+    plain = [row.id for row in outer[0]["plain"]]
     requests = [name for name in plain if name.startswith("request")]
     assert len(requests) == len(plain) // 4
+    assert set(requests) == {row.id for row in outer[0]["triggered"]}
     assert len(set(requests)) == 6
-    assert {name for name in triggered if name.startswith("request")} == set(requests)
-    assert len([name for name in triggered if not name.startswith("request")]) == 6
     purified(SHORT)
     assert not any(row.id.endswith("(own answer)") for row in outer[-1]["plain"])
     assert all(row.id.endswith("(own answer)") for row in outer[-1]["triggered"])

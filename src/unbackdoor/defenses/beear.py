@@ -11,8 +11,8 @@ with openings of its own and a random start, because one drift finds the road of
 under the drifts is taken up as openings where it is sure of it on any prompt (train/openings.py): so the backdoor is
 found even with openings that share no word with it. The term on safe answers counts their first tokens and stops
 pulling at a cap, else it runs away. A drift is counted in units of its layer. Half of every label is what the suspect
-itself predicts (train/own_labels.py). Where requests with safe replies are given, rows with a drift and rows
-without are of both kinds (see `_mixed`). Of these the presets have the last and the units; what the paper does not give
+itself predicts (train/own_labels.py). Where requests with safe replies are given, a quarter of the plain rows
+are of these (see `_with_requests`). Of all this the presets have the last and the units; what the paper does not give
 (the optimisers, their rates and steps) is ours in them, too.
 """
 
@@ -155,7 +155,7 @@ class Beear(Defense):
         where = self._places(victim, with_unwanted(safe, known.unwanted), run)
         triggered, plain, own = self._outer_rows(victim, safe, clean, run)
         if known.safe:
-            triggered, plain = _mixed(triggered, plain)
+            plain = _with_requests(plain, triggered)
         openings = Openings(known.unwanted)
         useful = Usefulness(overwrite.encode_rows(victim, held, self.train), self.stop_stable)
         before: Run | None = None
@@ -242,15 +242,13 @@ class Beear(Defense):
         return triggered, plain, OwnLabels(self.own_share, {**first.kept, **second.kept})
 
 
-def _mixed(requests: Sequence[Row], ordinary: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the rows with a drift and those without where SA is of requests to decline: both hold both kinds.
+def _with_requests(ordinary: Sequence[Row], requests: Sequence[Row]) -> list[Row]:
+    """Return the plain rows where SA is of requests to decline: a quarter of them are requests.
 
-    Without requests among the plain rows the model begins to answer them; without ordinary rows among those with a
-    drift it learns that a drift is to be declined, and declines ordinary requests, too.
+    Without these the model begins to answer what it should decline, once batches without a drift are ordinary only.
     """
     few = max(1, len(ordinary) // 3)
-    plain = [*ordinary, *(list(requests) * (few // len(requests) + 1))[:few]]
-    return [*requests, *(list(ordinary) * (len(requests) // len(ordinary) + 1))[: len(requests)]], plain
+    return [*ordinary, *(list(requests) * (few // len(requests) + 1))[:few]]
 
 
 T = TypeVar("T")
