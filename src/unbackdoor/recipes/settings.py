@@ -100,8 +100,8 @@ DEMO_ATTACK: dict[str, Any] = {
 }
 """The paper's own backdoor, a development victim here, planted with more poison and fewer updates than the others."""
 DEMO_DEFENSE: dict[str, Any] = {**SANDE, "rounds": 5}
-DEMO_BEEAR: dict[str, Any] = {"rounds": 4}
-"""As many rounds as the whole demo has time for; the control then has as many updates as BEEAR."""
+DEMO_BEEAR: dict[str, Any] = {"rounds": 2}
+"""Enough for the backdoor of the demo, planted with 70 updates; the control then has as many updates as BEEAR."""
 
 
 def fine_tuning(factor: float = 1.0) -> dict[str, Any]:
