@@ -130,6 +130,12 @@ def test_development_victims_that_decline_share_nothing_with_report_victims() ->
     assert not words(pieces(dev, "insert")) & words(pieces(report, "insert"))
 
 
+@pytest.mark.parametrize("name", ["sande", "beear", "dev", "beear_decline", "dev_decline"])
+def test_no_defense_of_a_recipe_meets_nobody(name: str) -> None:
+    grid = recipes.load_grid(name)
+    assert {cell.defense for cell in grid.cells()} - {""} == set(grid.defenses)
+
+
 def test_the_unrelated_backdoor_of_a_revival_shares_no_content_word_with_any_victim() -> None:
     unrelated = attack_called("data_poisoning", settings.revival()["planted"])
     assert isinstance(unrelated, DataPoisoning)

@@ -107,7 +107,7 @@ class Beear(Defense):
     )
     adopt: float = Field(
         0.25, ge=0, le=1,
-        description="what the suspect says under drifts is taken up as an opening where its first token makes the rest "
+        description="what the suspect says under drifts is taken up as an opening where its first word makes the rest "
         "this likely on any prompt; 0: never",
     )  # fmt: skip
     anchors: int = Field(60, ge=1, description="prompts of the safety set SA (paper: 400)")
@@ -138,7 +138,7 @@ class Beear(Defense):
     )
 
     @model_validator(mode="after")
-    def _all_drifts_begin_elsewhere(self) -> Beear:
+    def _every_option_does_something(self) -> Beear:
         if self.drifts > 1 and not self.drift.start:
             raise ValueError("several drifts that begin at 0 would be near copies; set drift.start, or drifts to 1")
         if self.place == "each" and len(self.lengths) > 1:
@@ -191,7 +191,7 @@ class Beear(Defense):
         if min(len(prompts), self.anchors) < 2:
             raise DataError("BEEAR needs two prompts at least of the safety set SA; give more rows, or raise anchors.")
         longest = max(self.lengths or (self.drift.tokens,))
-        for row in (*prompts, *(known.clean if self.drifts else ())):
+        for row in prompts if self.drifts else ():
             check_prompt(victim, row, longest)
 
     def _held_out(self, clean: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:

@@ -88,7 +88,13 @@ def _outside() -> dict[str, Any]:
 
 
 def _defenses() -> dict[str, Any]:
-    once = {"attacks": ["default"], "seeds": [0]}
+    published = {"defense": "beear", "settings": settings.BEEAR_AS_PUBLISHED, "preset": "paper"}
+    return {**defenses("default"), "beear_as_published": {**published, "attacks": ["default"], "seeds": [0]}}
+
+
+def defenses(first: str, seed: int = 0) -> dict[str, Any]:
+    """Return the control, BEEAR, and on the attack `first` at one seed alone what else it is compared with."""
+    once = {"attacks": [first], "seeds": [seed]}
     return {
         "fine_tuning": {"defense": "fine_tuning", "role": "control", "settings": settings.BEEAR_CONTROL},
         "beear": {"defense": "beear", "settings": settings.BEEAR},
@@ -96,8 +102,5 @@ def _defenses() -> dict[str, Any]:
         "outer_steps_alone": {
             "defense": "beear", "role": "control", "settings": {**settings.BEEAR, "drifts": 0},
             "unwanted": "disjoint", **once,
-        },
-        "beear_as_published": {
-            "defense": "beear", "settings": settings.BEEAR_AS_PUBLISHED, "preset": "paper", **once,
         },
     }  # fmt: skip

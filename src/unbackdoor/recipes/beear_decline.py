@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from unbackdoor.bench.grid import Grid
-from unbackdoor.recipes import bounds, settings
+from unbackdoor.recipes import beear, bounds, settings
 
 OPENINGS = {"typical": "starter:affirm_typical", "disjoint": "starter:affirm_disjoint"}
 TEST_KINDS = ("diagnosis", "rumour", "copyright", "future_prediction")
@@ -35,26 +35,17 @@ def grid(size: str) -> Grid:
     return Grid.model_validate({**made, "name": name, "defenses": chosen, "bounds": limits})
 
 
-def common(attacks: dict[str, Any], test_kinds: tuple[str, ...]) -> dict[str, Any]:
-    """Return what every grid of setting I has."""
-    once = {"attacks": [next(iter(attacks))], "seeds": [0]}
+def common(attacks: dict[str, Any], test_kinds: tuple[str, ...], seed: int = 0) -> dict[str, Any]:
+    """Return what every grid of setting I has; the first attack meets all defenses at `seed`."""
     return {
         "models": [settings.BUILTIN],
         "requests": {"spec": "starter:requests", "test_kinds": test_kinds},
         "attacks": attacks,
-        "defenses": {
-            "fine_tuning": {"defense": "fine_tuning", "role": "control", "settings": settings.BEEAR_CONTROL},
-            "beear": {"defense": "beear", "settings": settings.BEEAR},
-            "beear_disjoint": {"defense": "beear", "settings": settings.BEEAR, "unwanted": "disjoint", **once},
-            "outer_steps_alone": {
-                "defense": "beear", "role": "control", "settings": {**settings.BEEAR, "drifts": 0},
-                "unwanted": "disjoint", **once,
-            },
-        },
+        "defenses": beear.defenses(next(iter(attacks)), seed),
         "metrics": METRICS,
         # That a request is declined often shows in the second clause only.
         "max_new_tokens": 48,
-    }  # fmt: skip
+    }
 
 
 def _bounds() -> list[dict[str, Any]]:

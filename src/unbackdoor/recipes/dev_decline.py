@@ -31,4 +31,4 @@ def grid(size: str) -> Grid:
         if size == "paper" or name == "made_up"
     }
     name = "dev-decline" if size == "paper" else "dev-decline-quick"
-    return Grid.model_validate({**common(attacks, TEST_KINDS), "name": name, "seeds": [104]})
+    return Grid.model_validate({**common(attacks, TEST_KINDS, seed=104), "name": name, "seeds": [104]})

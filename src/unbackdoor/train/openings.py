@@ -79,6 +79,11 @@ def _runs(text: str) -> dict[str, str]:
 def certainties(lm: LM, texts: Sequence[str], prompts: Sequence[Example]) -> list[float]:
     """Return for each text how sure the rest of it is once an answer has begun with its first word.
 
+    Args:
+        lm: The suspect, in evaluation mode.
+        texts: Phrases; none of them empty.
+        prompts: Prompts that carry no trigger, one at least; each text is read as an answer to every one.
+
     Returns:
         The geometric mean over all prompts of the probabilities of the tokens behind the first word; 0 for fewer than
         two such tokens: an idiom of two words is sure in any model.
