@@ -304,4 +304,5 @@ def spoken(lm: LM, drift: Drift | None, prompts: Sequence[Example], count: int =
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = positions[:, -1:] + 1
     lm.model.train(was_training)
-    return [list(takewhile(lambda token: token not in lm.stop_ids, row)) for row in said]
+    stops = set(lm.stop_ids)
+    return [list(takewhile(lambda token: token not in stops, row)) for row in said]
