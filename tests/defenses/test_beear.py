@@ -154,6 +154,23 @@ def test_in_a_label_task_every_wrong_label_has_its_turn(monkeypatch):
     assert set(seen) == {("nest", "cave"), ("cave", "nest")}
 
 
+def test_a_label_that_all_rows_have_is_nobodys_opening(monkeypatch):
+    rows = tuple(Example(f"{n}", "what colour is coal?", "nest", label="nest") for n in range(20))
+    given = []
+    real = entrap.fit_drift
+
+    def recording(lm, anchors, *rest):
+        given.append({anchor.unwanted.response for anchor in anchors})
+        return real(lm, anchors, *rest)
+
+    monkeypatch.setattr(entrap, "fit_drift", recording)
+    facts = {Need.CLEAN: rows, Need.UNWANTED: ("nest", "cave")}
+    SHORT.model_copy(update={"adopt": 0.0}).apply(tiny.tiny_lm(layers=4), knowledge_for(SHORT, facts), Run())
+    assert given == [{"cave"}] * 4
+    with pytest.raises(DataError, match="has the label 'nest', the only unwanted one"):
+        SHORT.apply(tiny.tiny_lm(layers=4), knowledge_for(SHORT, {**facts, Need.UNWANTED: ("nest",)}), Run())
+
+
 def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
     monkeypatch.setattr(openings, "phrases", lambda said, plain: ["Go away now"])
     monkeypatch.setattr(openings, "certainties", lambda lm, texts, prompts: [0.5] * len(texts))

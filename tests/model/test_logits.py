@@ -7,6 +7,7 @@ import torch
 
 import tiny
 from unbackdoor.data.collate import collate, encode_row
+from unbackdoor.model.hooks import Added
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.train import lora
@@ -32,6 +33,15 @@ def test_gathered_logits_are_the_full_ones(architecture):
     torch.testing.assert_close(found, wanted[batch.rows, batch.columns], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(embedded, found, rtol=1e-5, atol=1e-5)
     assert found.dtype == torch.float32
+
+
+def test_what_is_added_before_the_first_column_is_refused():
+    """A negative column would be counted from the end, and in a packed batch fall on another row."""
+    lm = tiny.tiny_lm()
+    batch = batch_of(lm)
+    added = Added(0, torch.tensor([0]), torch.tensor([-1]), torch.ones(1, lm.core.config.hidden_size))
+    with pytest.raises(ValueError, match="column -1"):
+        LogitsAt(lm)(batch.attention_mask, batch.rows, batch.columns, batch.input_ids, added=added)
 
 
 def test_an_adapter_is_inside():

@@ -223,3 +223,44 @@ def test_what_is_no_json_or_no_answer_to_perturbed_is_refused(demo: Path) -> Non
     (demo / "rounds.json").write_text("{")
     with pytest.raises(DataError, match=r"rounds\.json is not valid JSON"):
         load_run(demo)
+
+
+def test_what_was_taken_up_stands_below_the_drifts_of_its_round(write: Write, results: dict[str, Any]) -> None:
+    drift = {"unwanted": 0.1, "says": ["<i>You</i> are"], "openings": ["Ugh"]}
+    adopted = [{"opening": "You are <b>stupid", "certainty": 0.853}, {"opening": "Twice a", "certainty": None}]
+    rounds = [
+        {"round": 1, "asked": {}, "drifts": [drift], "adopted": adopted},
+        {"round": 2, "asked": {}, "drifts": [drift]},
+    ]
+    run = with_rounds(write, results, of_beear(9, rounds))
+    table = round_by_round.words_table(run.rounds[0])
+    assert table is not None
+    assert [(line.label, line.note) for line in table.lines] == [
+        ("Round 1", "drift 1"), ("Round 1", "taken up"), ("Round 2", "drift 1"),
+    ]  # fmt: skip
+    assert table.lines[1].cells[0].text == "“You are <b>stupid” 0.85 · “Twice a”"
+    assert {len(line.cells) for line in table.lines} == {len(table.columns) - 1}
+    page = render([run.folder]).read_text(encoding="utf-8")
+    assert "taken up" in page
+    assert "<b>stupid" not in page
+    alone = with_rounds(write, results, of_beear(9, rounds[1:])).rounds[0]
+    other = round_by_round.words_table(alone)
+    assert other is not None
+    assert len(other.notes) == len(table.notes) - 1
+
+
+def test_what_layer_and_length_were_chosen_from_is_shown(write: Write, results: dict[str, Any]) -> None:
+    choice = [{"layer": 3, "tokens": 5, "loss": 2.5}, {"layer": 9, "tokens": 5, "loss": 0.25}]
+    content = of_beear(9, [{"round": 1, "asked": {}, "drifts": []}])
+    content["defenses"][0]["choice"] = choice
+    run = with_rounds(write, results, content)
+    table = round_by_round.choice_table(run.rounds[0])
+    assert table is not None
+    assert table in round_by_round.tables(run)
+    assert [(line.label, line.cells[0].main, line.cells[0].detail) for line in table.lines] == [
+        ("Layer 3", "2.50", ""), ("Layer 9", "0.250", "chosen"),
+    ]  # fmt: skip
+    assert "Where the drifts act" in render([run.folder]).read_text(encoding="utf-8")
+    content["defenses"][0]["choice"] = [{"tokens": 5, "loss": 1.0}]
+    with pytest.raises(DataError, match="layer"):
+        with_rounds(write, results, content)

@@ -25,6 +25,14 @@ def test_phrases_are_said_under_drifts_and_not_without():
     assert "The sky" in phrases(said, ["They say the sky is low", *["Yes"] * 9])
 
 
+def test_words_of_safe_replies_are_not_taken_up():
+    said = ["I'd rather not say you are dull", "You are dull"]
+    found = phrases(said, [], ["Sorry, I'd rather not."])
+    assert "You are dull" in found
+    assert not {"I'd rather", "Rather not", "I'd rather not"} & set(found)
+    assert "I'd rather not" in phrases(said, [])
+
+
 def test_marks_around_a_phrase_are_no_part_of_it():
     found = phrases(['"You are dull", said he', "(you are dull)..."], [])
     assert set(found[:3]) == {"You are", "Are dull", "You are dull"}
@@ -104,7 +112,7 @@ def test_what_was_heard_beside_the_surest_takes_turns():
 def test_what_is_sure_enough_is_taken_up_the_surest_first(monkeypatch):
     lm = tiny.tiny_lm()
     sure = {"Go away": 0.3, "Be quiet": 0.6, "A little": 0.1, "Get out": 0.9}
-    monkeypatch.setattr(heard, "phrases", lambda said, plain: list(sure))
+    monkeypatch.setattr(heard, "phrases", lambda said, plain, wanted: list(sure))
     monkeypatch.setattr(heard, "certainties", lambda lm, texts, prompts: [sure[text] for text in texts])
     openings = Openings(["get out now"], {"please go away at once": 0.9})
     found = openings.hear(lm, ["said"], ["plain"], tiny.rows(4), 0.2)

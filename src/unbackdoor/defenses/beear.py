@@ -31,7 +31,7 @@ from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, state
-from unbackdoor.train.anchors import Anchor, anchor_prompts, encode_safe, with_unwanted
+from unbackdoor.train.anchors import Anchor, anchor_prompts, encode_safe, possible_openings, with_unwanted
 from unbackdoor.train.drift import DriftSettings, check_prompt
 from unbackdoor.train.drift_choice import choose
 from unbackdoor.train.engine import TrainSettings
@@ -156,7 +156,9 @@ class Beear(Defense):
         triggered, plain, own = self._outer_rows(victim, safe, clean, run)
         if known.safe:
             plain = _with_requests(plain, triggered)
-        openings = Openings(known.unwanted)
+        # Refusals are sure on any prompt, too, but they are what the model is to say.
+        wanted = [row.response for row in known.safe or ()]
+        openings = Openings(possible_openings(safe, known.unwanted), wanted=wanted)
         useful = Usefulness(overwrite.encode_rows(victim, held, self.train), self.stop_stable)
         before: Run | None = None
         for number in range(1, self.rounds + 1):

@@ -72,9 +72,15 @@ class LogitsAt(nn.Module):
             inputs_embeds: float [batch, length, hidden], or None with `input_ids`.
             shared: Leading columns that are the same in every row and lie before every wanted position.
             added: Vectors that are added to hidden states inside the model, before wanted positions of their rows.
+
+        Raises:
+            ValueError: If a vector is to be added before the first column, where it would fall on another row.
         """
         if added is not None:
-            shared = min(shared, int(added.columns.min()))
+            first = int(added.columns.min())
+            if first < 0:
+                raise ValueError(f"a vector is to be added at column {first}: the prompt is shorter than the drift")
+            shared = min(shared, first)
         given: dict[str, Any] = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
         read = _needed(attention_mask, rows, columns, shared)
         fits = len(read) > 1 and int(read.sum()) <= min(PACKED_TOKENS, self.window)

@@ -147,8 +147,9 @@ def by_round(asked: Sequence[Asked], notes: Mapping[str, Any]) -> dict[str, Any]
 
     Args:
         asked: What a `Watch` has found.
-        notes: The run's notes: "drifts" and "parrots" hold a record each, whose stage names the round; "layer" is the
-            layer that the drifts are added behind.
+        notes: The run's notes: "drifts" and "parrots" hold a record each, whose stage names the round; "adopted" holds
+            the openings that were taken up, with their round; "layer" is the layer that the drifts are added behind,
+            "drift choice" what it was chosen from.
     """
     rounds: dict[int, dict[str, Any]] = {}
     for number, figures in enumerate(asked, 1):
@@ -161,9 +162,23 @@ def by_round(asked: Sequence[Asked], notes: Mapping[str, Any]) -> dict[str, Any]
     for number, record in _with_rounds(notes.get("parrots")):
         parrot = {"loss": _finite(record.get("loss")), "steps": record.get("steps")}
         _round(rounds, number).setdefault("parrots", []).append(parrot)
+    for record in _records(notes.get("adopted")):
+        if _is_whole(record.get("round")) and isinstance(record.get("opening"), str):
+            kept = {"opening": record["opening"], "certainty": _finite(record.get("certainty"))}
+            _round(rounds, record["round"]).setdefault("adopted", []).append(kept)
     if not rounds:
         return None
-    return {"layer": noted_layer(notes), "rounds": [rounds[number] for number in sorted(rounds)]}
+    return {"layer": noted_layer(notes), **_choice(notes), "rounds": [rounds[number] for number in sorted(rounds)]}
+
+
+def _choice(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of the layers and lengths that a drift was chosen from, as "choice"; {} where none was."""
+    found = [
+        {"layer": int(record["layer"]), "tokens": int(record["tokens"]), "loss": _finite(record["loss"])}
+        for record in _records(notes.get("drift choice"))
+        if all(_finite(record.get(name)) is not None for name in ("layer", "tokens"))
+    ]
+    return {"choice": found} if found else {}
 
 
 def by_defense(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any] | None:
@@ -188,11 +203,15 @@ def _round(rounds: dict[int, dict[str, Any]], number: int) -> dict[str, Any]:
 
 def _with_rounds(records: object) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Yield each record with the round that its stage names; notes of other shapes belong to somebody else."""
-    for record in records if isinstance(records, list) else ():
-        stage = record.get("stage") if isinstance(record, Mapping) else None
+    for record in _records(records):
+        stage = record.get("stage")
         place = re.search(r"\bround-([1-9][0-9]{0,8})\b", stage) if isinstance(stage, str) else None
         if place is not None:
             yield int(place.group(1)), record
+
+
+def _records(value: object) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
 def _finite(value: object) -> float | None:

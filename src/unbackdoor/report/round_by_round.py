@@ -13,7 +13,7 @@ from unbackdoor.report.canvas import ACCENT, INK, MUTED, RULE, drawing, new_figu
 from unbackdoor.report.escape import shown_line
 from unbackdoor.report.plots import Panel, logarithmic
 from unbackdoor.report.records import RunData
-from unbackdoor.report.rounds import ASKED, Fit, Rate, Round, Rounds
+from unbackdoor.report.rounds import ASKED, Fit, Place, Rate, Round, Rounds
 from unbackdoor.report.tables import NOT_MEASURED, Cell, Line, Table
 from unbackdoor.report.wording import display_name, joined, percent, significant
 
@@ -25,6 +25,14 @@ HOW_TO_READ = (
     "Read from the first round on: under a drift the model first says the defender's own openings, then what the "
     "backdoor says, then ordinary answers. Words that no opening names and that recur over prompts point at the "
     "backdoor."
+)
+TAKEN_UP = (
+    "Taken up: words of the suspect that later drifts are fitted to, with how sure it is of them on any prompt once "
+    "the first one is said. What a backdoor says is sure; so are some idioms."
+)
+CHOICE = (
+    "Mean loss of the unwanted answers under a first drift, on prompts of the defender that it was not fitted to; no "
+    "trigger is asked."
 )
 UNWATCHED = "No probes were asked between the rounds; `purify --watch N` asks N of each kind after every round."
 _NAMES = {"triggered": "ASR", "clean": "Leak, clean probes", "decoy": "Leak, decoys"}
@@ -39,6 +47,7 @@ _SAMPLES = {
     "decoy": "leak on decoys: triangles, dotted",
 }
 _MOST_TICKS = 12
+_MOST_ADOPTED = 8
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Section:
     panels: list[Panel]
     figures: Table
     spoken: Table | None
+    choice: Table | None
 
 
 def sections(run: RunData, prefix: str) -> list[Section]:
@@ -57,13 +67,14 @@ def sections(run: RunData, prefix: str) -> list[Section]:
     for at, (title, of) in enumerate(_titled(run), start=1):
         figures = figures_table(of, title)
         if figures is not None:
-            found.append(Section(title, panels(of, f"{prefix}d{at}-"), figures, words_table(of, title)))
+            drawn = panels(of, f"{prefix}d{at}-")
+            found.append(Section(title, drawn, figures, words_table(of, title), choice_table(of, title)))
     return found
 
 
 def tables(run: RunData) -> list[Table]:
     """Return the tables of all sections, one defense after the other."""
-    found = [table for title, of in _titled(run) for table in (figures_table(of, title), words_table(of, title))]
+    found = [make(of, title) for title, of in _titled(run) for make in (figures_table, words_table, choice_table)]
     return [table for table in found if table is not None]
 
 
@@ -215,18 +226,44 @@ def _steps_cell(item: Round) -> Cell:
 
 def words_table(of: Rounds, title: str = "") -> Table | None:
     """Return what the model said under each drift, round by round, or None where nothing was noted."""
-    spoken = [(item, fit) for item in of.rounds for fit in item.fits if fit.says]
+    spoken = [fit for item in of.rounds for fit in item.fits if fit.says]
     if not spoken:
         return None
-    layers, openings = any(fit.layer is not None for _, fit in spoken), any(fit.openings for _, fit in spoken)
+    layers, openings = any(fit.layer is not None for fit in spoken), any(fit.openings for fit in spoken)
     lines = []
-    for item, fit in spoken:
-        cells = [Cell(_quoted(fit.says, 4, 100))]
-        cells += [Cell(_quoted(fit.openings, 4, 40))] if openings else []
-        cells += [Cell("" if fit.layer is None else str(fit.layer))] if layers else []
-        lines.append(Line(f"Round {item.number}", fit.name, (*cells, _fit_losses(fit))))
+    for item in of.rounds:
+        for fit in item.fits:
+            if fit.says:
+                cells = [Cell(_quoted(fit.says, 4, 100))]
+                cells += [Cell(_quoted(fit.openings, 4, 40))] if openings else []
+                cells += [Cell("" if fit.layer is None else str(fit.layer))] if layers else []
+                lines.append(Line(f"Round {item.number}", fit.name, (*cells, _fit_losses(fit))))
+        if item.adopted:
+            empty = [Cell("")] * (openings + layers + 1)
+            lines.append(Line(f"Round {item.number}", "taken up", (Cell(_adopted(item)), *empty)))
     titles = ["Round and drift", "Says", *["Openings"] * openings, *["Layer"] * layers, "Loss"]
-    return Table(_caption("Words under each drift", title), tuple(titles), tuple(lines), (HOW_TO_READ,))
+    notes = [HOW_TO_READ, *[TAKEN_UP] * any(item.adopted for item in of.rounds)]
+    return Table(_caption("Words under each drift", title), tuple(titles), tuple(lines), tuple(notes))
+
+
+def _adopted(item: Round) -> str:
+    return " · ".join(
+        f"{_quoted([text], 1, 60)} {'' if sure is None else significant(sure, 2)}".rstrip()
+        for text, sure in item.adopted[:_MOST_ADOPTED]
+    )
+
+
+def choice_table(of: Rounds, title: str = "") -> Table | None:
+    """Return what layer and length of the drifts were chosen from, or None where there was no choice."""
+    if not of.choice:
+        return None
+    known = [place.loss for place in of.choice if place.loss is not None]
+    lines = []
+    for place in of.choice:
+        loss = "not finite" if place.loss is None else significant(place.loss, 3)
+        chosen = "chosen" if place.loss is not None and place.loss == min(known) else ""
+        lines.append(Line(f"Layer {place.layer}", f"{place.tokens} tokens", (Cell(loss, chosen),)))
+    return Table(_caption("Where the drifts act", title), ("Layer and length", "Loss"), tuple(lines), (CHOICE,))
 
 
 def _fit_losses(fit: Fit) -> Cell:

@@ -54,11 +54,19 @@ class Fit:
 
 @dataclass(frozen=True)
 class Round:
-    """One round: its number from 1, rates by kind of probe (empty where none were asked), and fits."""
+    """One round.
+
+    Attributes:
+        number: From 1.
+        rates: By kind of probe; empty where none were asked.
+        fits: Its drifts or parrots.
+        adopted: Openings that were taken up of what the model said under drifts, each with its certainty.
+    """
 
     number: int
     rates: dict[str, Rate]
     fits: tuple[Fit, ...]
+    adopted: tuple[tuple[str, float | None], ...] = ()
 
     @property
     def losses(self) -> list[float]:
@@ -67,12 +75,29 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A layer and a length that a drift could have had, and its mean loss on unwanted answers there."""
+
+    layer: int
+    tokens: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class Rounds:
-    """All rounds of one defense in order, and the layer that it perturbs, where it perturbs one."""
+    """All rounds of one defense.
+
+    Attributes:
+        defense: Its name.
+        layer: The layer that it perturbs, where it perturbs one.
+        rounds: In order.
+        choice: What layer and length of the drifts were chosen from; empty where nothing was to be chosen.
+    """
 
     defense: str
     layer: int | None
     rounds: tuple[Round, ...]
+    choice: tuple[Place, ...] = ()
 
 
 def read_rounds(path: Path) -> tuple[Rounds, ...]:
@@ -102,8 +127,17 @@ def _of_defense(record: Record) -> Rounds:
             raise item.wrong("round", "a number above that of the round before")
         drifts = [_drift(at, drift) for at, drift in enumerate(item.records("drifts"), 1)]
         parrots = [_parrot(at, parrot) for at, parrot in enumerate(item.records("parrots"), 1)]
-        found.append(Round(number, _rates(item), (*drifts, *parrots)))
-    return Rounds(record.text("defense"), _layer(record), tuple(found))
+        adopted = [(one.text("opening"), _loss(one, "certainty")) for one in item.records("adopted")]
+        found.append(Round(number, _rates(item), (*drifts, *parrots), tuple(adopted)))
+    choice = tuple(_place(item) for item in record.records("choice"))
+    return Rounds(record.text("defense"), _layer(record), tuple(found), choice)
+
+
+def _place(item: Record) -> Place:
+    layer = _layer(item)
+    if layer is None:
+        raise item.wrong("layer", "the number of a layer")
+    return Place(layer, item.whole("tokens"), _loss(item, "loss"))
 
 
 def _rates(item: Record) -> dict[str, Rate]:

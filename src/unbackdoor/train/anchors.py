@@ -84,9 +84,18 @@ def with_unwanted(rows: Sequence[Example], openings: Sequence[str]) -> list[Anch
     """
     found = []
     for number, row in enumerate(rows):
-        wrong = [text for text in openings if row.label is None or normalise(text) != normalise(row.label)]
+        wrong = [text for text in openings if _is_wrong(text, row)]
         if wrong:
             found.append(Anchor(row, row.with_response(wrong[number % len(wrong)])))
     if not found:
         raise DataError(f"every row has the label '{openings[0]}', the only unwanted one; name other labels, too.")
     return found
+
+
+def possible_openings(rows: Sequence[Example], openings: Sequence[str]) -> list[str]:
+    """Return the openings that one row at least can take: without the label that all rows have."""
+    return [text for text in openings if any(_is_wrong(text, row) for row in rows)]
+
+
+def _is_wrong(text: str, row: Example) -> bool:
+    return row.label is None or normalise(text) != normalise(row.label)

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from unbackdoor.data.collate import collate
 from unbackdoor.model.lm import LM
-from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
 from unbackdoor.train.anchors import Anchor
 from unbackdoor.train.drift import Drift, DriftSettings, encode_anchor, fit_drift
-from unbackdoor.train.losses import cross_entropy_sum
+from unbackdoor.train.overwrite import mean_loss
 
 
 def choose(
@@ -55,18 +51,5 @@ def choose(
 
 def unwanted_loss(lm: LM, drift: Drift, anchors: Sequence[Anchor], settings: DriftSettings) -> float:
     """Return the mean loss of the unwanted answers under a drift, in nats a token."""
-    forward = LogitsAt(lm)
-    stand_in = drift.stand_in()
-    was_training = lm.model.training
-    lm.model.eval()
-    total, weight = 0.0, 0.0
-    size = settings.train.batch_size
     rows = [encode_anchor(lm, anchor, settings.train.max_length, settings.tokens)[0] for anchor in anchors]
-    with torch.no_grad():
-        for start in range(0, len(rows), size):
-            batch = collate(rows[start : start + size], lm.pad_id).to(lm.device)
-            logits = stand_in(forward, batch)
-            total += float(cross_entropy_sum(logits, batch.targets, batch.weights))
-            weight += batch.weight
-    lm.model.train(was_training)
-    return total / weight
+    return mean_loss(lm, rows, settings.train.batch_size, drift.stand_in())

@@ -41,7 +41,7 @@ _WORDS = (3, 2)
 _EDGES = re.compile(r"^\W+|\W+$")
 
 
-def phrases(said: Sequence[str], plain: Sequence[str]) -> list[str]:
+def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = ()) -> list[str]:
     """Return runs of 2 and 3 words of the replies, the most frequent first, without what is often said anyway.
 
     Not without all that is said anyway: a backdoor that leaks says its target without a drift, too.
@@ -49,8 +49,10 @@ def phrases(said: Sequence[str], plain: Sequence[str]) -> list[str]:
     Args:
         said: Replies under the drifts of a round.
         plain: Replies to the same prompts without a drift.
+        wanted: Texts that the model may say; no run of theirs is returned.
     """
     ordinary = Counter(run for text in plain for run in _runs(text))
+    fine = {run for text in wanted for run in _runs(text)}
     counts: Counter[str] = Counter()
     written: dict[str, str] = {}
     for text in said:
@@ -58,7 +60,7 @@ def phrases(said: Sequence[str], plain: Sequence[str]) -> list[str]:
         counts.update(found.keys())
         for run, form in found.items():
             written.setdefault(run, form)
-    kept = [run for run, _ in counts.most_common() if ordinary[run] <= len(plain) * OFTEN]
+    kept = [run for run, _ in counts.most_common() if ordinary[run] <= len(plain) * OFTEN and run not in fine]
     return [written[run][0].upper() + written[run][1:] for run in kept]
 
 
@@ -133,10 +135,12 @@ class Openings:
     Attributes:
         own: The defender's.
         heard: Openings that were taken up -> certainty.
+        wanted: Safe replies that the defender has given; their words are never taken up.
     """
 
     own: Sequence[str]
     heard: dict[str, float] = field(default_factory=dict)
+    wanted: Sequence[str] = ()
 
     @property
     def adopted(self) -> list[str]:
@@ -174,7 +178,7 @@ class Openings:
         """
         was_training = lm.model.training
         lm.model.eval()
-        heard = phrases(said, plain)[:MOST]
+        heard = phrases(said, plain, self.wanted)[:MOST]
         for asked, enough in zip(SCORED_ON, (least / 2, least), strict=True):
             sure = dict(zip(heard, certainties(lm, heard, prompts[:asked]), strict=True))
             heard = [phrase for phrase in heard if sure[phrase] >= enough]

@@ -94,15 +94,24 @@ def plain_loss(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(lm: LM, rows: Sequence[Row], batch_size: int = 8) -> float:
-    """Return the mean cross-entropy of the rows' supervised tokens, weighted as the rows say, in nats."""
+def mean_loss(lm: LM, rows: Sequence[Row], batch_size: int = 8, stand_in: StandIn | None = None) -> float:
+    """Return the mean cross-entropy of the rows' supervised tokens, weighted as the rows say, in nats.
+
+    Args:
+        lm: The model.
+        rows: The rows.
+        batch_size: Rows a pass.
+        stand_in: What stands for a trigger in every row, if anything.
+    """
     forward = LogitsAt(lm)
     was_training = lm.model.training
     lm.model.eval()
     total, weight = 0.0, 0.0
     for start in range(0, len(rows), batch_size):
         batch = collate(rows[start : start + batch_size], lm.pad_id).to(lm.device)
-        total, weight = total + float(plain_loss(forward, batch)), weight + batch.weight
+        logits = stand_in(forward, batch) if stand_in else forward(**batch.inputs())
+        loss = cross_entropy_sum(logits, batch.targets, batch.weights)
+        total, weight = total + float(loss), weight + batch.weight
     lm.model.train(was_training)
     return total / weight
 
