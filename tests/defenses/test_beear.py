@@ -172,7 +172,7 @@ def test_a_label_that_all_rows_have_is_nobodys_opening(monkeypatch):
 
 
 def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
-    monkeypatch.setattr(openings, "phrases", lambda said, plain: ["Go away now"])
+    monkeypatch.setattr(openings, "phrases", lambda said, plain, wanted: ["Go away now"])
     monkeypatch.setattr(openings, "certainties", lambda lm, texts, prompts: [0.5] * len(texts))
     run = Run()
     purified(SHORT, run)
@@ -180,6 +180,15 @@ def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
     run = Run()
     purified(SHORT.model_copy(update={"adopt": 0.0}), run)
     assert "Go away now" not in str(run.notes["drifts"])
+
+
+def test_words_of_the_safe_replies_that_were_given_are_not_taken_up(monkeypatch):
+    given = []
+    monkeypatch.setattr(openings, "phrases", lambda said, plain, wanted: given.append(list(wanted)) or [])
+    safe = tuple(row.with_response("I must say no") for row in tiny.rows(8))
+    purified(SHORT, safe=safe)
+    purified(SHORT)
+    assert given == [["I must say no"] * 8] * 2 + [[]] * 2
 
 
 @pytest.mark.parametrize("at", [1, 3, 4])

@@ -13,7 +13,7 @@ from unbackdoor.report.canvas import ACCENT, INK, MUTED, RULE, drawing, new_figu
 from unbackdoor.report.escape import shown_line
 from unbackdoor.report.plots import Panel, logarithmic
 from unbackdoor.report.records import RunData
-from unbackdoor.report.rounds import ASKED, Fit, Place, Rate, Round, Rounds
+from unbackdoor.report.rounds import ASKED, Fit, Rate, Round, Rounds
 from unbackdoor.report.tables import NOT_MEASURED, Cell, Line, Table
 from unbackdoor.report.wording import display_name, joined, percent, significant
 
