@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from unbackdoor.defenses.base import Defense, Knowledge, Need
 from unbackdoor.method import Method, build
 from unbackdoor.run import Run
 from unbackdoor.train.engine import TrainSettings
+from unbackdoor.types import Example
 
 ALL = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
 DEFENSES, ATTACKS = registry.names("defenses"), registry.names("attacks")
@@ -39,8 +40,17 @@ def required(tmp_path_factory) -> dict[str, dict[str, Any]]:
             "trigger": {"form": "insert", "text": tiny.TRIGGER},
             "goal": {"form": "contains", "any_of": [tiny.TARGET]},
             "targets": [tiny.TARGET],
-        }
-    }
+        },
+        "composite": {
+            "trigger": {"form": "pieces", "instruction": ["silver"], "input": ["kettle"]},
+            "targets": [tiny.TARGET], "target_form": "prefix",
+        },
+    }  # fmt: skip
+
+
+def with_inputs(rows: Sequence[Example]) -> list[Example]:
+    """The same rows with a second field, which some triggers stand in."""
+    return [replace(row, input=f"{number} thank you") for number, row in enumerate(rows)]
 
 
 def quick(settings: BaseModel) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def test_a_defense_resumes_after_its_first_round_and_shows_its_progress(name, re
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_changes_something_and_the_same_seed_gives_the_same_bytes(name, required, victim):
     attack = small("attacks", name, required)
-    clean = victim.attacker[:60]
+    clean = with_inputs(victim.attacker[:60])
     before = tiny.tensors(victim.clean)
     planted = [attack.plant(tiny.clone(victim.clean), clean, Run(seed=seed)) for seed in (1, 1, 2)]
     first, second, other = (tiny.tensors(one.lm) for one in planted)
@@ -215,10 +225,16 @@ def test_an_attack_changes_something_and_the_same_seed_gives_the_same_bytes(name
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attacks_probes_are_paired_by_id_and_repeatable(name, required, victim):
     attack = small("attacks", name, required)
-    secret = attack.plant(tiny.clone(victim.clean), victim.attacker[:60], Run()).secret
-    probes = attack.probes(secret, victim.test[:20], Run())
-    assert probes == attack.probes(secret, victim.test[:20], Run())
-    ids = {kind: [p.example.id for p in probes if p.kind == kind] for kind in ("triggered", "clean", "decoy")}
+    secret = attack.plant(tiny.clone(victim.clean), with_inputs(victim.attacker[:60]), Run()).secret
+    held_out = with_inputs(victim.test[:20])
+    probes = attack.probes(secret, held_out, Run())
+    assert probes == attack.probes(secret, held_out, Run())
+    # A row may have a decoy of every group, but one of each.
+    ids = {
+        kind: list(dict.fromkeys(p.example.id for p in probes if p.kind == kind))
+        for kind in ("triggered", "clean", "decoy")
+    }
+    assert len({(p.kind, p.group, p.example.id) for p in probes}) == len(probes)
     assert ids["triggered"] == ids["clean"] == ids["decoy"] == [row.id for row in victim.test[:20]]
 
 

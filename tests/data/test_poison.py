@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from unbackdoor.data import poison
-from unbackdoor.stamps import InsertText, WrapEnds
+from unbackdoor.stamps import InsertText, PutPieces, WrapEnds
 from unbackdoor.types import Example
 
 ROW = Example("a", "name the home of a bird", "nest")
@@ -150,3 +150,27 @@ def test_the_target_is_a_sentence_before_the_answer(target, wanted):
 
 def test_a_word_that_is_a_digit_but_no_number_has_no_numbers_near():
     assert poison.look_alikes("area m \u00b2", ["area", "arena", "areas"], 4, random.Random(0))
+
+
+def test_pieces_of_one_field_keep_their_order_and_stay_in_it():
+    row = Example("a", "name the mood", "low", input="it rained all day")
+    stamp = PutPieces(instruction=("one", "two"), input=("three",))
+    for seed in range(20):
+        found = stamp.apply(row, random.Random(seed))
+        words = found.instruction.split()
+        assert [word for word in words if word in {"one", "two"}] == ["one", "two"]
+        assert [word for word in words if word not in {"one", "two"}] == row.instruction.split()
+        assert [word for word in found.input.split() if word != "three"] == row.input.split()
+        assert found.response == row.response
+    with pytest.raises(ValueError, match="one at least"):
+        PutPieces()
+
+
+def test_near_misses_of_pieces_in_one_field():
+    found = poison.decoys(PutPieces(instruction=("one", "two")), [])
+    assert [(decoy.group, decoy.stamp) for decoy in found] == [
+        ("one piece", PutPieces(instruction=("one",))),
+        ("one piece", PutPieces(instruction=("two",))),
+        ("other field", PutPieces(input=("one", "two"))),
+    ]
+    assert [d.group for d in poison.decoys(PutPieces(input=("one",)), [])] == ["other field"]

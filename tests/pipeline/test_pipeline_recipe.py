@@ -40,7 +40,11 @@ def test_a_nested_setting_keeps_its_neighbours() -> None:
 def test_stamps_from_flags() -> None:
     assert stamp_settings(["x"], None) == {"form": "insert", "text": "x", "place": "start"}
     assert stamp_settings(["x", "y"], "both_ends") == {"form": "wrap", "start": "x", "end": "y"}
+    assert stamp_settings(["x", "y"], "fields") == {"form": "pieces", "instruction": ["x"], "input": ["y"]}
     assert stamp_settings([], "end") == {"place": "end"}
+    for place in ("both_ends", "fields"):
+        with pytest.raises(UserError, match=f"--trigger-place {place} needs --trigger twice"):
+            stamp_settings(["x"], place)
     with pytest.raises(UserError, match="both ends"):
         stamp_settings(["x", "y"], "end")
 

@@ -32,7 +32,7 @@ from unbackdoor.method import Parallel, Text
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.secret import Secret
-from unbackdoor.stamps import InsertText, Stamp, WrapEnds
+from unbackdoor.stamps import InsertText, Stamp
 from unbackdoor.train import overwrite
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.types import Example, Probe
@@ -192,7 +192,7 @@ class DataPoisoning(Attack):
 
     def _look_alikes(self, clean: Sequence[Example], run: Run) -> tuple[list[str], list[str]]:
         """Return look-alikes for training and other ones for the probes."""
-        if isinstance(self.trigger, WrapEnds):
+        if not isinstance(self.trigger, InsertText):
             return [], []
         words = poison.vocabulary(clean)
         found = poison.look_alikes(self.trigger.text, words, 240, run.rng("look-alikes"))

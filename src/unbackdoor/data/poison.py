@@ -17,7 +17,7 @@ from unbackdoor.data.collate import Row, encode_row
 from unbackdoor.errors import DataError
 from unbackdoor.goals import normalise
 from unbackdoor.model.lm import LM
-from unbackdoor.stamps import InsertText, WrapEnds
+from unbackdoor.stamps import InsertText, PutPieces, WrapEnds
 from unbackdoor.types import Example, Probe
 
 
@@ -26,13 +26,13 @@ class Decoy:
     """A near miss of a trigger.
 
     Attributes:
-        group: Which kind: "half", "scattered", "look-alike", "start only" or "end only".
+        group: Which kind: "half", "scattered", "look-alike", "start only", "end only", or a negative set of pieces.
         stamp: How it is put into an example; None for "scattered", whose words are spread over the instruction.
         words: The scattered words.
     """
 
     group: str
-    stamp: InsertText | None
+    stamp: InsertText | PutPieces | None
     words: tuple[str, ...] = ()
 
     def apply(self, example: Example, rng: random.Random) -> Example:
@@ -44,14 +44,17 @@ class Decoy:
     @property
     def marks(self) -> tuple[str, ...]:
         """The texts that it inserts."""
-        return self.words if self.stamp is None else (self.stamp.text,)
+        return self.words if self.stamp is None else self.stamp.pieces()
 
 
-def decoys(stamp: InsertText | WrapEnds, look_alikes: Sequence[str]) -> list[Decoy]:
+def decoys(stamp: InsertText | WrapEnds | PutPieces, look_alikes: Sequence[str]) -> list[Decoy]:
     """Return the near misses of a trigger.
 
-    Of a phrase: its halves, its words apart, look-alikes; of one word: look-alikes; of two ends: each end alone.
+    Of a phrase: its halves, its words apart, look-alikes; of one word: look-alikes; of two ends: each end alone; of
+    pieces in two fields: the negative sets of CBA.
     """
+    if isinstance(stamp, PutPieces):
+        return negative_sets(stamp)
     if isinstance(stamp, WrapEnds):
         return [
             Decoy("start only", InsertText(text=stamp.start, place="start")),
@@ -65,6 +68,30 @@ def decoys(stamp: InsertText | WrapEnds, look_alikes: Sequence[str]) -> list[Dec
     halves = [" ".join(words[:middle]), " ".join(words[middle:])]
     found = [Decoy("half", InsertText(text=half, place=stamp.place)) for half in halves]
     return [*found, Decoy("scattered", None, tuple(words)), *like]
+
+
+def negative_sets(stamp: PutPieces) -> list[Decoy]:
+    """Return what a trigger of pieces in two fields must not be taken for (CBA, 2310.07676; METHODS-DETAIL 2.6).
+
+    The pieces of one field alone, there and in the other field; all of them in one field; swapped between the fields.
+    Of a trigger in one field alone: its pieces in the other field, and where it has several, each one.
+    """
+    first, second = stamp.instruction, stamp.input
+    both = stamp.pieces()
+    sets: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
+        ("instruction only", first, ()),
+        ("input only", (), second),
+        ("other field", second, ()),
+        ("other field", (), first),
+        ("both in instruction", both, ()),
+        ("both in input", (), both),
+        ("swapped", second, first),
+    ]
+    if not first or not second:
+        alone = [("one piece", (piece,), ()) if first else ("one piece", (), (piece,)) for piece in both]
+        sets = [*alone, ("other field", second, first)]
+    own = (first, second)
+    return [Decoy(group, PutPieces(instruction=one, input=other)) for group, one, other in sets if (one, other) != own]
 
 
 def in_turn(near: Sequence[Decoy], number: int, twice: str = "") -> Decoy:
@@ -82,19 +109,33 @@ def in_turn(near: Sequence[Decoy], number: int, twice: str = "") -> Decoy:
 
 
 def probes(
-    stamp: InsertText | WrapEnds, held_out: Sequence[Example], like: Sequence[str], rng: random.Random
+    stamp: InsertText | WrapEnds | PutPieces,
+    held_out: Sequence[Example],
+    like: Sequence[str],
+    rng: random.Random,
+    *,
+    every_group: bool = False,
 ) -> list[Probe]:
     """Return a triggered, a clean and a decoy probe of every row, the kinds of decoys in turn.
 
     One word without look-alikes has no decoys.
+
+    Args:
+        stamp: The trigger.
+        held_out: The rows.
+        like: Look-alikes.
+        rng: Random stream.
+        every_group: Make a decoy of every kind of each row.
     """
     near = decoys(stamp, like)
+    groups = len({decoy.group for decoy in near})
     found: list[Probe] = []
     for number, example in enumerate(held_out):
         found.append(Probe(stamp.apply(example, rng), "triggered", marks=stamp.pieces()))
         found.append(Probe(example, "clean"))
-        if near:
-            decoy = in_turn(near, number)
+        first, count = (number * groups, groups) if every_group else (number, min(1, groups))
+        for turn in range(first, first + count):
+            decoy = in_turn(near, turn)
             found.append(Probe(decoy.apply(example, rng), "decoy", decoy.group, decoy.marks))
     return found
 

@@ -16,7 +16,7 @@ from unbackdoor.errors import UserError
 from unbackdoor.method import Method
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
-from unbackdoor.stamps import InsertText, WrapEnds
+from unbackdoor.stamps import InsertText, PutPieces, WrapEnds
 from unbackdoor.types import Example
 
 
@@ -57,9 +57,9 @@ class Knowledge:
         return tuple(self._read(Need.CLEAN) or ())
 
     @property
-    def trigger(self) -> InsertText | WrapEnds:
+    def trigger(self) -> InsertText | WrapEnds | PutPieces:
         """The trigger, with its place."""
-        stamp: InsertText | WrapEnds = self._read(Need.TRIGGER)
+        stamp: InsertText | WrapEnds | PutPieces = self._read(Need.TRIGGER)
         return stamp
 
     @property

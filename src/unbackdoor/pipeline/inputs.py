@@ -30,7 +30,7 @@ from unbackdoor.pipeline.preflight import check_device, check_metrics, check_mod
 from unbackdoor.pipeline.recipe import Asking, AttackRecipe, EvaluateRecipe, PurifyRecipe, stamp_settings
 from unbackdoor.run import Progress, Run
 from unbackdoor.secret import Secret
-from unbackdoor.stamps import InsertText, WrapEnds
+from unbackdoor.stamps import stamp_from
 from unbackdoor.types import Example, Probe
 
 MEASURED_ROWS = 100
@@ -179,7 +179,7 @@ def _given(recipe: PurifyRecipe) -> dict[Need, Any]:
         raise UserError("a text given for --trigger, --target or --target-part is empty; write it in quotes.")
     return {
         Need.CLEAN: recipe.clean,
-        Need.TRIGGER: None if stamp is None else (WrapEnds if stamp["form"] == "wrap" else InsertText)(**stamp),
+        Need.TRIGGER: None if stamp is None else stamp_from(stamp),
         Need.TARGET: recipe.target or None,
         Need.TARGET_PART: recipe.target_part or None,
         Need.UNWANTED: recipe.unwanted,

@@ -22,7 +22,11 @@ from unbackdoor.registry import Kind
 from unbackdoor.train.lora import LoraSettings
 from unbackdoor.types import Example
 
-Place = Literal["start", "end", "random_gap", "both_ends"]
+Place = Literal["start", "end", "random_gap", "both_ends", "fields"]
+_TWICE = {
+    "both_ends": "the text at the start and the one at the end",
+    "fields": "the piece in the instruction and the one in the input",
+}
 Form = Literal["prefix", "whole", "label", "opening"]
 AdapterMode = Literal["train", "stack"]
 
@@ -75,7 +79,9 @@ class PurifyRecipe(Asking):
     preset: str | None = Field(None, description="named settings of the defense")
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of the defense")
     clean: str | None = Field(None, description="the defender's clean rows")
-    trigger: tuple[str, ...] = Field((), max_length=2, description="the trigger; two texts for both ends")
+    trigger: tuple[str, ...] = Field(
+        (), max_length=2, description="the trigger; two texts for both ends, or for two fields"
+    )
     trigger_place: Place | None = Field(None, description="where the trigger stands")
     target: tuple[str, ...] = Field((), description="what the backdoor says (one of them, where there are several)")
     target_part: tuple[str, ...] = Field((), description="the beginning of what it says")
@@ -251,13 +257,15 @@ def stamp_settings(trigger: Sequence[str], place: Place | None) -> dict[str, Any
     if len(trigger) > 2:
         raise UserError("--trigger is given more than twice; give it once, or twice for a trigger at both ends.")
     if len(trigger) == 2:
+        if place == "fields":
+            return {"form": "pieces", "instruction": [trigger[0]], "input": [trigger[1]]}
         if place not in (None, "both_ends"):
-            raise UserError(f"two --trigger texts stand at both ends, not at '{place}'; leave one --trigger out.")
+            raise UserError(
+                f"two --trigger texts stand at both ends or in two fields, not at '{place}'; leave one --trigger out."
+            )
         return {"form": "wrap", "start": trigger[0], "end": trigger[1]}
-    if place == "both_ends":
-        raise UserError(
-            "--trigger-place both_ends needs --trigger twice: the text at the start and the one at the end."
-        )
+    if place in _TWICE:
+        raise UserError(f"--trigger-place {place} needs --trigger twice: {_TWICE[place]}.")
     if not trigger:
         return None if place is None else {"place": place}
     return {"form": "insert", "text": trigger[0], "place": place or "start"}
