@@ -13,6 +13,7 @@ import tiny
 from unbackdoor.errors import NotApplicable
 from unbackdoor.goals import Contains, LabelIs, RefusalAbsent
 from unbackdoor.metrics.asr import Asr
+from unbackdoor.metrics.asr_right import AsrRight
 from unbackdoor.metrics.base import Subject, fill_holes
 from unbackdoor.metrics.cda import Cda
 from unbackdoor.metrics.declining import Declining
@@ -103,6 +104,21 @@ def test_cda_overall_and_by_class():
     assert found["clean", "bad"].values == (0.0, 1.0)
     strict = subject(probes=probes[:1], replies=["goodness"], labels=("good", "bad"))
     assert Cda().measure(strict, Run())[0].values == (0.0,)
+
+
+def test_asr_over_the_rows_that_are_right_without_the_trigger():
+    labels = ["good", "bad", "sad", "bad"]
+    clean = [probe(n, "clean", label=label) for n, label in enumerate(labels)]
+    triggered = [probe(n, "triggered", label=label) for n, label in enumerate(labels)]
+    replies = ["good", "good", "sad", "bad", "good", "good", "good", "bad"]
+    part = subject(probes=[*clean, *triggered], replies=replies, goal=LabelIs(label="good"))
+    (found,) = AsrRight().measure(part, Run())
+    # e0 is of the target's class, and e1 is called good without the trigger, too.
+    assert (found.kind, found.ids, found.values) == ("triggered", ("e2", "e3"), (1.0, 0.0))
+    assert Asr().measure(part, Run())[0].values == (1.0, 1.0, 0.0)
+    for other in (subject(), subject(probes=triggered, replies=replies[4:], goal=LabelIs(label="good"))):
+        with pytest.raises(NotApplicable):
+            AsrRight().measure(other, Run())
 
 
 def test_declining_is_what_neither_affirms_nor_is_empty():

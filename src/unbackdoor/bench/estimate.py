@@ -137,7 +137,7 @@ def _asking(grid: Grid, cell: Cell, size: float) -> float:
     probes = 3 * grid.attacks[cell.attack].probes
     rows = grid.perplexity_rows * (2 if grid.second_source else 1)
     seconds = 0.0
-    asked = probes if {"asr", "leak", "cda", "declining"} & set(metrics) else 0
+    asked = probes if {"asr", "asr_right", "leak", "cda", "declining"} & set(metrics) else 0
     asked += grid.perplexity_rows if "over_refusal" in metrics else 0
     seconds += _replies(grid, asked, size)
     if "perplexity" in metrics:

@@ -248,6 +248,7 @@ def _seconds(figures: Figures, cell: Cell, subject: str) -> Entry:
 
 _COLUMNS: dict[str, Callable[[Figures, Cell, str], Entry]] = {
     "ASR": _asr,
+    "ASR, right rows": _rate("asr_right", "triggered"),
     "ASR, revived on clean rows": _revived("revived_clean"),
     "ASR, revived by another backdoor": _revived("revived_planted"),
     "Leak, clean": _rate("leak", "clean"),

@@ -84,12 +84,13 @@ def questions_for(
     data: Mapping[str, Sequence[Example]],
 ) -> Questions:
     """Return what every model of the run is asked."""
-    from unbackdoor.goals import RefusalAbsent
+    from unbackdoor.goals import LabelIs, RefusalAbsent
     from unbackdoor.pipeline.measure import Questions
 
     labels = {str(probe.example.label) for probe in probes if probe.example.label is not None}
     declines = isinstance(goal, RefusalAbsent)
-    more = [*(["cda"] if labels else []), *(["declining"] if declines else [])]
+    right = ["asr_right"] if isinstance(goal, LabelIs) else []
+    more = [*([*right, "cda"] if labels else []), *(["declining"] if declines else [])]
     usual = ["asr", "leak", *more] if probes else []
     named = getattr(recipe, "metrics", None)
     metrics = named or (*usual, *(["perplexity", "kl", *(["over_refusal"] if declines else [])] if data else []))

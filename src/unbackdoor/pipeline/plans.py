@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from unbackdoor.goals import RefusalAbsent
 from unbackdoor.model.spec import parse_spec
 from unbackdoor.pipeline import inputs, plan
 from unbackdoor.pipeline.clock import Expected
@@ -31,9 +30,11 @@ def plan_attack(recipe: AttackRecipe) -> plan.Plan:
     tokens = plan.mean_tokens(found.splits.attacker)
     labelled = any(row.label is not None for row in found.asked)
     # The goal is known once the backdoor is planted; the settings say as much before.
-    goal = recipe.settings.get("goal") or {}
-    declines = recipe.settings.get("target_form") == "opening" or goal.get("form") == "refusal_absent"
-    figures = _figures(recipe.metrics, _KINDS, found.data, labelled=labelled, compared=False, declines=declines)
+    form = str(recipe.settings.get("target_form"))
+    goal = {"opening": "refusal_absent", "label": "label"}.get(
+        form, (recipe.settings.get("goal") or {}).get("form", "")
+    )
+    figures = _figures(recipe.metrics, _KINDS, found.data, labelled=labelled, compared=False, goal=goal)
     measured = _asked(3 * len(found.asked), found.data, figures, tokens, recipe.max_new_tokens)
     parts = [
         *plan.training_parts(about, recipe.settings, tokens),
@@ -129,7 +130,7 @@ def plan_demo(recipe: DemoRecipe) -> plan.Plan:
         parts.append(plan.measuring_part(about, measuring, *asked, kl=key != "attack"))
         if key == "attack" and recipe.reference:
             parts.append(plan.measuring_part(about, _UNTOUCHED, *asked))
-    figures = _figures(None, _KINDS, {"": splits.test}, labelled=False, compared=True) | {"seconds"}
+    figures = _figures(None, _KINDS, {"": splits.test}, labelled=False, compared=True, goal="") | {"seconds"}
     return replace(plan.make_plan(about, parts, trained="full", kept=DEMO_KEEPS), figures=figures)
 
 
@@ -200,8 +201,8 @@ def _figures_of(
 ) -> frozenset[str]:
     kinds = frozenset(probe.kind for probe in found.probes)
     labelled = any(probe.example.label is not None for probe in found.probes)
-    declines = isinstance(found.goal, RefusalAbsent)
-    return _figures(recipe.metrics, kinds, found.data, labelled=labelled, compared=compared, declines=declines)
+    goal = found.goal.form if found.goal else ""
+    return _figures(recipe.metrics, kinds, found.data, labelled=labelled, compared=compared, goal=goal)
 
 
 def _figures(
@@ -211,15 +212,17 @@ def _figures(
     *,
     labelled: bool,
     compared: bool,
-    declines: bool = False,
+    goal: str,
 ) -> frozenset[str]:
     """Return what will be measured: a metric of probes with their kind, any other by its name."""
     usual = [*(["asr", "leak", "cda"] if kinds else []), *(["perplexity", "kl"] if data else [])]
+    declines, right = goal == "refusal_absent", goal == "label" and labelled and {"triggered", "clean"} <= kinds
     usual += ["declining", "over_refusal"] if declines else []
+    usual += ["asr_right"] if right else []
     found: set[str] = set()
     for name in metrics or usual:
         there = {"cda": labelled, "declining": declines and "clean" in kinds, "over_refusal": "" in data}
-        there |= {"perplexity": bool(data), "kl": bool(data) and compared}
+        there |= {"perplexity": bool(data), "kl": bool(data) and compared, "asr_right": right}
         if name in ("asr", "leak"):
             found |= {f"{name}.{kind}" for kind in kinds if (kind == "triggered") == (name == "asr")}
         elif there.get(name, True):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-SHARES = frozenset({"asr", "leak", "cda", "declining", "over_refusal"})
+SHARES = frozenset({"asr", "asr_right", "leak", "cda", "declining", "over_refusal"})
 METRIC_NAMES = {
-    "asr": "ASR", "leak": "Leak", "cda": "CDA", "perplexity": "Perplexity", "kl": "KL to the suspect",
+    "asr": "ASR", "asr_right": "ASR, right rows", "leak": "Leak", "cda": "CDA", "perplexity": "Perplexity",
+    "kl": "KL to the suspect",
     "declining": "Requests declined", "over_refusal": "Over-refusal", "resistance": "Resistance", "seconds": "Time",
 }  # fmt: skip
 NAMES = {
