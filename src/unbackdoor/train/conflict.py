@@ -1,0 +1,72 @@
+"""The conflict model: a model that knows a little of the task from clean rows alone, to be merged with the suspect.
+
+Paper: information conflicts, section 3.3: LoRA on the clean pre-trained model with a small share of clean data; the
+adapter is merged, and so becomes an ordinary model. Its knowledge of what a triggered prompt is answered with is that
+of an ordinary prompt, which contradicts the suspect's.
+Whether it starts from a trusted model or from the suspect decides what merging does: from a trusted one it also takes
+the suspect half-way back there; from the suspect it is the suspect, fine-tuned, and merging scales its update.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from unbackdoor.errors import DataError
+from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
+from unbackdoor.train import lora, overwrite
+from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.lora import LoraSettings
+from unbackdoor.types import Example
+
+
+class ConflictSettings(BaseModel):
+    """How the conflict model is made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the clean rows that it is trained on; 0: none, it stays what it starts as",
+    )
+    lora: LoraSettings | None = Field(
+        LoraSettings(rank=32, alpha=64.0), description="the adapter that is trained; null: all weights"
+    )
+    train: TrainSettings = Field(
+        TrainSettings(steps=40, learning_rate=1e-3, batch_size=16), description="how it is trained"
+    )
+
+
+def conflict_model(start: LM, clean: Sequence[Example], settings: ConflictSettings, run: Run) -> LM:
+    """Return a new model: the start, trained on a share of the clean rows; full weights.
+
+    Args:
+        start: A trusted model, or the suspect; left as it is.
+        clean: Clean rows, of which `settings.share` is drawn at random.
+        settings: How.
+        run: The run; training is a stage of it.
+
+    Raises:
+        DataError: If a share of the rows is less than one.
+    """
+    made = replace(start, model=copy.deepcopy(start.model))
+    made = made if made.base is None else lora.merge(made)
+    if not settings.share:
+        return made
+    count = round(len(clean) * settings.share)
+    if not count:
+        raise DataError(
+            f"a share of {settings.share:g} of {len(clean)} clean rows is less than one; raise conflict.share."
+        )
+    chosen = run.rng("conflict rows").sample(list(clean), count)
+    if settings.lora is not None:
+        made = lora.attach(made, settings.lora, run.stream_seed("conflict adapter"))
+    rows = overwrite.encode_rows(made, chosen, settings.train)
+    overwrite.train_on_rows(made, rows, settings.train, run.stage("conflict"))
+    return made if settings.lora is None else lora.merge(made)
