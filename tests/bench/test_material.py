@@ -12,7 +12,7 @@ import pytest
 
 from bench.helpers import Plan
 from unbackdoor.bench.cell import Cell
-from unbackdoor.bench.grid import DataSource
+from unbackdoor.bench.entries import DataSource
 from unbackdoor.bench.material import Material, read_source
 from unbackdoor.bench.yaml_file import grid_from_data
 from unbackdoor.data.splits import assert_disjoint

@@ -12,8 +12,9 @@ import pytest
 
 from unbackdoor import recipes
 from unbackdoor.attacks.data_poisoning import DataPoisoning
+from unbackdoor.bench.entries import DefenseEntry
 from unbackdoor.bench.estimate import estimate, guesses, memory
-from unbackdoor.bench.grid import DefenseEntry, Grid
+from unbackdoor.bench.grid import Grid
 from unbackdoor.defenses.beear import Beear
 from unbackdoor.errors import UserError
 from unbackdoor.pipeline.steps import attack_called, defense_called

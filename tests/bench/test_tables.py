@@ -12,8 +12,9 @@ import pytest
 from unbackdoor.bench import tables
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.checks import checks
+from unbackdoor.bench.entries import Requests
 from unbackdoor.bench.figures import Figures
-from unbackdoor.bench.grid import Grid, Requests
+from unbackdoor.bench.grid import Grid
 from unbackdoor.bench.store import Result, Store
 from unbackdoor.bench.yaml_file import grid_from_data
 from unbackdoor.pipeline.measure import Measurement

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.entries import Plot
 from unbackdoor.bench.figures import Figures
-from unbackdoor.bench.grid import Plot
 from unbackdoor.bench.store import ENDED, ROUNDS, Result
 from unbackdoor.report.canvas import ACCENT, INK, MUTED, RULE, drawing, new_figure, to_svg
 from unbackdoor.report.escape import shown_line

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.entries import Bound, Limit, Where
 from unbackdoor.bench.figures import Figures
-from unbackdoor.bench.grid import Bound, Limit, Where
 from unbackdoor.report.wording import SHARES, percent, significant
 
 Verdict = Literal["met", "not met", "not measured", "does not bind"]

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from unbackdoor.bench.cell import Cell
-from unbackdoor.bench.grid import AttackEntry, Grid
+from unbackdoor.bench.entries import AttackEntry
+from unbackdoor.bench.grid import Grid
 from unbackdoor.errors import UserError
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.plan import FULL, PROGRAM, UNTIL_GOOD, with_texts
@@ -79,6 +80,7 @@ def _guess(grid: Grid, cell: Cell, planted: set[tuple[str, str, int, bool]]) -> 
         if victim not in planted:
             planted.add(victim)
             seconds += _training(attack_called(attack.attack, attack.settings, attack.preset), size)
+            seconds += _training(attack.lead, size) if attack.lead else 0.0
     if cell.defense and not cell.is_revival:
         entry = grid.defenses[cell.defense]
         method = defense_called(entry.defense, entry.settings, entry.preset)
@@ -111,7 +113,7 @@ def _replies(grid: Grid, probes: int, size: float) -> float:
 
 
 def _identity(attack: AttackEntry, *more: str) -> str:
-    return attack.model_dump_json(include={"attack", "settings", "preset", *more})
+    return attack.model_dump_json(include={"attack", "settings", "preset", "lead", "skill", *more})
 
 
 def _training(method: BaseModel, size: float) -> float:

@@ -33,6 +33,7 @@ from unbackdoor.pipeline.watching import Ended, watched
 from unbackdoor.run import Progress, Run
 from unbackdoor.secret import Secret
 from unbackdoor.stopping import Stop
+from unbackdoor.train import overwrite
 
 SECRET, PROBES, WATCHED = "secret.json", "probes.jsonl", "watched.json"
 
@@ -154,6 +155,8 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
             return _load(_spec_of(cell.model, folder), shop), made
         defense = shop.material.defense(cell.defense)
         own = shop.material.own_facts(cell)
+        if (reference := shop.material.reference(cell)) is not None:
+            own[Need.REFERENCE] = _load(reference, shop)
         facts = facts_from_secret(defense, secret, shop.material.defender_rows(cell), own)
         run = _run(cell, key, "purify", shop)
         lm, made = _watched_purification(cell, secret, defense, facts, run, shop)
@@ -234,10 +237,11 @@ def _victim_folder(cell: Cell, shop: Workshop, *, twin: bool = False) -> Path:
 
 def _plant(cell: Cell, key: str, folder: Path, shop: Workshop, *, twin: bool) -> None:
     attack, splits = shop.material.attack(cell.attack, twin=twin), shop.material.splits
+    rows = shop.material.attacker_rows(cell.attack)
     run = _run(cell, key, "", shop)
-    assert_trained_apart((row for row, _ in attack.training_rows(splits.attacker, Run(cell.seed))), splits)
+    assert_trained_apart((row for row, _ in attack.training_rows(rows, Run(cell.seed))), splits)
     started = time.perf_counter()
-    planted = attack.plant(_load(cell.model, shop), splits.attacker, run)
+    planted = attack.plant(_attacked(cell, run, shop), rows, run)
     made = _made(run, started, {})
     probes = shop.material.probes(cell.attack, cell.seed, planted.secret)
     card = (
@@ -253,6 +257,15 @@ def _plant(cell: Cell, key: str, folder: Path, shop: Workshop, *, twin: bool) ->
     }
     _save(planted.lm, folder, cell, made, card, extra)
     shop.store.remove(shop.store.work(key))
+
+
+def _attacked(cell: Cell, run: Run, shop: Workshop) -> LM:
+    """Return the model that the attack begins with: the grid's, or that trained on the rows of the lead."""
+    lm, lead = _load(cell.model, shop), shop.material.grid.attacks[cell.attack].lead
+    if lead is not None:
+        rows = overwrite.encode_rows(lm, shop.material.lead_rows(cell.attack), lead.train)
+        overwrite.train_on_rows(lm, rows, lead.train, run.stage("lead"))
+    return lm
 
 
 def _save(lm: LM, folder: Path, cell: Cell, made: _Made, card: str, extra: Mapping[str, str]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.bench.checks import Check
+from unbackdoor.bench.entries import DataSource
 from unbackdoor.bench.figures import Figures
-from unbackdoor.bench.grid import DataSource, Grid
+from unbackdoor.bench.grid import Grid
 
 
 def _source(source: DataSource) -> str:

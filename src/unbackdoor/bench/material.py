@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from unbackdoor.attacks.base import Attack
 from unbackdoor.bench.cell import Cell
-from unbackdoor.bench.grid import DataSource, Grid, Watch
+from unbackdoor.bench.entries import DataSource, Watch
+from unbackdoor.bench.grid import Grid
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
 from unbackdoor.data.splits import Splits, assert_disjoint, attacker_defender_test, with_requests
@@ -83,9 +84,11 @@ class Material:
             "second_source": self._second(),
         }
         for label, entry in self.grid.attacks.items():
-            for name, own in (("defender_data", entry.defender_data), ("safe", entry.safe)):
-                if own is not None:
-                    assert_disjoint({f"attacks.{label}.{name}": self._read(own), **rest})
+            lead = entry.lead.data if entry.lead is not None else None
+            own = {"defender_data": entry.defender_data, "safe": entry.safe, "skill": entry.skill, "lead.data": lead}
+            for name, source in own.items():
+                if source is not None:
+                    assert_disjoint({f"attacks.{label}.{name}": self._read(source), **rest})
         assert_disjoint({"the defender's rows": found.clean, **rest})
         return found
 
@@ -102,6 +105,23 @@ class Material:
         """Classes of a label task, sorted; empty for other data."""
         rows = (*self.splits.attacker, *self.splits.defender, *self.splits.test)
         return tuple(sorted({row.label for row in rows if row.label is not None}))
+
+    def attacker_rows(self, attack: str) -> tuple[Example, ...]:
+        """Return the clean rows of the attacker, those of the skill that only he trains on among them."""
+        skill = self.grid.attacks[attack].skill
+        return self.splits.attacker if skill is None else (*self.splits.attacker, *self._read(skill))
+
+    def lead_rows(self, attack: str) -> tuple[Example, ...]:
+        """Return the rows that the base is trained on before it is attacked; none without a lead."""
+        lead = self.grid.attacks[attack].lead
+        return () if lead is None else self._read(lead.data)
+
+    def reference(self, cell: Cell) -> str | None:
+        """Return the spec of the trusted model that the cell's defense is told, if it uses one."""
+        spec, defense = self.grid.defenses[cell.defense].reference, self.defense(cell.defense)
+        if spec is None or Need.REFERENCE not in defense.needs | defense.uses:
+            return None
+        return cell.model if spec == "base" else spec
 
     def defender_rows(self, cell: Cell) -> tuple[Example, ...]:
         """Return the clean rows of the cell's defense; the defender's requests are among them unless told apart."""
@@ -212,8 +232,9 @@ class Material:
 
     def _new_plant_key(self, cell: Cell, *, twin: bool) -> str:
         method, entry = self.attack(cell.attack, twin=twin), self.grid.attacks[cell.attack]
-        rows = self._hash("attacker", self.splits.attacker)
-        return config_hash("plant", self._base_key(cell), *_identity(method, entry.attack), rows, cell.seed)
+        rows = self._hash(f"attacker {cell.attack}", self.attacker_rows(cell.attack))
+        lead = [] if entry.lead is None else [data_hash(self.lead_rows(cell.attack)), entry.lead.train.model_dump()]
+        return config_hash("plant", self._base_key(cell), *_identity(method, entry.attack), rows, cell.seed, *lead)
 
     def _new_purify_key(self, cell: Cell) -> str:
         start = self._subject_key(cell)
@@ -222,6 +243,8 @@ class Material:
         method, entry = self.defense(cell.defense), self.grid.defenses[cell.defense]
         rows = self._hash(f"defender {cell.attack} {self._takes_safe(cell)}", self.defender_rows(cell))
         own = [data_hash(fact) if need is Need.SAFE else fact for need, fact in self.own_facts(cell).items()]
+        if (reference := self.reference(cell)) is not None:
+            own.append(["reference", self.model_hash(reference)])
         # The facts that a grid tells a defense come from the victim's secret.
         secret = self.plant_key(cell)
         watched = self._watched(cell)
