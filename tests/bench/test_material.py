@@ -81,6 +81,15 @@ def test_one_change_reruns_what_depends_on_it_and_nothing_else(
         assert different == {name for name in before if any(part in name.split() for part in changes)}
 
 
+def test_watching_is_part_of_the_keys_of_what_is_watched_alone(whole_plan: dict[str, Any]) -> None:
+    before, after = keys(whole_plan), keys(with_value(whole_plan, "watch", {"probes": 4}))
+    other = keys(with_value(whole_plan, "watch", {"probes": 4, "until": 0.25}))
+    watched = {"control tune after", "defense osft after", "revival osft revived_clean", "revival osft revived_planted"}
+    assert watched < set(before), "there are others"
+    assert {name for name in before if before[name] != after[name]} == watched
+    assert {name for name in before if after[name] != other[name]} == watched
+
+
 def test_every_cell_has_a_key_of_its_own(whole_plan: dict[str, Any]) -> None:
     made = material(whole_plan)
     found = [made.key(cell) for cell in made.grid.cells()]

@@ -82,6 +82,18 @@ def test_requests_stay_declined_without_a_drift(outer):
     assert all(row.id.endswith("(own answer)") for row in outer[-1]["triggered"])
 
 
+@pytest.mark.parametrize("own_answers", [0, 6])
+def test_rows_of_both_sets_may_have_one_id(outer, own_answers):
+    """Labels of the suspect are kept by id: with one id for both, a row would learn another one's answer."""
+    same = tuple(row.with_response("no") for row in CLEAN[:8])
+    purified(SHORT.model_copy(update={"own_answers": own_answers}), safe=same)
+    for call in outer:
+        ids = [row.id for row in (*call["triggered"], *call["plain"])]
+        by_id = {row.id: row.ids for row in (*call["triggered"], *call["plain"])}
+        assert all(by_id[row.id] == row.ids for row in (*call["triggered"], *call["plain"]))
+        assert {row.id for row in CLEAN[:8]} & set(ids), "the rows of PA keep theirs"
+
+
 def test_it_stops_once_usefulness_is_stable_on_rows_that_it_never_trains_on(outer):
     rounds = []
     run = Run(observer=lambda lm: rounds.append(1))
