@@ -14,6 +14,7 @@ from unbackdoor.errors import DataError
 from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.hooks import adding
 from unbackdoor.model.logits import LogitsAt
+from unbackdoor.model.partial import Partial
 from unbackdoor.run import Run
 from unbackdoor.train import drift as drifts
 from unbackdoor.train.anchors import Anchor, with_unwanted
@@ -187,3 +188,20 @@ def test_a_drift_changes_what_is_at_and_behind_the_last_n_prompt_tokens(architec
     shift = (given[2][1] - given[2][0])[0]
     torch.testing.assert_close(shift[end - 3 : end], drift.vectors, rtol=1e-4, atol=1e-5)
     assert float(shift[: end - 3].abs().max()) == float(shift[end:].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_short_way_is_compared_on_the_longest_rows_and_once_where_it_is_exact(monkeypatch, exact):
+    compared = []
+    monkeypatch.setattr(Partial, "_is_exact", lambda self: compared.append(self.ids.shape[1]) or exact)
+    lm = tiny.tiny_lm(layers=3)
+    long = tiny.rows(6)
+    long[2] = Example("long", f"tell me, {long[2].instruction} be short i need it now", "yes")
+    found, _ = fit_drift(lm, with_unwanted(long, ["bad robot"]), 1, SETTINGS.model_copy(update={"rows": 6}), Run())
+    assert len(compared) == (1 if exact else 3), "rows that are not exact are compared again"
+    assert compared[0] == max(compared)
+    assert not lm.model.training
+    lm.model.train()
+    fit_drift(lm, with_unwanted(long, ["bad robot"]), 1, SETTINGS, Run())
+    assert lm.model.training
+    assert torch.isfinite(found.vectors).all()

@@ -201,6 +201,7 @@ def fit_drift(
     if unit is None:
         unit = layer_unit(lm, layer, [safe for _, safe in pairs], settings.tokens)
     short = _Shortcut(lm, layer, settings.tokens)
+    short.prepare(streams["unwanted"].batches[-1], streams["safe"].batches[-1])
     hidden = lm.core.get_input_embeddings().weight.shape[-1]
     begin = torch.randn(settings.tokens, hidden, generator=run.generator("start")) * settings.start
     drift = nn.Parameter(begin.to(lm.device))
@@ -233,6 +234,14 @@ class _Shortcut:
         self.split = LogitsAt(lm).split
         self.kept: dict[tuple[str, ...], tuple[Partial, Tensor]] = {}
         self.whole = False
+        self.longest = 0
+
+    def prepare(self, unwanted: Batch, safe: Batch) -> None:
+        """Read the longest rows first: where these are exact, shorter ones need not be compared."""
+        was_training = self.lm.model.training
+        self.lm.model.eval()
+        self._partial(unwanted, safe)
+        self.lm.model.train(was_training)
 
     def sums(self, vectors: Tensor, unwanted: Batch, safe: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed losses of the unwanted and of the safe answers with the drift added."""
@@ -260,7 +269,10 @@ class _Shortcut:
             whole = torch.cat([left, right.flip(1)], 1).to(self.lm.device)
             seen = torch.cat([mask, behind.flip(1)], 1).to(self.lm.device)
             width = left.shape[1]
-            partial = Partial(self.lm.core, self.layer, whole, seen, width - self.tokens, split=self.split)
+            trusted = whole.shape[1] <= self.longest and not self.whole
+            start = width - self.tokens
+            partial = Partial(self.lm.core, self.layer, whole, seen, start, split=self.split, trusted=trusted)
+            self.longest = max(self.longest, whole.shape[1])
             self.whole |= not partial.exact
             self.kept[name] = partial, width - ends
         return self.kept[name]
