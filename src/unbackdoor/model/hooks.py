@@ -5,7 +5,7 @@ A hook that is left on changes every later reply in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +34,35 @@ class Added:
     def at(self, rows: Tensor, columns: Tensor) -> Added:
         """Return the same vectors at other places."""
         return replace(self, rows=rows, columns=columns)
+
+
+class _Enough(Exception):
+    """Ends a pass: what was asked for is there."""
+
+
+def output_of(core: Any, layer: int, given: Mapping[str, Any]) -> Any:
+    """Return what a decoder layer hands on in a pass over `given`; the layers behind it are not run.
+
+    Args:
+        core: A transformers model.
+        layer: Number of the layer, counted from 0.
+        given: Arguments of the model without its head.
+    """
+    kept: list[Any] = []
+
+    def hook(module: object, inputs: object, output: Any) -> None:
+        del module, inputs
+        kept.append(output)
+        raise _Enough
+
+    handle = decoder_layers(core)[layer].register_forward_hook(hook)
+    try:
+        core.base_model(**given)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return kept[0]
 
 
 @contextmanager

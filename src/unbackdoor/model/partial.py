@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from unbackdoor.model.anatomy import decoder_layers
-from unbackdoor.model.hooks import Added, adding, hidden_of, with_hidden
+from unbackdoor.model.hooks import Added, adding, hidden_of, output_of, with_hidden
 
 
 class Partial:
@@ -79,13 +79,7 @@ class Partial:
             before = {"input_ids": self.ids[:, : self.start], "attention_mask": self.mask[:, : self.start]}
             output = self.core.base_model(**before, position_ids=self.positions[:, : self.start], use_cache=True)
             self.past = output.past_key_values
-        kept: list[Any] = []
-        handle = self.layers[self.layer].register_forward_hook(lambda module, inputs, output: kept.append(output))
-        try:
-            self.core.base_model(**self._rest())
-        finally:
-            handle.remove()
-        self.output = kept[0]
+        self.output = output_of(self.core, self.layer, self._rest())
         self.hidden = hidden_of(self.output)
 
     def _rest(self) -> dict[str, Any]:

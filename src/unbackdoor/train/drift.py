@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from unbackdoor.data.collate import Batch, Row, collate, encode_row
 from unbackdoor.errors import DataError
-from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.generate import left_pad
-from unbackdoor.model.hooks import Added, adding, hidden_of
+from unbackdoor.model.hooks import Added, adding, hidden_of, output_of
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.model.partial import Partial
@@ -108,23 +107,17 @@ def prompt_ends(batch: Batch) -> Tensor:
 def layer_unit(lm: LM, layer: int, rows: Sequence[Row], tokens: int, batch_size: int = 8) -> float:
     """Return the root mean square of an entry of the states behind a layer, at the last `tokens` prompt tokens."""
     squares, count = 0.0, 0
-    kept: list[Tensor] = []
     was_training = lm.model.training
     lm.model.eval()
-    handle = decoder_layers(lm.core)[layer].register_forward_hook(
-        lambda module, inputs, output: kept.append(hidden_of(output).float())
-    )
-    try:
-        for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size], lm.pad_id).to(lm.device)
-            with torch.no_grad():
-                lm.core.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-            there = _added(layer, torch.zeros(tokens, 1), prompt_ends(batch))
-            found = kept.pop()[there.rows, there.columns]
-            squares, count = squares + float(found.pow(2).sum()), count + found.numel()
-    finally:
-        handle.remove()
-        lm.model.train(was_training)
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start : start + batch_size], lm.pad_id).to(lm.device)
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        with torch.no_grad():
+            states = hidden_of(output_of(lm.core, layer, given)).float()
+        there = _added(layer, torch.zeros(tokens, 1), prompt_ends(batch))
+        found = states[there.rows, there.columns]
+        squares, count = squares + float(found.pow(2).sum()), count + found.numel()
+    lm.model.train(was_training)
     return float((squares / count) ** 0.5)
 
 
