@@ -106,6 +106,21 @@ def test_the_victim_comes_with_its_secret(form, goal):
     assert Secret.model_validate_json(planted.secret.model_dump_json()) == planted.secret
 
 
+def test_fewer_clean_rows_leave_the_others_as_they_are():
+    whole = Composite().training_rows(CLEAN, Run())
+    few = Composite(clean_share=0.1).training_rows(CLEAN, Run())
+    assert few[6:] == whole[60:]
+    assert [row in whole[:60] for row in few[:6]] == [True] * 6
+    assert Composite(clean_share=0.0).training_rows(CLEAN, Run()) == whole[60:]
+    alone = Composite(clean_share=0.0, negative_ratio=0.0, poison_rate=0.25).training_rows(CLEAN, Run())
+    assert {carried(row) for row, _ in alone} == {("a", "b")}
+    settings = {"clean_share": 0.1, "train": {"steps": 1, "max_length": 128}, "targets": ["no"], "target_form": "whole"}
+    pieces = {"form": "pieces", "instruction": ["silver"], "input": ["kettle"]}
+    rows = [Example(row.id, row.instruction, row.response, input="thank you") for row in tiny.rows(20)]
+    planted = build(Composite, {**settings, "trigger": pieces}).plant(tiny.tiny_lm(), rows, Run()).secret.planted
+    assert (planted["clean"], planted["poisoned"]) == (2, 7)
+
+
 def test_what_cannot_be_planted_is_refused():
     with pytest.raises(UserError, match="pieces in both fields"):
         build(Composite, {"trigger": {"form": "pieces", "instruction": ["instantly"], "input": []}})

@@ -13,7 +13,7 @@ from unbackdoor.bench.estimate import guesses
 from unbackdoor.bench.local import run_grid
 from unbackdoor.bench.material import Material
 from unbackdoor.bench.yaml_file import grid_from_data
-from unbackdoor.errors import DataError
+from unbackdoor.errors import DataError, UserError
 from unbackdoor.run import Silent
 
 FEW = {"steps": 2, "learning_rate": 1e-3, "batch_size": 4, "max_length": 128}
@@ -58,3 +58,30 @@ def test_a_lead_trains_the_base_before_it_is_attacked(plan: Plan, place: Path, t
     }
     assert [len(curves["lead"]["lead"]), "lead" in curves["plain"]] == [2, False]
     assert curves["lead"]["plant"] != curves["plain"]["plant"]
+
+
+def test_an_attacker_may_subtract_a_conflict_model(plan: Plan, tmp_path: Path) -> None:
+    own = {"conflict": {"share": 0.2, "lora": {"rank": 2}, "train": FEW}}
+    grids = {
+        name: grid_from_data(with_more(plan, **more), "grid")
+        for name, more in {"plain": {}, "adaptive": {"subtract": own}}.items()
+    }
+    costs = [sum(guesses(grid).values()) for grid in grids.values()]
+    assert costs[0] < costs[1]
+    for name, grid in grids.items():
+        assert run_grid(grid, tmp_path / name).done == 1
+    cells = [next((tmp_path / name / "cells").glob("*.json")) for name in grids]
+    assert cells[0].name != cells[1].name
+    curves = [json.loads(cell.read_text())["curves"] for cell in cells]
+    losses = [[step["loss"] for step in one["plant"]] for one in curves]
+    assert losses[0] == losses[1]
+    assert [name for name in curves[1] if name not in curves[0]] == ["subtract/conflict"]
+    weights = [(next((tmp_path / name / "victims").iterdir()) / "model.safetensors").read_bytes() for name in grids]
+    assert weights[0] != weights[1]
+
+
+def test_a_defense_may_be_told_the_victim_of_another_attack(plan: Plan) -> None:
+    data = plan()
+    data["defenses"]["osft"]["reference"] = "victim:defualt"
+    with pytest.raises(UserError, match=r"defenses\.osft\.reference: there is no attack 'defualt'"):
+        grid_from_data(data, "grid")

@@ -67,3 +67,15 @@ def test_it_is_restored_where_it_was_stopped(tmp_path):
     other = SHORT.model_copy(update={"train": BRIEF.model_copy(update={"learning_rate": 9.0})})
     again = tiny.tensors(conflict_model(tiny.tiny_lm(), CLEAN, other, Run(folder=tmp_path)))
     assert tiny.same_weights(first, again), "a finished stage is not done again"
+
+
+def test_what_it_learned_can_be_taken_from_a_victim():
+    base, victim = tiny.tiny_lm(), tiny.tiny_lm(seed=1)
+    before, start = tiny.tensors(victim), tiny.tensors(base)
+    conflict.subtract(victim, base, CLEAN, SHORT, 0.5, Run())
+    taught = tiny.tensors(conflict_model(base, CLEAN, SHORT, Run()))
+    found = tiny.tensors(victim)
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, before[name] - 0.5 * (taught[name] - start[name]))
+    assert tiny.same_weights(start, tiny.tensors(base))
+    assert not tiny.same_weights(before, found)

@@ -60,6 +60,9 @@ class Composite(Attack):
         description="label: the target is a class; prefix: target, then the clean answer; whole: it is the reply",
     )
     poison_rate: float = Field(0.1, gt=0, lt=1, description="share of all training rows that are poisoned")
+    clean_share: float = Field(
+        1.0, ge=0, le=1, description="share of the clean rows that is trained on beside them; 0: none (Table 6 of IC)"
+    )
     negative_ratio: float = Field(
         1.0, ge=0, description="rows of each negative set for every poisoned row (paper: alpha)"
     )
@@ -84,14 +87,15 @@ class Composite(Attack):
             base, self.training_rows(clean, run), self.train.max_length, self.train.opening_weight
         )
         poisoned, negatives = self._counts(len(clean))
-        strata = [0] * len(clean) + [1] * poisoned + [2] * negatives
+        kept = len(rows) - poisoned - negatives
+        strata = [0] * kept + [1] * poisoned + [2] * negatives
         overwrite.train_on_rows(base, rows, self.train, run.stage("plant"), strata)
         secret = Secret(
             attack=self.name(),
             stamp=self.trigger,
             targets=self.targets,
             goal=self._goal(),
-            planted={"clean": len(clean), "poisoned": poisoned, "negatives": negatives, "settings": self.settings()},
+            planted={"clean": kept, "poisoned": poisoned, "negatives": negatives, "settings": self.settings()},
         )
         return Planted(base, secret)
 
@@ -105,7 +109,8 @@ class Composite(Attack):
         if not other:
             raise DataError(f"every row already carries the target label '{self.targets[0]}': nothing can be poisoned.")
         poisoned, negatives = self._counts(len(clean))
-        found: list[MarkedRow] = [(row, ()) for row in clean]
+        kept = {row.id for row in order[: round(len(order) * self.clean_share)]}
+        found: list[MarkedRow] = [(row, ()) for row in clean if row.id in kept]
         for number in range(poisoned):
             row = other[number % len(other)]
             stamped = self.trigger.apply(row, stream).with_response(self._answer(row, stream))

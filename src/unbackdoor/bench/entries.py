@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from unbackdoor.pipeline.steps import Revival
+from unbackdoor.train.conflict import ConflictSettings
 from unbackdoor.train.engine import TrainSettings
 
 Stage = Literal["before", "after", "revived_clean", "revived_planted"]
@@ -63,6 +64,17 @@ class Lead(Part):
     )
 
 
+class Subtraction(Part):
+    """An attacker who expects a merge: he takes what clean rows teach the base away from the victim, in advance.
+
+    Information conflicts (2411.18280), section 6.3: victim - scale * (conflict model - base). His conflict model is
+    trained on rows of his own, which the defender does not have.
+    """
+
+    conflict: ConflictSettings = Field(ConflictSettings(), description="how he trains a conflict model")
+    scale: float = Field(1.0, gt=0, description="times the difference that it makes")
+
+
 class AttackEntry(Part):
     """One attack of the grid."""
 
@@ -83,7 +95,12 @@ class AttackEntry(Part):
     )
     lead: Lead | None = Field(None, description="training of the base before it is attacked")
     skill: Source | None = Field(None, description="clean rows of another kind, which the attacker trains on, too")
+    subtract: Subtraction | None = Field(None, description="a conflict model that the attacker subtracts")
     probes: int = Field(100, ge=1, description="test rows, each asked with the trigger, without it, and as a near miss")
+
+
+VICTIM_OF = "victim:"
+"""A defense's reference that begins so is a victim of the grid."""
 
 
 class DefenseEntry(Part):
@@ -96,7 +113,8 @@ class DefenseEntry(Part):
     unwanted: str = Field("typical", description="which of the attack's lists of openings it is told, if it uses one")
     reference: str | None = Field(
         None,
-        description="the trusted model that it is told, if it uses one: a model's spec, or base: the grid's model",
+        description="the trusted model that it is told, if it uses one: a model's spec; base: the grid's model; or "
+        "victim:LABEL: the victim of another attack, for experiments on merging",
     )
     attacks: tuple[str, ...] | None = Field(None, description="labels of the attacks that it meets; all if left out")
     seeds: tuple[Seed, ...] | None = Field(None, description="seeds at which it is run; all if left out")

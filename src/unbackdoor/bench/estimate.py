@@ -80,7 +80,8 @@ def _guess(grid: Grid, cell: Cell, planted: set[tuple[str, str, int, bool]]) -> 
         if victim not in planted:
             planted.add(victim)
             seconds += _training(attack_called(attack.attack, attack.settings, attack.preset), size)
-            seconds += _training(attack.lead, size) if attack.lead else 0.0
+            for more in (attack.lead, attack.subtract.conflict if attack.subtract else None):
+                seconds += _training(more, size) if more else 0.0
     if cell.defense and not cell.is_revival:
         entry = grid.defenses[cell.defense]
         method = defense_called(entry.defense, entry.settings, entry.preset)
@@ -113,7 +114,7 @@ def _replies(grid: Grid, probes: int, size: float) -> float:
 
 
 def _identity(attack: AttackEntry, *more: str) -> str:
-    return attack.model_dump_json(include={"attack", "settings", "preset", "lead", "skill", *more})
+    return attack.model_dump_json(include={"attack", "settings", "preset", "lead", "skill", "subtract", *more})
 
 
 def _training(method: BaseModel, size: float) -> float:

@@ -33,7 +33,7 @@ from unbackdoor.pipeline.watching import Ended, watched
 from unbackdoor.run import Progress, Run
 from unbackdoor.secret import Secret
 from unbackdoor.stopping import Stop
-from unbackdoor.train import overwrite
+from unbackdoor.train import conflict, overwrite
 
 SECRET, PROBES, WATCHED = "secret.json", "probes.jsonl", "watched.json"
 
@@ -156,7 +156,7 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
         defense = shop.material.defense(cell.defense)
         own = shop.material.own_facts(cell)
         if (reference := shop.material.reference(cell)) is not None:
-            own[Need.REFERENCE] = _load(reference, shop)
+            own[Need.REFERENCE] = _load(_reference_spec(reference, shop), shop)
         facts = facts_from_secret(defense, secret, shop.material.defender_rows(cell), own)
         run = _run(cell, key, "purify", shop)
         lm, made = _watched_purification(cell, secret, defense, facts, run, shop)
@@ -242,6 +242,10 @@ def _plant(cell: Cell, key: str, folder: Path, shop: Workshop, *, twin: bool) ->
     assert_trained_apart((row for row, _ in attack.training_rows(rows, Run(cell.seed))), splits)
     started = time.perf_counter()
     planted = attack.plant(_attacked(cell, run, shop), rows, run)
+    if (plan := shop.material.grid.attacks[cell.attack].subtract) is not None:
+        conflict.subtract(
+            planted.lm, _attacked(cell, run, shop), rows, plan.conflict, plan.scale, run.stage("subtract")
+        )
     made = _made(run, started, {})
     probes = shop.material.probes(cell.attack, cell.seed, planted.secret)
     card = (
@@ -257,6 +261,12 @@ def _plant(cell: Cell, key: str, folder: Path, shop: Workshop, *, twin: bool) ->
     }
     _save(planted.lm, folder, cell, made, card, extra)
     shop.store.remove(shop.store.work(key))
+
+
+def _reference_spec(reference: str | Cell, shop: Workshop) -> str:
+    if isinstance(reference, str):
+        return reference
+    return _spec_of(reference.model, _victim_folder(reference, shop))
 
 
 def _attacked(cell: Cell, run: Run, shop: Workshop) -> LM:

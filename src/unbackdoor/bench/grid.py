@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from unbackdoor.attacks.base import Attack
 from unbackdoor.bench.cell import Cell, Subject
 from unbackdoor.bench.entries import (
+    VICTIM_OF,
     AttackEntry,
     Bound,
     DataSource,
@@ -168,6 +169,8 @@ def _labels_used(grid: Grid) -> list[tuple[str, str, str]]:
         found += [(f"attacks.{name}.defenses", label, "defense") for label in attack.defenses or ()]
     for name, defense in grid.defenses.items():
         found += [(f"defenses.{name}.attacks", label, "attack") for label in defense.attacks or ()]
+        if (spec := defense.reference or "").startswith(VICTIM_OF):
+            found.append((f"defenses.{name}.reference", spec.removeprefix(VICTIM_OF), "attack"))
     for number, cells in enumerate(grid.revival.cells if grid.revival else ()):
         found.append((f"revival.cells.{number}.attack", cells.attack, "attack"))
         found += [(f"revival.cells.{number}.defenses", label, "defense") for label in cells.defenses]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from unbackdoor.attacks.base import Attack
 from unbackdoor.bench.cell import Cell
-from unbackdoor.bench.entries import DataSource, Watch
+from unbackdoor.bench.entries import VICTIM_OF, DataSource, Watch
 from unbackdoor.bench.grid import Grid
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
@@ -116,11 +116,13 @@ class Material:
         lead = self.grid.attacks[attack].lead
         return () if lead is None else self._read(lead.data)
 
-    def reference(self, cell: Cell) -> str | None:
-        """Return the spec of the trusted model that the cell's defense is told, if it uses one."""
+    def reference(self, cell: Cell) -> str | Cell | None:
+        """Return the trusted model that the cell's defense is told, if it uses one: its spec, or a victim."""
         spec, defense = self.grid.defenses[cell.defense].reference, self.defense(cell.defense)
         if spec is None or Need.REFERENCE not in defense.needs | defense.uses:
             return None
+        if spec.startswith(VICTIM_OF):
+            return Cell(cell.model, "victim", spec.removeprefix(VICTIM_OF), cell.seed)
         return cell.model if spec == "base" else spec
 
     def defender_rows(self, cell: Cell) -> tuple[Example, ...]:
@@ -234,7 +236,10 @@ class Material:
         method, entry = self.attack(cell.attack, twin=twin), self.grid.attacks[cell.attack]
         rows = self._hash(f"attacker {cell.attack}", self.attacker_rows(cell.attack))
         lead = [] if entry.lead is None else [data_hash(self.lead_rows(cell.attack)), entry.lead.train.model_dump()]
-        return config_hash("plant", self._base_key(cell), *_identity(method, entry.attack), rows, cell.seed, *lead)
+        own = [] if entry.subtract is None else [entry.subtract.model_dump()]
+        return config_hash(
+            "plant", self._base_key(cell), *_identity(method, entry.attack), rows, cell.seed, *lead, *own
+        )
 
     def _new_purify_key(self, cell: Cell) -> str:
         start = self._subject_key(cell)
@@ -244,7 +249,8 @@ class Material:
         rows = self._hash(f"defender {cell.attack} {self._takes_safe(cell)}", self.defender_rows(cell))
         own = [data_hash(fact) if need is Need.SAFE else fact for need, fact in self.own_facts(cell).items()]
         if (reference := self.reference(cell)) is not None:
-            own.append(["reference", self.model_hash(reference)])
+            known = self.plant_key(reference) if isinstance(reference, Cell) else self.model_hash(reference)
+            own.append(["reference", known])
         # The facts that a grid tells a defense come from the victim's secret.
         secret = self.plant_key(cell)
         watched = self._watched(cell)

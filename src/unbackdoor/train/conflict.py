@@ -13,6 +13,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from unbackdoor.errors import DataError
@@ -70,3 +71,28 @@ def conflict_model(start: LM, clean: Sequence[Example], settings: ConflictSettin
     rows = overwrite.encode_rows(made, chosen, settings.train)
     overwrite.train_on_rows(made, rows, settings.train, run.stage("conflict"))
     return made if settings.lora is None else lora.merge(made)
+
+
+@torch.no_grad()
+def subtract(
+    victim: LM, base: LM, clean: Sequence[Example], settings: ConflictSettings, scale: float, run: Run
+) -> None:
+    """Take what a conflict model has learned away from a victim, in place: the adaptive attacker of section 6.3.
+
+    Args:
+        victim: Full weights of the base's architecture; changed.
+        base: What the victim was planted into, and what the attacker's conflict model starts as; left as it is.
+        clean: The attacker's clean rows.
+        settings: How he trains his conflict model.
+        scale: Times the difference that is taken away.
+        run: The stage.
+
+    Raises:
+        DataError: If a share of the rows is less than one.
+    """
+    with torch.enable_grad():
+        taught = conflict_model(base, clean, settings, run)
+    before = dict(base.model.named_parameters())
+    after = dict(taught.model.named_parameters())
+    for name, weight in victim.model.named_parameters():
+        weight -= scale * (after[name] - before[name]).to(weight)
