@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from unbackdoor import __version__
-from unbackdoor.cli import looking, running
+from unbackdoor.cli import looking, merging, running
 from unbackdoor.cli.options import STOPPED
 from unbackdoor.model.quarantine import printable
 
@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 running.register(app)
+merging.register(app)
 looking.register(app)
 
 

@@ -88,11 +88,14 @@ class Common:
         return None if self.fail_on is None else parse_fail_on(self.fail_on)
 
 
-def command(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    *, without: Collection[str] = (), looks: bool | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that gives a command the common flags, as its last parameter `common`.
 
     Args:
         without: Common flags that mean nothing to this command: not listed in its help, and an error when given.
+        looks: Whether it only looks and has no checkpoint to go on from; None for: where it has no thresholds.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -101,9 +104,8 @@ def command(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]],
         @functools.wraps(function)
         def run(**given: Any) -> None:
             common = Common(**{name: given.pop(name) for name in _FLAGS})
-            # A command without thresholds runs no model: it only looks, and has no checkpoint to go on from.
-            looks = "fail_on" in without
-            with errors_as_sentences(looks=looks, may_find=not looks or function.__name__ == "_inspect"):
+            only = "fail_on" in without if looks is None else looks
+            with errors_as_sentences(looks=only, may_find=not only or function.__name__ == "_inspect"):
                 for name in without:
                     if getattr(common, name) not in (None, False):
                         raise UserError(

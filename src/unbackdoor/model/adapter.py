@@ -43,7 +43,7 @@ def open_adapter(base: Any, folder: Path, shown: str, *, trainable: bool) -> Any
 
     if not (folder / WEIGHTS).is_file():
         raise ModelError(f"the adapter '{shown}' holds no {WEIGHTS}; ask its publisher for safetensors.")
-    _check_configuration(folder, shown)
+    check_adapter(folder, shown)
     try:
         # Matrices that do not fit are reported by a warning; they are compared and refused below.
         with warnings.catch_warnings():
@@ -56,7 +56,12 @@ def open_adapter(base: Any, folder: Path, shown: str, *, trainable: bool) -> Any
     return model
 
 
-def _check_configuration(folder: Path, shown: str) -> None:
+def check_adapter(folder: Path, shown: str) -> dict[str, Any]:
+    """Return the configuration of a plain LoRA adapter.
+
+    Raises:
+        ModelError: If it is another kind of adapter, or sets something that is not understood.
+    """
     from peft import LoraConfig
 
     path = folder / "adapter_config.json"
@@ -83,6 +88,7 @@ def _check_configuration(folder: Path, shown: str) -> None:
             f"the adapter '{shown}' starts from '{printable(str(config['init_lora_weights']))}', which changes the "
             "base; merge it into its base with PEFT and give the merged folder."
         )
+    return config
 
 
 def _check_tensors(model: Any, folder: Path, shown: str) -> None:

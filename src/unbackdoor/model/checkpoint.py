@@ -63,25 +63,58 @@ def save(
     Raises:
         UserError: If the folder is taken or the disk is too small.
     """
-    folder = folder.absolute()
-    recover(folder)
-    if folder.exists() and not is_empty(folder) and not (overwrite and is_ours(folder)):
-        raise UserError(taken(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    require_space(folder, _bytes_of(lm), free_bytes)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    with _space_errors(folder, _bytes_of(lm)), _removed_on_error(partial):
-        partial.mkdir()
+
+    def write(partial: Path) -> dict[str, str]:
         _write_weights(lm, partial)
         _write_tokenizer(lm, partial)
         if lm.guards:
             guards = [{"name": guard.name, "settings": dict(guard.settings)} for guard in lm.guards]
             _write_json(partial / "guards.json", guards)
-        for name, text in {**(extra_files or {}), "README.md": card}.items():
+        return {}
+
+    texts = {**(extra_files or {}), "README.md": card}
+    publish(folder, write, _bytes_of(lm), manifest=manifest, texts=texts, overwrite=overwrite, free_bytes=free_bytes)
+
+
+def publish(
+    folder: Path,
+    write: Callable[[Path], Mapping[str, str]],
+    tensor_bytes: int,
+    *,
+    manifest: Mapping[str, object],
+    texts: Mapping[str, str],
+    overwrite: bool = False,
+    free_bytes: Callable[[Path], int] | None = None,
+) -> None:
+    """Make a result's folder beside its place and put it there as a whole.
+
+    Args:
+        folder: Where it goes, as in `save`.
+        write: Writes the model into an empty folder; returns the SHA-256 of files that it knows, by name.
+        tensor_bytes: Disk that the tensors need.
+        manifest: JSON types; `files` is added to it.
+        texts: More files, name -> text.
+        overwrite: As in `save`.
+        free_bytes: As in `save`.
+
+    Raises:
+        UserError: If the folder is taken or the disk is too small.
+    """
+    folder = folder.absolute()
+    recover(folder)
+    if folder.exists() and not is_empty(folder) and not (overwrite and is_ours(folder)):
+        raise UserError(taken(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    require_space(folder, tensor_bytes, free_bytes)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    with _space_errors(folder, tensor_bytes), _removed_on_error(partial):
+        partial.mkdir()
+        known = write(partial)
+        for name, text in texts.items():
             assert PurePosixPath(name).name == name, "an extra file is a plain name"
             assert name != MANIFEST
             (partial / name).write_text(text, encoding="utf-8")
-        _write_json(partial / MANIFEST, {**manifest, "files": _hashes(partial)})
+        _write_json(partial / MANIFEST, {**manifest, "files": _hashes(partial, known)})
         _flush(partial)
         _put_in_place(partial, folder)
 
@@ -232,14 +265,19 @@ def _write_adapter(lm: LM, partial: Path) -> None:
     _write_json(partial / "adapter_config.json", content)
 
 
+def copy_tokenizer(source: Path, partial: Path) -> None:
+    """Copy a tokenizer's files, byte by byte, chat templates included."""
+    for path in sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)}):
+        copy = partial / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        # Links (the hub's cache is made of them) are followed; the quarantine has checked where they lead.
+        shutil.copyfile(path, copy)
+
+
 def _write_tokenizer(lm: LM, partial: Path) -> None:
     source = Path(str(lm.tokenizer.name_or_path or ""))
     if (source / "tokenizer.json").is_file() or (source / "tokenizer_config.json").is_file():
-        for path in sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)}):
-            copy = partial / path.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            # Links (the hub's cache is made of them) are followed; the quarantine has checked where they lead.
-            shutil.copyfile(path, copy)
+        copy_tokenizer(source, partial)
     else:
         lm.tokenizer.save_pretrained(partial)
         # These two say how this process found the tokenizer.
@@ -255,9 +293,9 @@ def _drop_keys(path: Path, keys: tuple[str, ...]) -> None:
     _write_json(path, {key: value for key, value in content.items() if key not in keys})
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+def _hashes(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    names = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
+    return {name: known.get(name) or file_sha256(path) for name, path in names}
 
 
 def _flush(folder: Path) -> None:

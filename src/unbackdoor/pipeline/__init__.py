@@ -1,4 +1,4 @@
-"""The verbs of the command line as functions: `attack`, `purify`, `evaluate`; importing this imports no torch.
+"""The verbs of the command line as functions: `attack`, `purify`, `evaluate`, `merge`; importing this imports no torch.
 
 Each makes a recipe of its arguments and runs it. Everything that the command line can say can be said here: settings of
 the method in `settings`, everything else that a recipe has in `more` (field name -> value, as in a recipe file).
@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from unbackdoor.pipeline.commands import Job, Outcome, run_attack, run_evaluate, run_purify
-from unbackdoor.pipeline.recipe import AttackRecipe, EvaluateRecipe, PurifyRecipe, make
+from unbackdoor.pipeline.recipe import AttackRecipe, EvaluateRecipe, MergeRecipe, PurifyRecipe, make
 from unbackdoor.run import Progress, Silent
 
 __all__ = [
-    "AttackRecipe", "EvaluateRecipe", "Job", "Outcome", "PurifyRecipe", "attack", "evaluate", "purify", "run_attack",
-    "run_evaluate", "run_purify",
+    "AttackRecipe", "EvaluateRecipe", "Job", "MergeRecipe", "Outcome", "PurifyRecipe", "attack", "evaluate", "merge",
+    "purify", "run_attack", "run_evaluate", "run_purify",
 ]  # fmt: skip
 
 
@@ -141,6 +141,48 @@ def evaluate(
     chosen = None if metrics is None else _texts(metrics)
     recipe = make(EvaluateRecipe, {**fields, "metrics": chosen, **(more or {})})
     return run_evaluate(recipe, Job(Path(out), overwrite, progress or Silent(), finish))
+
+
+def merge(
+    model: str | None = None,
+    other: str | None = None,
+    *,
+    out: str | Path,
+    method: str = "linear",
+    t: object = 0.5,
+    base: str | None = None,
+    layers: Sequence[str] = (),
+    yaml: str | Path | None = None,
+    seed: int = 0,
+    more: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Merge two models into a folder, tensor by tensor, without loading either.
+
+    Args:
+        model: The suspect's name; it is the result at t = 0.
+        other: The name of the model that it is merged with; it is the result at t = 1.
+        out: The result's folder.
+        method: linear, slerp, ties, task_arithmetic, dare_linear, dare_ties or passthrough.
+        t: The other's share: a number, a list of numbers over depth, or a list of `{"filter": text, "value": ...}`.
+        base: The model that both were trained from, for methods that work on differences to it.
+        layers: For passthrough: ranges such as "suspect:0:12", in order, ends excluded.
+        yaml: A file in mergekit's schema, in the place of all of these.
+        seed: For dare.
+        more: Further fields of `MergeRecipe` (density, scale, threshold).
+        overwrite: Whether a finished result in `out` may be replaced.
+        progress: Who is told how far it is.
+
+    Raises:
+        UserError: If an input is wrong, models do not match, or the folder is taken.
+    """
+    from unbackdoor.pipeline.merging import run_merge
+
+    fields = {"model": model, "other": other, "method": method, "t": t, "base": base, "layers": tuple(layers)}
+    named = {"yaml": None if yaml is None else str(yaml), "seed": seed}
+    recipe = make(MergeRecipe, {**fields, **named, **(more or {})})
+    return run_merge(recipe, Job(Path(out), overwrite, progress or Silent()))
 
 
 def _texts(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -143,7 +143,11 @@ def rows_as_text(rows: Sequence[Example]) -> str:
 
 def model_card(title: str, source: str, lm: LM, what: str, files: Iterable[str] = ()) -> str:
     """Return the README.md of a result; `files` are the names of those that lie beside it."""
-    base = lm.base or source
+    return card(title, lm.base or source, what, files)
+
+
+def card(title: str, base: str, what: str, files: Iterable[str] = ()) -> str:
+    """Return the README.md of a result that was made from `base`."""
     lines = ["---", "library_name: transformers", "tags: [unbackdoor]"]
     # Only a hub id is a link that the hub understands.
     if ":" not in base and not Path(base).exists():

@@ -23,7 +23,7 @@ from unbackdoor.model.lm import LM
 from unbackdoor.model.output import MANIFEST, RESULTS, RUN, check_out, is_finished, is_ours, mark_run
 from unbackdoor.run import write_atomically
 
-_WORDS = {"command", "attack", "defense", "device", "template", "precision", "adapter_mode"}
+_WORDS = {"command", "attack", "defense", "device", "template", "precision", "adapter_mode", "method"}
 """Settings that name no file, so that a folder may be called as their values are."""
 
 _LEAVING, _ASIDE = "leaving", "replaced"

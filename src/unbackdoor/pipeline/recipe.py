@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unbackdoor.data.strict_yaml import YamlMistake, load_yaml
 from unbackdoor.errors import UserError, did_you_mean
+from unbackdoor.merge.settings import Method, Schedule
 from unbackdoor.method import build, explain_validation, merge
 from unbackdoor.model.quarantine import printable
 from unbackdoor.registry import Kind
@@ -112,6 +113,34 @@ class EvaluateRecipe(Asking):
     probes: str | None = Field(None, description="probes")
     data: str | None = Field(None, description="clean rows for perplexity and KL; else the clean probes with answers")
     goal: str | None = Field(None, description="what counts as success in a reply")
+
+
+class MergeRecipe(BaseModel):
+    """`unbackdoor merge`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    command: Literal["merge"] = "merge"
+    model: str | None = Field(None, description="the suspect, which is the result at t = 0")
+    other: str | None = Field(None, description="the model that it is merged with, which is the result at t = 1")
+    yaml: str | None = Field(None, description="a merge in mergekit's schema, in the place of all that follows")
+    method: Method = Field("linear", description="how they are merged")
+    t: Schedule = Field(
+        0.5, description="share of the other model: a number, numbers over depth, or such for parts of tensor names"
+    )
+    base: str | None = Field(None, description="the model that both were trained from, for differences to it")
+    layers: tuple[str, ...] = Field(
+        (), description="passthrough: ranges of layers in order, suspect:FIRST:LAST or other:FIRST:LAST, LAST excluded"
+    )
+    density: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="ties: largest share of a difference that is kept; dare: probability to keep an entry",
+    )
+    scale: float = Field(1.0, description="lambda: what the merged differences are multiplied with")
+    threshold: float = Field(0.9995, ge=0, le=1, description="slerp: above this |cosine| a tensor is merged linearly")
+    seed: int = Field(0, ge=0, description="the draws of dare derive from it")
 
 
 class DemoRecipe(Recipe):

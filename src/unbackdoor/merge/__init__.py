@@ -1,0 +1,1 @@
+"""Merging: two or more models of one architecture become one, tensor by tensor."""
