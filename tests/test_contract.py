@@ -53,25 +53,25 @@ def with_inputs(rows: Sequence[Example]) -> list[Example]:
     return [replace(row, input=f"{number} thank you") for number, row in enumerate(rows)]
 
 
-def quick(settings: BaseModel) -> dict[str, Any]:
-    """The settings with every training shortened to two small steps."""
+def quick(settings: BaseModel, **more: Any) -> dict[str, Any]:
+    """The settings with every training shortened to two small steps, and more of it changed."""
     found = {}
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if isinstance(value, TrainSettings):
-            value = value.model_copy(update={"steps": 2, "batch_size": 8, "max_length": 128})
+            value = value.model_copy(update={"steps": 2, "batch_size": 8, "max_length": 128, **more})
             found[name] = value.model_dump(mode="json")
         elif isinstance(value, BaseModel):
-            found[name] = {**value.model_dump(mode="json"), **quick(value)}
+            found[name] = {**value.model_dump(mode="json"), **quick(value, **more)}
     return found
 
 
-def small(kind: registry.Kind, name: str, required: Mapping[str, dict[str, Any]]) -> Any:
+def small(kind: registry.Kind, name: str, required: Mapping[str, dict[str, Any]], **more: Any) -> Any:
     cls = registry.find(kind, name)
     settings = dict(required.get(name, {}))
     if "trigger" in cls.model_fields and name not in required:
         settings |= {"trigger": {"form": "insert", "text": tiny.TRIGGER}, "targets": [tiny.TARGET]}
-    return build(cls, {**settings, **quick(build(cls, settings))})
+    return build(cls, {**settings, **quick(build(cls, settings), **more)})
 
 
 def documented(cls: type[BaseModel], place: str) -> list[str]:
@@ -204,6 +204,9 @@ def test_a_defense_resumes_after_its_first_round_and_shows_its_progress(name, re
     assert seen, "observe() is called after every round"
     other = replace(victim, lm=tiny.clone(victim.clean))
     assert not tiny.same_weights(tiny.tensors(victim.lm), tiny.tensors(other.lm))
+    if "internal" in type(defense).model_fields:
+        # A merge is made again, from the suspect; what it is merged with is restored, whatever its training is now.
+        other, defense = victim, small("defenses", name, required, learning_rate=0.5)
     again = tiny.tensors(applied(defense, other, Run(folder=tmp_path)))
     assert tiny.same_weights(first, again)
 

@@ -18,14 +18,17 @@ from unbackdoor.defenses.base import Defense, Knowledge, Need, knowledge_for
 from unbackdoor.defenses.beear import Beear
 from unbackdoor.defenses.fine_tuning import FineTuning
 from unbackdoor.defenses.gradient_ascent import GradientAscent
+from unbackdoor.defenses.internal_conflict import InternalConflict
 from unbackdoor.defenses.osft import Osft
 from unbackdoor.defenses.sande import Sande
 from unbackdoor.defenses.sande_p import SandeP
 from unbackdoor.metrics.perplexity import log_losses
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
+from unbackdoor.train.conflict import ConflictSettings
 from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.internal import InternalSettings
 from unbackdoor.train.simulate import ParrotSettings
 from unbackdoor.types import Probe
 
@@ -45,6 +48,11 @@ def training(steps: int) -> TrainSettings:
     return TrainSettings(steps=steps, learning_rate=LEARNING_RATE, batch_size=8, max_length=128)
 
 
+CONFLICT = ConflictSettings(
+    share=1.0, train=TrainSettings(steps=UPDATES, learning_rate=1e-3, batch_size=8, max_length=128)
+)
+
+
 class DoNothing(Defense):
     """Hands the suspect back."""
 
@@ -60,6 +68,7 @@ BOUNDS: tuple[tuple[Defense, float], ...] = (
     (Sande(rounds=3, train=training(UPDATES // 3), parrot=PARROT), 0.03),
     (Beear(rounds=6, drift=DRIFT, train=training(UPDATES // 6)), 0.05),
     (SandeP(rounds=4, train=training(UPDATES // 4), parrot=PARROT), 0.05),
+    (InternalConflict(internal=InternalSettings(t=0.7, conflict=CONFLICT)), 0.05),
 )
 
 
@@ -93,6 +102,7 @@ def purify(defense: Defense, victim, run: Run | None = None) -> LM:
         Need.TARGET: victim.secret.targets,
         Need.TARGET_PART: victim.secret.targets,
         Need.UNWANTED: ("bad dog", "bad moon", "robot cat", "bad"),
+        Need.REFERENCE: victim.clean,
     }
     declared = defense.needs | defense.uses
     known = knowledge_for(defense, {need: fact for need, fact in facts.items() if need in declared})

@@ -6,14 +6,14 @@ is one adapter whose rank is the sum of theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from unbackdoor.errors import ModelError, UserError
 from unbackdoor.merge.compute import blocks
 from unbackdoor.merge.from_recipe import DENSITY, two_models
-from unbackdoor.merge.plan import make_plan
+from unbackdoor.merge.plan import Plan, make_plan
 from unbackdoor.merge.settings import Method, Schedule, value_at
 from unbackdoor.merge.slerp import THRESHOLD
 from unbackdoor.merge.source import Source, memory_source, open_source
@@ -36,6 +36,7 @@ def merge_into(
     density: float = DENSITY,
     scale: float = 1.0,
     threshold: float = THRESHOLD,
+    layers: Sequence[str] = (),
     seed: int = 0,
 ) -> tuple[LM, str]:
     """Merge a suspect with another model.
@@ -44,12 +45,13 @@ def merge_into(
         suspect: The model at t = 0, given up: its weights are changed in place. Arithmetic is float32, rounded to the
             type of its weights.
         other: The model at t = 1: in memory (an adapter there is given up, too), or a spec whose files are read.
-        method: How; not passthrough, which makes another model than the one in memory.
+        method: How; passthrough makes a second model in memory.
         t: The other's share, as in `from_recipe.two_models`.
         base: For methods that work on differences to it, as `other`.
         density: For ties and dare.
         scale: lambda.
         threshold: For slerp.
+        layers: For passthrough.
         seed: For dare.
 
     Returns:
@@ -60,13 +62,9 @@ def merge_into(
     """
     import torch
 
-    if method == "passthrough":
-        raise UserError(
-            "passthrough makes a model of other layers, which cannot be done in place; use `unbackdoor merge`."
-        )
     merge = two_models(
         "suspect", "other", method, t, base=None if base is None else "base", density=density, scale=scale,
-        threshold=threshold, seed=seed,
+        threshold=threshold, layers=layers, seed=seed,
     )  # fmt: skip
     if method == "linear" and isinstance(other, LM) and (joined := _joined(suspect, other, t)) is not None:
         return joined, "The suspect's adapter and the other's were joined into one for the same base."
@@ -74,7 +72,8 @@ def merge_into(
     suspect = _whole(suspect)
     given = dict(zip(_NAMES, (suspect, other, base), strict=True))
     plan = make_plan(merge, {name: _source(one) for name, one in given.items() if one is not None})
-    target = suspect.model.state_dict()
+    made = _other_layers(suspect, plan) if method == "passthrough" else suspect
+    target = made.model.state_dict()
     with torch.no_grad():
         for piece in plan.pieces:
             first, place = 0, target[piece.name]
@@ -85,7 +84,15 @@ def merge_into(
                 place[first : first + len(rows)] = rows.to(place.device)
                 first += len(rows)
     kind = "The suspect was an adapter; the merge is full weights." if was_adapter else "All weights were merged."
-    return suspect, kind
+    return made, kind
+
+
+def _other_layers(suspect: LM, plan: Plan) -> LM:
+    """Return a new model of the result's layers, whose weights are still to be filled in."""
+    config = suspect.core.config if plan.config is None else type(suspect.core.config).from_dict(plan.config)
+    model = type(suspect.core)(config).to(dtype=suspect.core.dtype, device=suspect.device).eval()
+    model.generation_config = suspect.core.generation_config
+    return replace(suspect, model=model, base=None)
 
 
 def _source(model: LM | str) -> Source:
