@@ -7,8 +7,8 @@ clean rows (eq. 7, 8).
 Needs to know: clean rows. Uses a trusted model, best the one that the suspect was made from; without one the conflict
 model is made from the suspect itself, which is the suspect fine-tuned.
 Deviations: the paper gives neither t nor any other setting of a merge. Where the trusted model is where the attacker
-began, merging takes the suspect half-way back there with or without a conflict: a control (`conflict.share: 0`) that the
-paper does not have; and the conflict model alone (`t: 1`) is the other.
+began, merging takes the suspect half-way back there with or without a conflict: a control (`conflict.share: 0`) that
+the paper does not have; the conflict model alone (`t: 1`) is another.
 """
 
 from __future__ import annotations

@@ -140,6 +140,7 @@ def _chosen(
     run.notes["t"], run.notes["t sweep"] = best, sweep
     if not fit:
         run.progress.notice(
-            f"Every t of the sweep costs more than {settings.slack:.0%} of usefulness; the smallest, {best:g}, was taken."
+            f"Every t of the sweep costs more than {settings.slack:.0%} of usefulness, so the smallest, {best:g}, was "
+            "taken."
         )
     return best
