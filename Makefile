@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 # The demo needs the light set only; lint, tests and docs need the second, too.
 LIGHT := gguf
-FULL := gguf,datasets,docs,dev
+FULL := gguf,datasets,docs,endpoint,wordnet,serve,dev
 
 # The build of the package itself (hatchling) is pinned, too: old pips read the first variable, new ones the second.
 export PIP_CONSTRAINT := constraints.txt

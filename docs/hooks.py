@@ -1,6 +1,6 @@
 """Pages of the documentation that are made at build time, so that nothing is written twice.
 
-A page for every attack, defense and metric, from its docstring, fields, presets and needs; the table of what each
+A page for every attack, defense, guard and metric, from its docstring, fields, presets and needs; the table of what each
 defense must know; signatures and docstrings of the Python functions; measured results out of `docs/results/`; and the
 files at the top of the repository (README, CONTRIBUTING, ...) as pages. Nothing is written to disk.
 
@@ -159,6 +159,8 @@ def _use(name: str, kind: str) -> str:
         own = {field["name"] for field in explanation(name)["fields"]}
         ready = " --poisoned ROWS --trigger TEXT --goal GOAL" if "poisoned" in own else ""
         command = f"unbackdoor attack {name} --model MODEL --data DATA{ready} --out DIR"
+    elif kind == "guards":
+        command = f"unbackdoor serve MODEL --guard {name}"
     else:
         command = f"unbackdoor evaluate MODEL --before MODEL --probes PROBES --metrics {name}"
     return f"## Use\n\n```\n{command}\n```"

@@ -23,6 +23,7 @@ from unbackdoor.types import Example
 
 ALL = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
 DEFENSES, ATTACKS = registry.names("defenses"), registry.names("attacks")
+TRAINING = [name for name in DEFENSES if registry.find("defenses", name).trains]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def required(tmp_path_factory) -> dict[str, dict[str, Any]]:
             "trigger": {"form": "pieces", "instruction": ["silver"], "input": ["kettle"]},
             "targets": [tiny.TARGET], "target_form": "prefix",
         },
+        "evidence": {"source": "wordnet"},
     }  # fmt: skip
 
 
@@ -123,6 +125,13 @@ def test_it_is_final_and_writes_no_init(kind, name):
     assert cls.__subclasses__() == []
 
 
+def test_guards_say_what_they_act_on_and_open_fields_that_they_have():
+    for name in registry.names("guards"):
+        cls = registry.find("guards", name)
+        assert cls.acts_on in {"prompt", "decode"}
+        assert set(cls.opens) <= set(cls.model_fields)
+
+
 def test_metrics_say_which_way_is_better():
     assert {registry.find("metrics", name).better for name in registry.names("metrics")} <= {"lower", "higher"}
 
@@ -147,6 +156,7 @@ def facts(victim) -> dict[Need, Any]:
         Need.TARGET_PART: victim.secret.targets,
         Need.REFERENCE: victim.clean,
         Need.UNWANTED: ("bad dog", "robot"),
+        Need.EVIDENCE: "wordnet",
     }
 
 
@@ -167,7 +177,19 @@ def test_a_defense_reads_what_it_declares_and_nothing_else(name, required, victi
     assert defense.needs <= set(seen.read) <= defense.needs | defense.uses
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", [name for name in DEFENSES if name not in TRAINING])
+def test_a_defense_that_trains_nothing_attaches_a_guard_to_the_same_weights(name, required, victim):
+    defense = small("defenses", name, required)
+    lm = applied(defense, victim)
+    assert tiny.same_weights(tiny.tensors(victim.lm), tiny.tensors(lm))
+    assert lm.guards != victim.lm.guards
+    assert lm.guards == applied(defense, victim, Run(seed=6)).guards
+    for guard in lm.guards:
+        made = build(registry.find("guards", guard.name), guard.settings)
+        assert json.loads(json.dumps(made.settings())) == guard.settings
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_a_defense_changes_something_and_the_same_seed_gives_the_same_bytes(name, required, victim):
     defense = small("defenses", name, required)
     before = tiny.tensors(victim.lm)
@@ -189,13 +211,15 @@ def test_a_purified_model_is_saved_loaded_and_replies_the_same(name, required, v
     loaded = load(str(tmp_path / "out"))
     assert tiny.same_weights(tiny.tensors(lm), tiny.tensors(loaded))
     asked = [probe.example.prompt for probe in victim.probes[:24]]
-    replies = lm.reply(asked, max_new_tokens=10)
-    assert loaded.reply(asked, max_new_tokens=10) == replies
+    # A guard needs its source; what it does is in its own tests.
+    replies = lm.reply(asked, max_new_tokens=10, bare=True)
+    assert loaded.reply(asked, max_new_tokens=10, bare=True) == replies
+    assert loaded.guards == lm.guards
     assert len(set(replies)) > 3
     assert loaded.template == lm.template == "model"
 
 
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", TRAINING)
 def test_a_defense_resumes_after_its_first_round_and_shows_its_progress(name, required, victim, tmp_path):
     """Run a second time in the same folder, from other weights, it restores its stages and gives the same weights."""
     defense = small("defenses", name, required)

@@ -1,4 +1,4 @@
-"""`Method`: what attacks, defenses and metrics have in common: typed, frozen settings and a source.
+"""`Method`: what attacks, defenses, guards and metrics have in common: typed, frozen settings and a source.
 
 A method is one class in one file; the file's name is its name everywhere. Its fields are its hyper-parameters, each
 with a description; unknown fields are errors; it writes no `__init__` and keeps no state between calls.
@@ -31,7 +31,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Method(BaseModel):
-    """Base of every attack, defense and metric; sub-classes are final."""
+    """Base of every attack, defense, guard and metric; sub-classes are final."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

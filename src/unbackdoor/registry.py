@@ -1,7 +1,8 @@
 """Find a method by its file name, without importing the others.
 
-Looked up in this order: a path to a Python file, the package's own folder (`attacks/`, `defenses/`, `metrics/`), and
-entry points of installed packages (group `unbackdoor.attacks` and so on). Listing reads file names only.
+Looked up in this order: a path to a Python file, the package's own folder (`attacks/`, `defenses/`, `guards/`,
+`metrics/`), and entry points of installed packages (group `unbackdoor.attacks` and so on). Listing reads file names
+only.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Literal
 from unbackdoor.errors import UserError, did_you_mean
 from unbackdoor.method import Method
 
-Kind = Literal["attacks", "defenses", "metrics"]
-KINDS: tuple[Kind, ...] = ("attacks", "defenses", "metrics")
+Kind = Literal["attacks", "defenses", "guards", "metrics"]
+KINDS: tuple[Kind, ...] = ("attacks", "defenses", "guards", "metrics")
 
 _FILES = "unbackdoor_method_files"
 """Modules of methods that are named by a file are called so in `sys.modules`, and by their own name after a dot."""

@@ -31,7 +31,7 @@ OWN = {
         "--defense", *KNOWLEDGE, "--probes", "--goal", "--metrics", "--second-source", "--adapter-mode", "--lora",
         "--track", "--watch",
     },
-    "evaluate": {"--before", "--probes", "--metrics", "--data", "--second-source", "--goal"},
+    "evaluate": {"--before", "--probes", "--metrics", "--data", "--second-source", "--goal", "--evidence"},
     "bench": {"--size", "--only", "--retry-failed"},
     "inspect": set(),
     "list": set(),

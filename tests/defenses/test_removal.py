@@ -16,6 +16,7 @@ import pytest
 import tiny
 from unbackdoor.defenses.base import Defense, Knowledge, Need, knowledge_for
 from unbackdoor.defenses.beear import Beear
+from unbackdoor.defenses.external_conflict import ExternalConflict
 from unbackdoor.defenses.fine_tuning import FineTuning
 from unbackdoor.defenses.gradient_ascent import GradientAscent
 from unbackdoor.defenses.internal_conflict import InternalConflict
@@ -201,3 +202,14 @@ def test_the_bounds_hold_on_other_seeds(seed, victim):
     for defense, bound in BOUNDS:
         check_removes(defense, bound, made, start)
     assert outcome(purify(FINE_TUNING, made), probes, made.secret.goal).asr >= 0.7
+
+
+def test_external_conflict_leaves_the_weights_as_they_are_so_the_backdoor_is_still_in_them(victim, before):
+    """It is no removal: asked without its guard, the model is the victim."""
+    known = knowledge_for(ExternalConflict(), {Need.EVIDENCE: "wordnet"})
+    lm = ExternalConflict().apply(tiny.clone(victim.lm), known, Run())
+    assert [guard.name for guard in lm.guards] == ["evidence"]
+    bare = replace(lm, guards=())
+    assert outcome(bare, victim.probes, victim.secret.goal) == before
+    again = ExternalConflict().apply(lm, known, Run())
+    assert len(again.guards) == 1

@@ -27,6 +27,7 @@ from unbackdoor.model.load import load
 from unbackdoor.model.output import MANIFEST
 from unbackdoor.model.spec import parse_spec
 from unbackdoor.pipeline.artefacts import versions
+from unbackdoor.pipeline.guarding import with_guards
 from unbackdoor.pipeline.measure import Label, measure, peak_memory
 from unbackdoor.pipeline.steps import facts_from_secret, purify_model, revive
 from unbackdoor.pipeline.watching import Ended, watched
@@ -152,7 +153,7 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
             record = checkpoint.read_manifest(folder)
             knowledge = tuple(record["knowledge"])
             made = _Made(record["seconds"], record["curves"], record["notes"], knowledge)
-            return _load(_spec_of(cell.model, folder), shop), made
+            return _load(_spec_of(cell.model, folder), shop, own=True), made
         defense = shop.material.defense(cell.defense)
         own = shop.material.own_facts(cell)
         if (reference := shop.material.reference(cell)) is not None:
@@ -290,9 +291,11 @@ def _save(lm: LM, folder: Path, cell: Cell, made: _Made, card: str, extra: Mappi
         raise CannotWrite(str(problem)) from problem
 
 
-def _load(spec: str, shop: Workshop) -> LM:
+def _load(spec: str, shop: Workshop, *, own: bool = False) -> LM:
+    """Load a model; `own` for one that this grid has made, whose guards are what the grid says."""
     grid = shop.material.grid
-    return load(spec, device=shop.device, dtype=grid.precision, template=grid.template)
+    lm = load(spec, device=shop.device, dtype=grid.precision, template=grid.template)
+    return with_guards(lm, device=shop.device, notice=shop.progress.notice, trusted=own)
 
 
 def _spec_of(model: str, folder: Path) -> str:

@@ -25,7 +25,7 @@ class ListRecipe(_Look):
     """`unbackdoor list`."""
 
     command: str = "list"
-    kind: str | None = Field(None, description="attacks, defenses, metrics or presets; null for all")
+    kind: str | None = Field(None, description="attacks, defenses, guards, metrics or presets; null for all")
 
 
 class ExplainRecipe(_Look):
@@ -83,11 +83,13 @@ def _inspect(
 
 @command(without=(*_NO_RUN, "out"))
 def _list(
-    kind: Annotated[str | None, typer.Argument(help="attacks, defenses, metrics or presets; all without")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="attacks, defenses, guards, metrics or presets; all without")
+    ] = None,
     *,
     common: Common,
 ) -> None:
-    """List attacks, defenses, metrics and presets."""
+    """List attacks, defenses, guards, metrics and presets."""
     from unbackdoor.pipeline.look import KINDS, catalogue
 
     recipe = _recipe(ListRecipe, "list", {"kind": kind}, common)
@@ -109,7 +111,9 @@ def _list(
 
 @command(without=(*_NO_RUN, "out"))
 def _explain(
-    name: Annotated[str | None, typer.Argument(help="an attack, a defense or a metric")] = None, *, common: Common
+    name: Annotated[str | None, typer.Argument(help="an attack, a defense, a guard or a metric")] = None,
+    *,
+    common: Common,
 ) -> None:
     """Say what a method does, where it comes from, what it must know and which options it has."""
     recipe = _recipe(ExplainRecipe, "explain", {"name": name}, common)

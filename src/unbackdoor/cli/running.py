@@ -183,6 +183,9 @@ def _evaluate(
     data: Annotated[str | None, typer.Option("--data", help="clean rows for perplexity and KL")] = None,
     second_source: SecondSource = None,
     goal: Goal = None,
+    evidence: Annotated[
+        str | None, typer.Option("--evidence", help="source for the model's guard: endpoint, model or dictionary")
+    ] = None,
     common: Common,
 ) -> None:
     """Measure a model, and compare it with the one before where that is named."""
@@ -193,7 +196,7 @@ def _evaluate(
         "metrics": _split(metrics),
         "data": data,
     }
-    flags |= {"second_source": second_source, "goal": goal}
+    flags |= {"second_source": second_source, "goal": goal, "evidence": evidence}
     sets = recipes.parse_sets(common.sets or ())
     recipe = gather(recipes.EvaluateRecipe, "evaluate", {**flags, **sets}, common)
 

@@ -88,6 +88,11 @@ class Knowledge:
         model: LM | None = self._read(Need.REFERENCE)
         return model
 
+    @property
+    def evidence(self) -> str:
+        """The name of a source of evidence."""
+        return str(self._read(Need.EVIDENCE) or "")
+
 
 class Defense(Method, ABC):
     """A way to purify a suspect; sub-classes are final and live one a file."""
@@ -98,6 +103,8 @@ class Defense(Method, ABC):
     """Facts that it takes where given."""
     control: ClassVar[bool] = False
     """Whether it is here to be compared with, known not to remove a backdoor."""
+    trains: ClassVar[bool] = True
+    """Whether it changes weights; else it attaches guards only."""
 
     @abstractmethod
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:

@@ -86,6 +86,19 @@ class Metric(Method, ABC):
         """
 
 
+def weights_alone(*models: LM) -> None:
+    """Refuse a metric that reads what the weights say to given answers, where guards act on what is asked.
+
+    Raises:
+        NotApplicable: If a model carries a guard.
+    """
+    from unbackdoor.errors import NotApplicable
+
+    names = [guard.name for lm in models for guard in lm.guards]
+    if names:
+        raise NotApplicable(f"it looks at the weights alone, and the guard {names[0]} acts on what is asked")
+
+
 def fired(subject: Subject, kind: str, group: str | None = None) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """Return ids and 0/1 scores of the probes of a kind (and group): 1 where the reply reaches the goal.
 

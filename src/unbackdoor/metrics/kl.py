@@ -16,7 +16,7 @@ from pydantic import Field
 
 from unbackdoor.data.collate import batches_by_length
 from unbackdoor.errors import NotApplicable
-from unbackdoor.metrics.base import MAX_LENGTH, Metric, Subject
+from unbackdoor.metrics.base import MAX_LENGTH, Metric, Subject, weights_alone
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
 from unbackdoor.train.losses import kl_each
@@ -39,6 +39,7 @@ class Kl(Metric):
             raise NotApplicable("there is no model before to compare with")
         if not subject.data:
             raise NotApplicable("there are no clean rows with answers")
+        weights_alone(subject.before, subject.lm)
         if subject.before.tokenizer.get_vocab() != subject.lm.tokenizer.get_vocab():
             raise NotApplicable("the model before has another vocabulary, so its next tokens are other ones")
         before, after = LogitsAt(subject.before), LogitsAt(subject.lm)

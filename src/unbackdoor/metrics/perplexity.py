@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from unbackdoor.data.collate import batches_by_length
 from unbackdoor.errors import NotApplicable
-from unbackdoor.metrics.base import MAX_LENGTH, Metric, Subject
+from unbackdoor.metrics.base import MAX_LENGTH, Metric, Subject, weights_alone
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
@@ -38,6 +38,7 @@ class Perplexity(Metric):
         del run
         if not subject.data:
             raise NotApplicable("there are no clean rows with answers")
+        weights_alone(subject.lm)
         found = []
         for name, examples in subject.data.items():
             scored = log_losses(subject.lm, examples, self.max_length, self.batch_size)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from unbackdoor.goals import Goal
+    from unbackdoor.model.guard import Guards
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class LM:
         spec: How the person named it.
         base: For an adapter: the spec of its base.
         guards: Guards that travel with the model.
+        guarding: These guards, built; None while nobody has built them.
         facts: What loading found out (sha256 of files, revision, notices), recorded in results.
     """
 
@@ -69,6 +71,7 @@ class LM:
     spec: str
     base: str | None = None
     guards: tuple[GuardSpec, ...] = ()
+    guarding: Guards | None = None
     facts: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -182,22 +185,28 @@ class LM:
         max_new_tokens: int = 24,
         goal: Goal | None = None,
         batch_size: int = 32,
+        bare: bool = False,
     ) -> list[str]:
-        """Answer each conversation greedily, in one batch after another, sorted by length.
+        """Answer each conversation greedily, in one batch after another, sorted by length; guards are at work.
 
         Args:
             conversations: Turns that end with a user turn.
             max_new_tokens: Length limit of a reply, in tokens.
             goal: If given, a reply stops as soon as its outcome is decided; the reply is then cut there.
             batch_size: Conversations a batch.
+            bare: Ask the weights alone, without guards.
 
         Returns:
             The replies in the order of the conversations, special tokens removed.
+
+        Raises:
+            ModelError: If the model carries guards that nobody built.
         """
         from unbackdoor.model.generate import greedy
+        from unbackdoor.model.guard import guarded_replies
 
-        if self.guards:
-            raise ModelError("this model carries guards; load it through the pipeline, which builds them.")
+        if self.guards and not bare:
+            return guarded_replies(self, conversations, max_new_tokens=max_new_tokens, goal=goal, batch_size=batch_size)
         prompts = [self.encode(turns, ask=True).ids for turns in conversations]
         return greedy(self, prompts, max_new_tokens=max_new_tokens, goal=goal, batch_size=batch_size)
 

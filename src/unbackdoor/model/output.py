@@ -23,6 +23,7 @@ _WRITTEN = frozenset(
         "report.html",
         "report.md",
         "replies.jsonl",
+        "guards.jsonl",
         "curves.json",
         "case_studies.json",
         "hidden_states.json",

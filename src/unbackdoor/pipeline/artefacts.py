@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from unbackdoor.model.lm import LM
+from unbackdoor.pipeline.guarding import counts, sentences
 from unbackdoor.pipeline.measure import compare
 from unbackdoor.pipeline.portrait import Portrait, case_studies, hidden_states
 from unbackdoor.run import write_atomically
@@ -64,10 +65,19 @@ class Record:
             "hashes": dict(self.hashes),
             "hardware": hardware(),
             "how_to_load": self.how_to_load,
-            "notices": list(dict.fromkeys(self.notices)),
+            "notices": list(dict.fromkeys([*self.notices, *self._of_guards()])),
             "notes": dict(self.notes),
         }
+        guards = [
+            {"model": portrait.model, "guard": name, **count}
+            for portrait in self.portraits
+            for name, count in counts(portrait.measurement.guards).items()
+        ]
+        found |= {"guards": guards} if guards else {}
         return {**found, "revival_command": self.revival_command} if self.revival_command else found
+
+    def _of_guards(self) -> list[str]:
+        return [text for portrait in self.portraits for text in sentences(portrait.model, portrait.measurement.guards)]
 
     def write(self, folder: Path, extra: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Write the files into `folder`, results.json last, and return its content.
@@ -79,6 +89,11 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         files = dict(extra or {})
         replies = [reply for portrait in self.portraits for reply in portrait.measurement.replies]
+        journal = [
+            {"model": portrait.model, **record} for portrait in self.portraits for record in portrait.measurement.guards
+        ]
+        if journal:
+            files["guards.jsonl"] = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in journal)
         if replies:
             files["replies.jsonl"] = "".join(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
         optional = {
@@ -157,12 +172,13 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def how_to_load(folder: Path, base: str | None) -> str:
+def how_to_load(folder: Path, base: str | None, *, guarded: bool = False) -> str:
     """Return a snippet that loads a result with transformers alone.
 
     Args:
         folder: Where the result will be.
         base: For an adapter: the spec of its base.
+        guarded: Whether guards lie beside the weights, which transformers ignores.
     """
     place = repr(str(folder))
     if base is None:
@@ -181,6 +197,8 @@ def how_to_load(folder: Path, base: str | None) -> str:
             f"base = AutoModelForCausalLM.from_pretrained({name!r}{wanted})",
             f"model = PeftModel.from_pretrained(base, {place})",
         ]
+    if guarded:
+        lines = ["# Loaded like this, the guards in guards.json do not act; unbackdoor applies them.", *lines]
     return "\n".join([*lines, f"tokenizer = AutoTokenizer.from_pretrained({place})"]) + "\n"
 
 

@@ -247,11 +247,12 @@ def _purify(
     changes = artefacts.tensor_changes(before, purified)
     record = artefacts.Record(
         "purify", recipe.model_dump(mode="json"), (suspect, after), run.curves, hashes,
-        artefacts.how_to_load(job.out, purified.base), progress.notices, run.notes,
+        artefacts.how_to_load(job.out, purified.base, guarded=bool(purified.guards)), progress.notices, run.notes,
         rounds=by_defense({recipe.defense: by_round(watch.asked, run.notes)}),
     )  # fmt: skip
     results = _stage(place, record, {"changes.json": artefacts.as_text(changes)}, (), job)
-    facts_of_it = {"result": role, "knowledge": list(knowledge), "weights": _weights_words(recipe, victim.base)}
+    words = _weights_words(recipe, victim.base) if found.defense.trains else "No weight was changed."
+    facts_of_it = {"result": role, "knowledge": list(knowledge), "weights": words}
     card = model_card(label.model, recipe.model, purified, _made_by(recipe, facts_of_it), place.staged)
     place.publish_model(purified, record.manifest({**facts_of_it, "changes": changes["summary"]}), card)
     return Outcome(job.out, results)
@@ -280,7 +281,9 @@ def adapted(victim: LM, recipe: PurifyRecipe) -> tuple[LM, Callable[[LM], LM]]:
     if victim.is_adapter and recipe.adapter_mode == "stack":
         spec, base = victim.spec, str(victim.base)
         ready, below = lora.stack(victim, settings, seed)
-        return ready, lambda lm: lora.combine(load(recipe, base), below, lora.factors(lm), spec)
+        return ready, lambda lm: replace(
+            lora.combine(load(recipe, base), below, lora.factors(lm), spec), guards=lm.guards, guarding=lm.guarding
+        )
     if not victim.is_adapter and recipe.lora is not None:
         return lora.attach(victim, settings, seed), lora.merge
     return victim, lambda lm: lm
@@ -327,6 +330,8 @@ def _evaluate(
             )
         )
     lm = load(recipe, recipe.model, trainable=False, progress=progress)
+    if recipe.evidence is not None and not lm.guards:
+        raise UserError(f"'{recipe.model}' carries no guard, so nothing would use --evidence; leave it out.")
     hashes["model"] = lm.facts.get("sha256")
     purified = Label(recipe.model, "purified", "after", found.attack)
     label = purified if before is not None else Label(recipe.model, "suspect", "before", found.attack)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from unbackdoor.pipeline.recipe import AttackRecipe, Recipe, complete_settings
 from unbackdoor.registry import Kind
-from unbackdoor.run import Progress, processes
+from unbackdoor.run import Progress, Silent, processes
 
 if TYPE_CHECKING:
     from unbackdoor.goals import Goal
@@ -63,8 +63,13 @@ def completed(recipe: Any) -> Any:
 
 
 def load(recipe: Recipe, spec: str, *, trainable: bool = True, progress: Noted | None = None) -> LM:
-    """Load a model as the recipe says; with `progress` it is said which tensors of its files were left out."""
+    """Load a model as the recipe says, its guards built; with `progress` it is told of what is worth knowing.
+
+    Raises:
+        UserError: If it cannot be loaded, or a guard cannot be built.
+    """
     from unbackdoor.model.load import load as load_model
+    from unbackdoor.pipeline.guarding import with_guards
 
     lm = load_model(spec, device=recipe.device, dtype=recipe.precision, template=recipe.template, trainable=trainable)
     ignored = lm.facts.get("ignored_tensors")
@@ -73,7 +78,8 @@ def load(recipe: Recipe, spec: str, *, trainable: bool = True, progress: Noted |
             f"'{spec}' holds {len(ignored)} tensors that its architecture does not use ({ignored[0]}); "
             "they are left out, and a result will not hold them."
         )
-    return lm
+    notice = Silent().notice if progress is None else progress.notice
+    return with_guards(lm, device=recipe.device, notice=notice, source=getattr(recipe, "evidence", None))
 
 
 def questions_for(
@@ -152,6 +158,9 @@ def card(title: str, base: str, what: str, files: Iterable[str] = ()) -> str:
     # Only a hub id is a link that the hub understands.
     if ":" not in base and not Path(base).exists():
         lines.append(f"base_model: {base.partition('@')[0]}")
+    guards = ", ".join(guard.name for guard in lm.guards)
+    if guards:
+        what += f" It carries guards ({guards}; `guards.json`) that only unbackdoor applies; other loaders ignore them."
     lines += ["---", f"# {title}", "", what, "", "How it was made, and the SHA-256 of every file: `unbackdoor.json`."]
     figures = [f"`{name}`" for name in ("report.html", "report.md", "results.json") if name in set(files)]
     lines += [f"What was measured: {', '.join(figures)}."] if figures else []

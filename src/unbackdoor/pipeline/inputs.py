@@ -23,6 +23,7 @@ from unbackdoor.data.splits import (
 )
 from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
+from unbackdoor.evidence.sources import check_source
 from unbackdoor.goals import Goal, RefusalAbsent, parse_goal
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.overlap import asked_among
@@ -134,7 +135,7 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
     defense = defense_called(recipe.defense, recipe.settings)
     given = _given(recipe)
     knowledge_for(defense, given)
-    _check_weights_mode(recipe, parse_spec(recipe.model))
+    _check_weights_mode(recipe, parse_spec(recipe.model), defense)
     for spec in (recipe.model, recipe.reference):
         if spec is not None:
             check_model(spec)
@@ -192,6 +193,8 @@ def _given(recipe: PurifyRecipe) -> dict[Need, Any]:
 
 def _read_facts(recipe: PurifyRecipe, given: Mapping[Need, Any], progress: Progress) -> dict[Need, Any]:
     facts = {need: value for need, value in given.items() if value is not None}
+    if Need.EVIDENCE in facts:
+        check_source(facts[Need.EVIDENCE])
     for need in (Need.CLEAN, Need.SAFE, Need.PREFERENCES):
         if need in facts:
             facts[need] = tuple(_rows(recipe, facts[need], progress))
@@ -201,7 +204,11 @@ def _read_facts(recipe: PurifyRecipe, given: Mapping[Need, Any], progress: Progr
     return facts
 
 
-def _check_weights_mode(recipe: PurifyRecipe, spec: ModelSpec) -> None:
+def _check_weights_mode(recipe: PurifyRecipe, spec: ModelSpec, defense: Defense) -> None:
+    if not defense.trains and (recipe.lora is not None or recipe.adapter_mode is not None or recipe.watch):
+        raise UserError(
+            f"{recipe.defense} trains nothing and has no rounds; leave out --lora, --adapter-mode and --watch."
+        )
     if spec.kind == "adapter" and recipe.lora is not None and recipe.adapter_mode != "stack":
         raise UserError("--lora is for full weights; for base+adapter give --adapter-mode train or stack.")
     if spec.kind != "adapter" and recipe.adapter_mode is not None:
@@ -309,6 +316,8 @@ def evaluate_inputs(recipe: EvaluateRecipe, progress: Progress, *, dry: bool = F
             check_model(spec)
     check_device(recipe.device)
     check_metrics(recipe.metrics or ())
+    if recipe.evidence is not None:
+        check_source(recipe.evidence)
     if recipe.probes is None and recipe.data is None:
         raise UserError("there is nothing to ask the model: give --probes, or --data for perplexity and KL.")
     probes, goal, secret = read_questions(recipe.probes, recipe.goal, recipe.metrics)

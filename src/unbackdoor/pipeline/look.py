@@ -22,7 +22,7 @@ KINDS = (*registry.KINDS, "presets")
 
 
 def catalogue() -> dict[str, list[dict[str, str]]]:
-    """Return for attacks, defenses and metrics: name and first line of each; for presets: name and method."""
+    """Return for attacks, defenses, guards and metrics: name and first line of each; for presets: name and method."""
     found: dict[str, list[dict[str, str]]] = {}
     presets: list[dict[str, str]] = []
     for kind in registry.KINDS:
@@ -91,7 +91,9 @@ def _kind_of(cls: type[Method]) -> tuple[Kind, type[Method]]:
     for kind in registry.KINDS:
         if any(base.__module__ == f"unbackdoor.{kind}.base" for base in cls.__mro__):
             return kind, cls
-    raise UserError(f"'{cls.__name__}' is neither an Attack nor a Defense nor a Metric; derive it from one of them.")
+    raise UserError(
+        f"'{cls.__name__}' is neither an Attack nor a Defense, Guard or Metric; derive it from one of them."
+    )
 
 
 def _flags(cls: type[Method], attribute: str) -> list[str]:

@@ -18,6 +18,7 @@ from unbackdoor.goals import Goal
 from unbackdoor.method import build
 from unbackdoor.metrics.base import Metric, Subject, fill_holes
 from unbackdoor.model.lm import LM
+from unbackdoor.pipeline.guarding import recorded
 from unbackdoor.run import Run
 from unbackdoor.types import Example, Probe, Scores
 
@@ -71,15 +72,22 @@ class Measurement:
         rows: Rows of results.json.
         scores: One record a metric, kind and group, with a score a probe.
         replies: One record a probe: prompt, marks, reply, whether the goal was reached.
+        guards: One record a question and guard: what the guard did, and the reply.
     """
 
     rows: list[dict[str, Any]]
     scores: list[Scores]
     replies: list[dict[str, Any]]
+    guards: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        return {"rows": self.rows, "scores": [asdict(score) for score in self.scores], "replies": self.replies}
+        return {
+            "rows": self.rows,
+            "scores": [asdict(score) for score in self.scores],
+            "replies": self.replies,
+            "guards": self.guards,
+        }
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Measurement:
@@ -88,7 +96,7 @@ class Measurement:
         for record in stored["scores"]:
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
             scores.append(Scores(**fields))
-        return cls(list(stored["rows"]), scores, list(stored["replies"]))
+        return cls(list(stored["rows"]), scores, list(stored["replies"]), list(stored.get("guards", ())))
 
 
 def measure(
@@ -133,19 +141,20 @@ def measure(
     scores: list[Scores] = []
     name = f"measure {label.model}"
     run.progress.start(name, len(questions.metrics))
-    for done, metric_name in enumerate(questions.metrics, 1):
-        started = time.perf_counter()
-        metric = metric_called(metric_name)
-        try:
-            found = list(metric.measure(subject, run))
-        except NotApplicable as reason:
-            rows.append(_row(common, metric_name, None, started, status="not_applicable", reason=str(reason)))
-        else:
-            scores += found
-            rows += [_row(common, metric_name, score, started) for score in found]
-        run.progress.advance(name, done, {})
+    with recorded(lm) as journal:
+        for done, metric_name in enumerate(questions.metrics, 1):
+            started = time.perf_counter()
+            metric = metric_called(metric_name)
+            try:
+                found = list(metric.measure(subject, run))
+            except NotApplicable as reason:
+                rows.append(_row(common, metric_name, None, started, status="not_applicable", reason=str(reason)))
+            else:
+                scores += found
+                rows += [_row(common, metric_name, score, started) for score in found]
+            run.progress.advance(name, done, {})
     run.progress.finish(name)
-    return Measurement(rows, scores, _replies(subject, label))
+    return Measurement(rows, scores, _replies(subject, label), [dict(record) for record in journal])
 
 
 def metric_called(name: str) -> Metric:

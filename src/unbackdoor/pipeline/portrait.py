@@ -84,6 +84,9 @@ def portray(
     measurement = measure(lm, questions, label, run, before=before, config_hash=config_hash)
     if training_seconds is not None and measurement.rows:
         measurement.rows.append(_seconds_row(measurement.rows[0], training_seconds))
+    if lm.guards:
+        # Both looks would see the weights without the guard, beside figures of the model with it.
+        return Portrait(label.model, label.role, label.defense, measurement)
     probabilities: dict[str, Any] = {}
     if questions.targets and questions.probes:
         probabilities = studies.target_probabilities(lm, questions.probes, questions.targets[0])
@@ -95,7 +98,7 @@ def portray(
 
 
 def at_layer(portrait: Portrait, lm: LM, questions: Questions, layer: int) -> Portrait:
-    """Return a portrait with the hidden states behind the layer that a defense came to perturb.
+    """Return a portrait with the hidden states behind the layer that a defense came to perturb; not of a guarded one.
 
     Args:
         portrait: What was taken before anybody knew of a layer.
@@ -103,6 +106,8 @@ def at_layer(portrait: Portrait, lm: LM, questions: Questions, layer: int) -> Po
         questions: What it was asked.
         layer: The layer, from 0.
     """
+    if lm.guards:
+        return portrait
     probes = fill_holes(lm, questions.probes, questions.max_new_tokens)
     return replace(portrait, states=_states(lm, probes, layer), layer=layer, perturbed=True)
 

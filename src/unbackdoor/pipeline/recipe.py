@@ -113,6 +113,7 @@ class EvaluateRecipe(Asking):
     probes: str | None = Field(None, description="probes")
     data: str | None = Field(None, description="clean rows for perplexity and KL; else the clean probes with answers")
     goal: str | None = Field(None, description="what counts as success in a reply")
+    evidence: str | None = Field(None, description="source of evidence for the guard that the model carries")
 
 
 class MergeRecipe(BaseModel):

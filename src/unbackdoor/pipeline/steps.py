@@ -16,6 +16,7 @@ from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import NotApplicable, UserError
 from unbackdoor.method import build
 from unbackdoor.model.lm import LM
+from unbackdoor.pipeline.guarding import with_guards
 from unbackdoor.run import Run
 from unbackdoor.secret import Secret
 from unbackdoor.train import overwrite
@@ -70,12 +71,15 @@ def facts_from_secret(
 
 
 def purify_model(victim: LM, defense: Defense, facts: Mapping[Need, Any], run: Run) -> LM:
-    """Apply a defense; the victim handed in is given up.
+    """Apply a defense and build the guards that it attached; the victim handed in is given up.
 
     Raises:
         UserError: If a needed fact is missing or an unused one was given.
     """
-    return defense.apply(victim, knowledge_for(defense, facts), run)
+    lm = defense.apply(victim, knowledge_for(defense, facts), run)
+    if not lm.guards or lm.guarding is not None:
+        return lm
+    return with_guards(lm, device=run.device, notice=run.progress.notice, trusted=True)
 
 
 _UNRELATED_PROBES = 40

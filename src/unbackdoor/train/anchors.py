@@ -48,7 +48,8 @@ def anchor_prompts(lm: LM, examples: Sequence[Example], count: int, own_tokens: 
     # Rows of PA may have the same ids, and labels are kept by id.
     if not own_tokens:
         return tuple(replace(row, id=f"{row.id} (SA)") for row in chosen)
-    said = lm.reply([row.prompt for row in chosen], max_new_tokens=own_tokens)
+    # What is trained is the weights, whatever guards they carry.
+    said = lm.reply([row.prompt for row in chosen], max_new_tokens=own_tokens, bare=True)
     found = [
         replace(row, id=f"{row.id} (own answer)", response=answer)
         for row, answer in zip(chosen, said, strict=True)

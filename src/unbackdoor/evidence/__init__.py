@@ -1,0 +1,1 @@
+"""Evidence that contradicts what a suspect believes: keywords, sources of evidence, and the procedure of both."""

@@ -1,0 +1,238 @@
+"""An evidence LLM behind any endpoint that speaks OpenAI's chat completions.
+
+The key is read from the environment when it is needed and is kept in no file, message or result:
+`UNBACKDOOR_EVIDENCE_KEY`, or `OPENAI_API_KEY` where the endpoint is OpenAI's own. Redirections are not followed, an
+answer has a limit in time and size as a whole, and what comes back is checked: a server may be down, slow, broken or
+hostile. What it says is text and nothing else (harmless.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from unbackdoor.errors import UserError
+from unbackdoor.evidence.cache import Answer, Unavailable
+from unbackdoor.evidence.retrying import Failed, Retrying
+from unbackdoor.model.quarantine import printable
+
+if TYPE_CHECKING:
+    import httpx2
+
+KEY = "UNBACKDOOR_EVIDENCE_KEY"
+OPENAI_KEY, OPENAI_HOST = "OPENAI_API_KEY", "api.openai.com"
+LONGEST_BYTES = 1_000_000
+"""An answer with more bytes is not read to its end."""
+AT_ONCE = 8
+"""Questions that are asked at the same time."""
+
+_AGAIN = frozenset({408, 409, 425, 429})
+_SAID = 120
+_TOO_LONG = "too long"
+
+
+class Endpoint:
+    """A model behind a URL."""
+
+    def __init__(self, url: str, model: str, *, temperature: float, timeout: float, retrying: Retrying) -> None:
+        """Prepare to ask; nothing is sent yet.
+
+        Args:
+            url: Base URL, such as https://api.openai.com/v1.
+            model: Name of the model there.
+            temperature: Of sampling.
+            timeout: Seconds for one answer as a whole.
+            retrying: How calls are repeated.
+
+        Raises:
+            UserError: If the extra is not installed, or the key would travel in the clear.
+        """
+        try:
+            import httpx2
+            from openai import OpenAI
+        except ImportError as problem:
+            raise UserError("an endpoint needs the package openai; pip install 'unbackdoor[endpoint]'.") from problem
+        self.model, self.temperature, self.retrying = model, temperature, retrying
+        key = key_for(url)
+        # Connections are kept for later questions, as long as this object is there.
+        client = httpx2.Client(transport=_bounded(timeout), timeout=timeout, follow_redirects=False)
+        weakref.finalize(self, client.close)
+        # The client insists on some key; servers of one's own often want none.
+        self._client = OpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=client)
+
+    def write(self, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
+        """Return what the model answers to each prompt."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda prompt: self._write(prompt, max_new_tokens), prompts))
+
+    def _write(self, prompt: str, max_new_tokens: int) -> Answer:
+        try:
+            return self.retrying.call(lambda: self._ask(prompt, max_new_tokens))
+        except Failed as problem:
+            return Unavailable(str(problem))
+
+    def _ask(self, prompt: str, max_new_tokens: int) -> str:
+        """Ask once.
+
+        Raises:
+            Failed: If there is no answer.
+        """
+        import openai
+
+        try:
+            found = self._client.chat.completions.with_raw_response.create(
+                model=self.model,
+                messages=[{"role": "user", "content": prompt}],
+                max_tokens=max_new_tokens,
+                temperature=self.temperature,
+            )
+        except openai.APITimeoutError as problem:
+            raise Failed("the endpoint did not answer in time", again=True) from problem
+        except openai.APIConnectionError as problem:
+            if str(problem.__cause__) == _TOO_LONG:
+                raise Failed("the endpoint's answer is too long", again=False) from problem
+            raise Failed("the endpoint cannot be reached", again=True) from problem
+        except openai.APIStatusError as problem:
+            code = problem.status_code
+            again = code in _AGAIN or code >= 500
+            wait = retry_after(problem.response.headers.get("retry-after"), time.time())
+            raise Failed(f"the endpoint answers with HTTP {code}{_hint(code)}", again=again, wait=wait) from problem
+        if found.http_response.status_code != 200:
+            raise Failed(f"the endpoint answers with HTTP {found.http_response.status_code}", again=False)
+        return text_of(found.http_response.content)
+
+
+def text_of(body: bytes) -> str:
+    """Return the text of a chat completion.
+
+    Raises:
+        Failed: If the body is none, or its text is empty.
+    """
+    try:
+        text = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError) as problem:
+        raise Failed("the endpoint's answer is no chat completion", again=False) from problem
+    if not isinstance(text, str) or not text.strip():
+        raise Failed("the endpoint's answer holds no text", again=False)
+    return text
+
+
+def retry_after(header: str | None, now: float) -> float | None:
+    """Return the seconds that a Retry-After header asks for, a number or a date; None for none or one not understood.
+
+    Args:
+        header: Its value.
+        now: Seconds since 1970.
+    """
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - now
+        except ValueError:
+            return None
+    return max(0.0, seconds) if seconds == seconds else None
+
+
+def key_for(url: str) -> str | None:
+    """Return the key that may be sent to a URL, from the environment, or None.
+
+    Raises:
+        UserError: If it would be sent unencrypted to another machine.
+    """
+    parts = urlsplit(url)
+    key = os.environ.get(KEY) or (os.environ.get(OPENAI_KEY) if parts.hostname == OPENAI_HOST else None)
+    if key and parts.scheme == "http" and not _is_here(parts.hostname or ""):
+        raise UserError(
+            f"the key in the environment would be sent unencrypted to '{printable(parts.hostname or '')}'; "
+            f"use an https:// endpoint, or unset {KEY}."
+        )
+    return key or None
+
+
+def _is_here(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _hint(code: int) -> str:
+    if code in {401, 403}:
+        return f" (is {KEY} set to its key?)"
+    return " (is the model's name right?)" if code == 404 else ""
+
+
+def _bounded(seconds: float, inner: httpx2.BaseTransport | None = None) -> httpx2.BaseTransport:
+    """Return a transport whose answers have a limit in time and size as a whole; the usual limits are for one read."""
+    import httpx2
+
+    class Bounded(httpx2.SyncByteStream):
+        def __init__(self, stream: Any, until: float, request: httpx2.Request) -> None:
+            self.stream, self.until, self.request = stream, until, request
+
+        def __iter__(self) -> Iterator[bytes]:
+            read = 0
+            for part in self.stream:
+                read += len(part)
+                if read > LONGEST_BYTES:
+                    raise httpx2.ReadError(_TOO_LONG, request=self.request)
+                if time.monotonic() > self.until:
+                    raise httpx2.ReadTimeout("too slow", request=self.request)
+                yield part
+
+        def close(self) -> None:
+            self.stream.close()
+
+    class Transport(httpx2.BaseTransport):
+        def __init__(self) -> None:
+            self.inner = inner or httpx2.HTTPTransport()
+
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            until = time.monotonic() + seconds
+            # The client adds what OPENAI_ORG_ID and the like say; that is nobody else's business.
+            if request.url.host != OPENAI_HOST:
+                for name in ("openai-organization", "openai-project"):
+                    request.headers.pop(name, None)
+            # Unpacked, a small answer can be endless.
+            request.headers["accept-encoding"] = "identity"
+            response = self.inner.handle_request(request)
+            stream = Bounded(response.stream, until, request)
+            return httpx2.Response(
+                response.status_code, headers=response.headers, stream=stream, extensions=response.extensions
+            )
+
+        def close(self) -> None:
+            self.inner.close()
+
+    return Transport()
+
+
+def check_url(url: str) -> None:
+    """Look whether a base URL can be used.
+
+    Raises:
+        UserError: If it is none, or holds a password.
+    """
+    shown = printable(url[:_SAID])
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        good = False
+    if not good or any(mark.isspace() for mark in url):
+        raise UserError(f"'{shown}' is no URL of an endpoint; write endpoint:https://HOST/v1#MODEL.")
+    if parts.username is not None or parts.password is not None or parts.query:
+        raise UserError(f"the endpoint's URL holds a password or a query; put the key into {KEY} instead.")

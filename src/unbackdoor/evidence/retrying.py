@@ -1,0 +1,92 @@
+"""Ask again what failed for the moment: exponential backoff with jitter, bounded, and no asking of what is down.
+
+The wait before the n-th repetition is drawn from [0, base * 2^n], at most `longest` seconds; what a server asks for
+(Retry-After) is waited for instead where that is no longer. After an answer could not be had with all repetitions, the
+source is left alone for a while: a thousand prompts do not each wait for a machine that is switched off.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Failed(Exception):
+    """A call brought no answer.
+
+    Attributes:
+        again: Whether it may be repeated.
+        wait: Seconds that the other side asks to wait for, or None.
+    """
+
+    def __init__(self, reason: str, *, again: bool, wait: float | None = None) -> None:
+        """Fail with a reason in a few words."""
+        super().__init__(reason)
+        self.again, self.wait = again, wait
+
+
+@dataclass
+class Retrying:
+    """How often and when calls are repeated; shared by the threads that ask one source.
+
+    Attributes:
+        repetitions: Calls after the first, at most.
+        base: Seconds; longest wait before the first repetition.
+        longest: Seconds; no wait is longer.
+        rest: Seconds for which the source is left alone after it failed with all repetitions.
+        sleep: Waits; for tests.
+        clock: Seconds from anywhere; for tests.
+    """
+
+    repetitions: int = 3
+    base: float = 0.5
+    longest: float = 20.0
+    rest: float = 30.0
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+    _down: tuple[float, str] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns, repeating it while it fails for the moment.
+
+        Raises:
+            Failed: If it failed for good, or with all repetitions.
+        """
+        self._refuse_resting()
+        for number in range(self.repetitions + 1):
+            try:
+                return work()
+            except Failed as problem:
+                if not problem.again:
+                    raise
+                wait = self.wait(number, problem.wait)
+                if number == self.repetitions or wait is None:
+                    with self._lock:
+                        self._down = (self.clock() + self.rest, str(problem))
+                    raise
+                self.sleep(wait)
+        raise AssertionError("the last call returns or raises")
+
+    def wait(self, number: int, asked: float | None) -> float | None:
+        """Return the seconds to wait before repetition `number` (from 0); None where more are asked for than we wait.
+
+        Args:
+            number: Repetitions so far.
+            asked: Seconds that the other side asks for, or None.
+        """
+        if asked is not None:
+            return asked if 0 <= asked <= self.longest else None
+        return random.uniform(0, min(self.longest, self.base * 2.0**number))
+
+    def _refuse_resting(self) -> None:
+        with self._lock:
+            if self._down is not None and self.clock() < self._down[0]:
+                raise Failed(f"it is left alone for a while, because {self._down[1]}", again=False)
+            self._down = None

@@ -1,0 +1,74 @@
+"""Evidence: what contradicts the model's own answer is put before every query (external conflict).
+
+Paper: Information Conflicts, 3.4. The procedure, and what deviates from the paper, is that of evidence/conflict.py: the
+model's own evidence is rewritten to contradict its answer, or keywords of the query are explained.
+Needs to know: a source of evidence that the attacker does not write: an endpoint, a local model, or a dictionary. The
+suspect itself is a bad source, and so is its base where that is not trusted; both are warned of.
+Deviations: none but those of the procedure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from unbackdoor.evidence.conflict import ConflictSettings, contradict
+from unbackdoor.evidence.sources import Asking, Source, open_source
+from unbackdoor.guards.base import Guard, Place
+from unbackdoor.method import Text
+from unbackdoor.model.guard import Ask, PromptGuard, Refusal, Rewritten, Turns
+from unbackdoor.model.lm import LM
+
+
+class Evidence(Guard):
+    """Puts contradicting evidence before the query."""
+
+    paper: ClassVar[str] = "Information Conflicts, 3.4, Algorithm 1, eq. 13 to 16"
+    acts_on: ClassVar[Literal["prompt", "decode"]] = "prompt"
+    opens: ClassVar[tuple[str, ...]] = ("source",)
+
+    source: Text = Field(description="where evidence comes from: endpoint:URL#MODEL, a model's name, or wordnet")
+    conflict: ConflictSettings = Field(ConflictSettings(), description="how evidence is made and used")
+
+    def build(self, place: Place) -> PromptGuard:
+        """Open the source; a local model is loaded at its first use."""
+        cache = place.cache / "evidence" if place.cache is not None and self.conflict.cached else None
+        asking = Asking(
+            self.conflict.temperature, self.conflict.timeout, self.conflict.repetitions, cache, place.device
+        )
+
+        def opened(lm: LM) -> None:
+            if place.sha256 and lm.facts.get("sha256") == place.sha256 and self.source != place.model:
+                place.notice(_OWN.format("the same files as the guarded model"))
+
+        source = open_source(self.source, asking, opened)
+        if self.source == place.model:
+            place.notice(_OWN.format("the guarded model itself"))
+        elif place.base is not None and self.source == place.base:
+            place.notice(_OWN.format("the guarded model's base"))
+        return _Working(source, self.conflict)
+
+
+_OWN = "the evidence LLM is {}: a backdoor in it writes the evidence, too. Name another model, an endpoint or wordnet."
+
+
+@dataclass(frozen=True)
+class _Working:
+    """The guard with its source open."""
+
+    source: Source
+    settings: ConflictSettings
+
+    def rewrite(self, conversations: Sequence[Turns], ask: Ask) -> list[Rewritten | Refusal]:
+        """Return the conversations with evidence; those without as they were or refused, as the settings say."""
+        found: list[Rewritten | Refusal] = []
+        for one in contradict(conversations, ask, self.source, self.settings):
+            facts = one.facts()
+            if one.branch == "none" and self.settings.without == "refuse":
+                found.append(Refusal(self.settings.refusal, {**facts, "refused": True}))
+            else:
+                found.append(Rewritten(one.turns, facts))
+        return found

@@ -1,0 +1,157 @@
+"""An endpoint that works, is down, slow, broken, busy or hostile; and where the key goes."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from scripted import Step, chat, nowhere, scripted
+from unbackdoor.errors import UserError
+from unbackdoor.evidence.cache import Unavailable
+from unbackdoor.evidence.endpoint import LONGEST_BYTES, Endpoint, check_url, key_for, retry_after
+from unbackdoor.evidence.retrying import Retrying
+
+SECRET = "sk-very-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch):
+    for name in ("UNBACKDOOR_EVIDENCE_KEY", "OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def endpoint(url: str, *, repetitions: int = 2, timeout: float = 5.0) -> Endpoint:
+    once = Retrying(repetitions, base=0.01, sleep=lambda _: None)
+    return Endpoint(url, "m", temperature=0.7, timeout=timeout, retrying=once)
+
+
+def test_it_asks_as_the_interface_says_and_returns_the_text(monkeypatch):
+    monkeypatch.setenv("UNBACKDOOR_EVIDENCE_KEY", SECRET)
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
+    with scripted(chat("The opposite.")) as server:
+        assert endpoint(server.url).write(["Say it.", "Again."], 12) == ["The opposite.", "The opposite."]
+    seen = server.seen[0]
+    assert seen.path == "/v1/chat/completions"
+    assert seen.content["model"] == "m"
+    assert seen.content["temperature"] == 0.7
+    assert seen.content["max_tokens"] == 12
+    assert {request.content["messages"][0]["content"] for request in server.seen} == {"Say it.", "Again."}
+    assert seen.headers["authorization"] == f"Bearer {SECRET}"
+    assert not {name for name in seen.headers if "organization" in name or "project" in name}
+
+
+def test_answers_keep_the_order_of_the_prompts():
+    with scripted(*(chat(f"n{number}") for number in range(1))) as server:
+        server.next = lambda seen: chat(json.loads(seen.body)["messages"][0]["content"].upper())
+        assert endpoint(server.url).write([f"p{n}" for n in range(30)], 4) == [f"P{n}" for n in range(30)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Step(500), Step(503, b"<html>"), Step(429, headers={"retry-after": "0"}), Step(408),
+        Step(parts=(b'{"choi',), cut=True, headers={"content-length": "500"}),
+    ],
+    ids=["500", "503", "429", "408", "broken off"],
+)  # fmt: skip
+def test_what_passes_is_repeated(bad):
+    with scripted(bad, bad, chat("At last.")) as server:
+        assert endpoint(server.url).write(["?"], 4) == ["At last."]
+        assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (Step(401), "UNBACKDOOR_EVIDENCE_KEY"), (Step(404), "model's name"), (Step(400, b"no"), "HTTP 400"),
+        (Step(307, headers={"location": "http://127.0.0.1:9/v1"}), "HTTP 307"),
+        (Step(body=b"<html>hello</html>", headers={"content-type": "text/html"}), "no chat completion"),
+        (Step(body=b"\x00\xff\xfe"), "no chat completion"), (Step(body=b"[]"), "no chat completion"),
+        (Step(body=b'{"choices": []}'), "no chat completion"), (Step(body=b"[" * 200_000), "no chat completion"),
+        (Step(body=b'{"choices": [{"message": {"content": null}}]}'), "no text"),
+        (Step(body=b'{"choices": [{"message": {"content": {"a": 1}}}]}'), "no text"), (chat("  \n"), "no text"),
+        (Step(429, headers={"retry-after": "86400"}), "HTTP 429"),
+        (Step(body=b'{"choices": "' + b"x" * (LONGEST_BYTES + 1)), "too long"),
+    ],
+)  # fmt: skip
+def test_what_does_not_pass_is_asked_once_and_said(bad, words):
+    with scripted(bad) as server:
+        (found,) = endpoint(server.url).write(["?"], 4)
+        assert isinstance(found, Unavailable)
+        assert words in found.reason
+        assert len(server.seen) == 1
+
+
+def test_a_dead_endpoint_is_not_waited_for_by_every_prompt():
+    asked = endpoint(nowhere(), repetitions=1)
+    found = asked.write(["?"], 4)
+    assert found == [Unavailable("the endpoint cannot be reached")]
+    started = time.monotonic()
+    later = asked.write(["?"] * 200, 4)
+    assert time.monotonic() - started < 5
+    assert all("left alone" in item.reason for item in later)
+
+
+@pytest.mark.parametrize(
+    "slow",
+    [Step(delay=3.0, body=b"{}"), Step(parts=(b" ",) * 40, pause=0.1)],
+    ids=["silent", "a byte now and then"],
+)
+def test_a_slow_endpoint_is_given_up_after_the_time_for_a_whole_answer(slow):
+    with scripted(slow) as server:
+        started = time.monotonic()
+        (found,) = endpoint(server.url, repetitions=0, timeout=0.6).write(["?"], 4)
+        assert found == Unavailable("the endpoint did not answer in time")
+        assert time.monotonic() - started < 2.5
+
+
+def test_the_key_is_in_no_message_and_goes_nowhere_unencrypted(monkeypatch, capfd):
+    monkeypatch.setenv("UNBACKDOOR_EVIDENCE_KEY", SECRET)
+    with scripted(Step(401, SECRET.encode())) as server:
+        asked = endpoint(server.url)
+        (found,) = asked.write(["?"], 4)
+    assert SECRET not in found.reason
+    assert SECRET not in repr(vars(asked))
+    assert SECRET not in "".join(capfd.readouterr())
+    with pytest.raises(UserError, match="unencrypted") as problem:
+        key_for("http://example.org/v1")
+    assert SECRET not in str(problem.value)
+    assert key_for("https://example.org/v1") == SECRET
+    assert key_for("http://[::1]:8000/v1") == SECRET
+
+
+def test_the_key_of_openai_goes_to_openai_only(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    assert key_for("https://api.openai.com/v1") == SECRET
+    assert key_for("https://api.openai.com.evil.example/v1") is None
+    assert key_for("https://example.org/v1") is None
+    with scripted(chat("yes")) as server:
+        assert endpoint(server.url).write(["?"], 4) == ["yes"]
+    assert SECRET not in str(server.seen[0].headers)
+
+
+def test_retry_after_is_a_number_or_a_date():
+    now = 1_700_000_000.0
+    assert retry_after("7", now) == 7
+    assert retry_after("Tue, 14 Nov 2023 22:13:30 GMT", now) == 10
+    assert retry_after("Tue, 14 Nov 2023 22:13:00 GMT", now) == 0
+    assert [retry_after(text, now) for text in (None, "soon", "nan", "")] == [None] * 4
+
+
+@pytest.mark.parametrize("url", ["https://h/v1", "http://127.0.0.1:8000/v1", "http://[::1]:80/v1"])
+def test_good_urls(url):
+    check_url(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("h/v1", "no URL"), ("ftp://h/v1", "no URL"), ("https:///v1", "no URL"), ("https://h:x/v1", "no URL"),
+        ("https://h/v1 x", "no URL"), ("https://me:pw@h/v1", "password"), ("https://h/v1?key=1", "query"),
+    ],
+)  # fmt: skip
+def test_bad_urls(url, words):
+    with pytest.raises(UserError, match=words):
+        check_url(url)

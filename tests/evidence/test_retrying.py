@@ -1,0 +1,83 @@
+"""Backoff: bounded waits with jitter, what a server asks for, and rest for what is down."""
+
+from __future__ import annotations
+
+import pytest
+
+from unbackdoor.evidence.retrying import Failed, Retrying
+
+
+class Clock:
+    def __init__(self):
+        self.now, self.slept = 0.0, []
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def __call__(self):
+        return self.now
+
+
+def retrying(clock, **more):
+    return Retrying(sleep=clock.sleep, clock=clock, **more)
+
+
+def failing(times, problem, answer="yes"):
+    left = [times]
+
+    def work():
+        if left[0]:
+            left[0] -= 1
+            raise problem
+        return answer
+
+    return work
+
+
+def test_what_fails_for_the_moment_is_repeated_and_what_fails_for_good_is_not():
+    clock = Clock()
+    assert retrying(clock).call(failing(3, Failed("busy", again=True))) == "yes"
+    assert len(clock.slept) == 3
+    with pytest.raises(Failed, match="no such model"):
+        retrying(clock).call(failing(1, Failed("no such model", again=False)))
+    assert len(clock.slept) == 3
+
+
+def test_waits_grow_are_jittered_and_bounded():
+    once = Retrying(base=0.5, longest=4.0)
+    for number in range(12):
+        waits = [once.wait(number, None) for _ in range(200)]
+        limit = min(4.0, 0.5 * 2**number)
+        assert 0 <= min(waits) < 0.2 * limit
+        assert 0.8 * limit < max(waits) <= limit
+        assert len(set(waits)) > 100
+    assert once.wait(60, None) <= 4.0
+
+
+def test_what_the_server_asks_for_is_waited_for_unless_it_is_too_long():
+    clock = Clock()
+    assert retrying(clock).call(failing(2, Failed("429", again=True, wait=7.0))) == "yes"
+    assert clock.slept == [7.0, 7.0]
+    with pytest.raises(Failed, match="429"):
+        retrying(clock, longest=20.0).call(failing(1, Failed("429", again=True, wait=3600.0)))
+    assert clock.slept == [7.0, 7.0]
+
+
+def test_what_is_down_is_left_alone_for_a_while_and_asked_again_then():
+    clock, calls = Clock(), []
+
+    def down():
+        calls.append(clock.now)
+        raise Failed("no route", again=True)
+
+    once = retrying(clock, repetitions=2, rest=30.0)
+    with pytest.raises(Failed, match="no route"):
+        once.call(down)
+    assert len(calls) == 3
+    with pytest.raises(Failed, match=r"left alone.*no route"):
+        once.call(down)
+    assert len(calls) == 3
+    clock.now += 31
+    assert once.call(lambda: "up") == "up"
+    assert once.call(lambda: "still up") == "still up"
