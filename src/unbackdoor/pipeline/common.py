@@ -149,6 +149,9 @@ def rows_as_text(rows: Sequence[Example]) -> str:
 
 def model_card(title: str, source: str, lm: LM, what: str, files: Iterable[str] = ()) -> str:
     """Return the README.md of a result; `files` are the names of those that lie beside it."""
+    guards = ", ".join(guard.name for guard in lm.guards)
+    if guards:
+        what += f" It carries guards ({guards}; `guards.json`) that only unbackdoor applies; other loaders ignore them."
     return card(title, lm.base or source, what, files)
 
 
@@ -158,9 +161,6 @@ def card(title: str, base: str, what: str, files: Iterable[str] = ()) -> str:
     # Only a hub id is a link that the hub understands.
     if ":" not in base and not Path(base).exists():
         lines.append(f"base_model: {base.partition('@')[0]}")
-    guards = ", ".join(guard.name for guard in lm.guards)
-    if guards:
-        what += f" It carries guards ({guards}; `guards.json`) that only unbackdoor applies; other loaders ignore them."
     lines += ["---", f"# {title}", "", what, "", "How it was made, and the SHA-256 of every file: `unbackdoor.json`."]
     figures = [f"`{name}`" for name in ("report.html", "report.md", "results.json") if name in set(files)]
     lines += [f"What was measured: {', '.join(figures)}."] if figures else []
