@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bench.helpers import Plan
+from evidence.mini_wordnet import write
 from unbackdoor.bench.estimate import guesses
 from unbackdoor.bench.local import run_grid
 from unbackdoor.bench.material import Material
@@ -85,3 +86,35 @@ def test_a_defense_may_be_told_the_victim_of_another_attack(plan: Plan) -> None:
     data["defenses"]["osft"]["reference"] = "victim:defualt"
     with pytest.raises(UserError, match=r"defenses\.osft\.reference: there is no attack 'defualt'"):
         grid_from_data(data, "grid")
+
+
+def test_merging_and_evidence_in_a_grid(plan: Plan, tmp_path: Path) -> None:
+    """A trusted model and a source of evidence reach the defenses that use them, and are part of the keys of these."""
+    few = {"conflict": {"share": 0.5, "lora": {"rank": 2}, "train": FEW}}
+    both = {"reference": "base", "evidence": f"wordnet:{write(tmp_path / 'words')}"}
+    data = plan(references={"untouched": False}, metrics=["asr", "leak", "perplexity", "kl"])
+    data["defenses"] |= {
+        "inside": {"defense": "internal_conflict", "settings": {"internal": few}, "reference": "base"},
+        "alone": {"defense": "internal_conflict", "settings": {"internal": {**few, "start": "suspect"}}},
+        "other": {"defense": "internal_conflict", "settings": {"internal": few}, "reference": "victim:default"},
+        "whole": {"defense": "information_conflict", "settings": {"internal": few}, **both},
+    }
+    grid = grid_from_data(data, "grid")
+    assert run_grid(grid, tmp_path / "out").failed == ()
+    made = Material(grid, Silent())
+    keys = {cell.defense: made.key(cell) for cell in grid.cells()}
+    assert len(set(keys.values())) == len(keys)
+    found = {name: json.loads((tmp_path / "out" / "cells" / f"{key}.json").read_text()) for name, key in keys.items()}
+    assert [found[name]["notes"]["conflict model starts as"] for name in ("inside", "alone", "other")] == [
+        "the trusted model", "the suspect", "the trusted model",
+    ]  # fmt: skip
+    assert set(found["inside"]["knowledge"]) == {"clean", "reference"}
+    assert set(found["whole"]["knowledge"]) == {"clean", "reference", "evidence"}
+    guards = found["whole"]["measurement"]["guards"]
+    assert {record["guard"] for record in guards} == {"evidence"}
+    assert not found["inside"]["measurement"]["guards"]
+    rows = {row["metric"]: row["status"] for row in found["whole"]["measurement"]["rows"]}
+    assert rows["asr"] == "measured"
+    data["defenses"]["whole"]["evidence"] = f"wordnet:{tmp_path}"
+    with pytest.raises(UserError, match=r"defenses\.whole\.evidence"):
+        run_grid(grid_from_data(data, "grid"), tmp_path / "other")

@@ -19,6 +19,7 @@ from unbackdoor.defenses.beear import Beear
 from unbackdoor.defenses.external_conflict import ExternalConflict
 from unbackdoor.defenses.fine_tuning import FineTuning
 from unbackdoor.defenses.gradient_ascent import GradientAscent
+from unbackdoor.defenses.information_conflict import InformationConflict
 from unbackdoor.defenses.internal_conflict import InternalConflict
 from unbackdoor.defenses.osft import Osft
 from unbackdoor.defenses.sande import Sande
@@ -202,6 +203,17 @@ def test_the_bounds_hold_on_other_seeds(seed, victim):
     for defense, bound in BOUNDS:
         check_removes(defense, bound, made, start)
     assert outcome(purify(FINE_TUNING, made), probes, made.secret.goal).asr >= 0.7
+
+
+def test_information_conflict_is_the_internal_one_with_a_guard(victim):
+    settings = InternalSettings(t=0.7, conflict=CONFLICT)
+    facts = {Need.CLEAN: tuple(victim.defender), Need.REFERENCE: victim.clean}
+    inside = InternalConflict(internal=settings)
+    alone = inside.apply(tiny.clone(victim.lm), knowledge_for(inside, facts), Run())
+    both = InformationConflict(internal=settings)
+    whole = both.apply(tiny.clone(victim.lm), knowledge_for(both, {**facts, Need.EVIDENCE: "wordnet"}), Run())
+    assert tiny.same_weights(tiny.tensors(alone), tiny.tensors(whole))
+    assert (alone.guards, [guard.name for guard in whole.guards]) == ((), ["evidence"])
 
 
 def test_external_conflict_leaves_the_weights_as_they_are_so_the_backdoor_is_still_in_them(victim, before):

@@ -116,6 +116,9 @@ class DefenseEntry(Part):
         description="the trusted model that it is told, if it uses one: a model's spec; base: the grid's model; or "
         "victim:LABEL: the victim of another attack, for experiments on merging",
     )
+    evidence: str | None = Field(
+        None, description="the source of evidence that it is told, if it uses one: wordnet, endpoint:..., or a model"
+    )
     attacks: tuple[str, ...] | None = Field(None, description="labels of the attacks that it meets; all if left out")
     seeds: tuple[Seed, ...] | None = Field(None, description="seeds at which it is run; all if left out")
 

@@ -31,6 +31,7 @@ from unbackdoor.bench.entries import (
     Watch,
 )
 from unbackdoor.errors import UserError, did_you_mean
+from unbackdoor.evidence.sources import check_source
 from unbackdoor.goals import normalise
 from unbackdoor.pipeline.steps import attack_called, defense_called
 
@@ -128,6 +129,8 @@ def check_methods(grid: Grid) -> None:
         checked(f"attacks.{label}", attack_called, attack.attack, attack.settings, attack.preset)
     for label, defense in grid.defenses.items():
         checked(f"defenses.{label}", defense_called, defense.defense, defense.settings, defense.preset)
+        if defense.evidence is not None:
+            checked(f"defenses.{label}.evidence", check_source, defense.evidence)
     for name in (*grid.metrics, *(grid.revival.metrics if grid.revival else ())):
         checked("metrics", metric_called, name)
     for bound in grid.bounds:

@@ -141,6 +141,8 @@ class Material:
             found[Need.UNWANTED] = self._once(
                 ("openings", file), lambda: tuple(sources.read_openings(file, self.labels))
             )
+        if Need.EVIDENCE in declared and (source := self.grid.defenses[cell.defense].evidence) is not None:
+            found[Need.EVIDENCE] = source
         if self._takes_safe(cell) and (safe := self.splits.safe if entry.safe is None else self._read(entry.safe)):
             found[Need.SAFE] = safe
         return found

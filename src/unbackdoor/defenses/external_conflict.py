@@ -16,10 +16,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from unbackdoor.defenses.base import Defense, Knowledge, Need
-from unbackdoor.evidence.conflict import ConflictSettings
+from unbackdoor.evidence.conflict import ConflictSettings, guarded
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
-from unbackdoor.types import GuardSpec
 
 
 class ExternalConflict(Defense):
@@ -34,7 +33,4 @@ class ExternalConflict(Defense):
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Return the model with the guard; an earlier guard of this name is replaced."""
         del run
-        settings = {"source": known.evidence, "conflict": self.conflict.model_dump(mode="json")}
-        others = tuple(guard for guard in victim.guards if guard.name != "evidence")
-        victim.guards, victim.guarding = (*others, GuardSpec("evidence", settings)), None
-        return victim
+        return guarded(victim, known.evidence, self.conflict)

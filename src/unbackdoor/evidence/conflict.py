@@ -29,7 +29,8 @@ from unbackdoor.evidence.sources import Source
 from unbackdoor.evidence.textrank import TextRank, keywords
 from unbackdoor.method import Text
 from unbackdoor.model.guard import Ask, Turns
-from unbackdoor.types import Message
+from unbackdoor.model.lm import LM
+from unbackdoor.types import GuardSpec, Message
 
 Branch = Literal["rewritten", "keywords", "none"]
 
@@ -73,6 +74,13 @@ class ConflictSettings(BaseModel):
         "This cannot be answered now, because no evidence to check the answer with could be had.",
         description="the reply where it is refused",
     )
+
+
+def guarded(lm: LM, source: str, settings: ConflictSettings) -> LM:
+    """Return the model with the guard `evidence`; an earlier one of this name is replaced."""
+    spec = GuardSpec("evidence", {"source": source, "conflict": settings.model_dump(mode="json")})
+    lm.guards, lm.guarding = (*(guard for guard in lm.guards if guard.name != spec.name), spec), None
+    return lm
 
 
 @dataclass(frozen=True)
