@@ -129,3 +129,22 @@ def test_how_to_load_names_a_base_as_transformers_knows_it(tmp_path: Path, monke
     built = how_to_load(tmp_path, "builtin:smollm2-135m")
     assert f"from_pretrained({str(tmp_path / 'cache' / 'smollm2-135m')!r})" in built
     assert "builtin:" not in built
+
+
+def test_merging_an_adapter_gives_full_weights_and_says_so(adapter: Path) -> None:
+    base, out = adapter / "base", adapter / "merged"
+    suspect = f"{base}+{adapter / 'adapter'}"
+    few = {"conflict": {"share": 0.5, "train": {"steps": 2, "learning_rate": 1e-3}}}
+    call = {"defense": "internal_conflict", "clean": str(adapter / "rows.jsonl"), "settings": {"internal": few}}
+    unbackdoor.purify(suspect, **call, out=out, more={"reference": str(base)})
+    merged = load(str(out))
+    assert not merged.is_adapter
+    assert (out / "model.safetensors").is_file()
+    assert not (out / "adapter_model.safetensors").exists()
+    assert "was an adapter; the merge is full weights" in (out / "README.md").read_text()
+    before, trusted = logits(load(suspect)), logits(load(str(base)))
+    assert not torch.allclose(logits(merged), before, atol=1e-3)
+    assert not torch.allclose(logits(merged), trusted, atol=1e-3)
+    for mode in ({"adapter_mode": "train"}, {"adapter_mode": "stack", "lora": {"rank": 2}}):
+        with pytest.raises(UserError, match="internal_conflict merges whole models; leave out --lora"):
+            unbackdoor.purify(suspect, **call, out=adapter / "refused", more={"reference": str(base), **mode})

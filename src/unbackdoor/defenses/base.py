@@ -105,6 +105,8 @@ class Defense(Method, ABC):
     """Whether it is here to be compared with, known not to remove a backdoor."""
     trains: ClassVar[bool] = True
     """Whether it changes weights; else it attaches guards only."""
+    merges: ClassVar[bool] = False
+    """Whether its result is a merge: full weights as a rule, whatever the suspect is; the notes say it as "merge"."""
 
     @abstractmethod
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:

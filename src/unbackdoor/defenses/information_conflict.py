@@ -26,6 +26,7 @@ class InformationConflict(Defense):
     paper: ClassVar[str] = "information conflicts, 2411.18280, section 3"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.EVIDENCE})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.REFERENCE})
+    merges: ClassVar[bool] = True
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
 
     internal: InternalSettings = Field(InternalSettings(), description="the conflict model and the merge")

@@ -30,6 +30,7 @@ class InternalConflict(Defense):
     paper: ClassVar[str] = "information conflicts, 2411.18280, eq. 7 to 12"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.REFERENCE})
+    merges: ClassVar[bool] = True
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
 
     internal: InternalSettings = Field(InternalSettings(), description="the conflict model and the merge")

@@ -251,7 +251,8 @@ def _purify(
         rounds=by_defense({recipe.defense: by_round(watch.asked, run.notes)}),
     )  # fmt: skip
     results = _stage(place, record, {"changes.json": artefacts.as_text(changes)}, (), job)
-    words = _weights_words(recipe, victim.base) if found.defense.trains else "No weight was changed."
+    words = str(run.notes["merge"]) if found.defense.merges else _weights_words(recipe, victim.base)
+    words = words if found.defense.trains else "No weight was changed."
     facts_of_it = {"result": role, "knowledge": list(knowledge), "weights": words}
     card = model_card(label.model, recipe.model, purified, _made_by(recipe, facts_of_it), place.staged)
     place.publish_model(purified, record.manifest({**facts_of_it, "changes": changes["summary"]}), card)

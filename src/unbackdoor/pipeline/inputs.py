@@ -209,6 +209,11 @@ def _check_weights_mode(recipe: PurifyRecipe, spec: ModelSpec, defense: Defense)
         raise UserError(
             f"{recipe.defense} trains nothing and has no rounds; leave out --lora, --adapter-mode and --watch."
         )
+    if defense.merges and (recipe.lora is not None or recipe.adapter_mode is not None):
+        raise UserError(
+            f"{recipe.defense} merges whole models; leave out --lora and --adapter-mode. How its conflict model is "
+            "trained is set by internal.conflict.lora."
+        )
     if spec.kind == "adapter" and recipe.lora is not None and recipe.adapter_mode != "stack":
         raise UserError("--lora is for full weights; for base+adapter give --adapter-mode train or stack.")
     if spec.kind != "adapter" and recipe.adapter_mode is not None:
