@@ -22,9 +22,7 @@ from unbackdoor.train import lora
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", ["linear", "slerp", "ties", "task_arithmetic", "dare_ties"])
-def test_in_memory_and_on_disk_are_the_same_bytes(
-    tmp_path: Path, architecture: tiny.Architecture, method: Any
-) -> None:
+def test_in_memory_and_on_disk_are_the_same_bytes(tmp_path: Path, architecture: tiny.Architecture, method: Any) -> None:
     models = family(tmp_path, architecture)
     base = None if method in {"linear", "slerp"} else str(models.base)
     wanted = merged(two_models(str(models.suspect), str(models.other), method, 0.3, base=base))
@@ -108,5 +106,3 @@ def test_a_suspect_in_half_precision_stays_so() -> None:
     for name, tensor in made.model.state_dict().items():
         wanted = ((before[name] + other.model.state_dict()[name]) / 2).bfloat16()
         assert torch.equal(tensor, wanted), name
-
-

@@ -27,7 +27,11 @@ def stack(models: Family, *layers: str) -> Any:
 )
 @pytest.mark.parametrize(
     ("architecture", "stem", "key"),
-    [("llama", "model.layers", "num_hidden_layers"), ("gpt2", "transformer.h", "n_layer"), ("qwen3", "model.layers", "")],
+    [
+        ("llama", "model.layers", "num_hidden_layers"),
+        ("gpt2", "transformer.h", "n_layer"),
+        ("qwen3", "model.layers", ""),
+    ],
 )
 def test_models_that_grow_and_shrink_load_and_speak(
     tmp_path: Path, architecture: tiny.Architecture, stem: str, key: str, layers: tuple[str, ...], count: int
