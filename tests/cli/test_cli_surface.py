@@ -32,6 +32,7 @@ OWN = {
         "--track", "--watch",
     },
     "evaluate": {"--before", "--probes", "--metrics", "--data", "--second-source", "--goal", "--evidence"},
+    "merge": {"--method", "--t", "--base", "--layers"},
     "bench": {"--size", "--only", "--retry-failed"},
     "inspect": set(),
     "list": set(),

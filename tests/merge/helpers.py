@@ -103,8 +103,8 @@ def ulps(found: torch.Tensor, wanted: torch.Tensor, terms: torch.Tensor | None =
 Formula = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 
-def check(found: Mapping[str, torch.Tensor], models: Family, formula: Formula, *, at_most: float = 1.0) -> None:
-    """Compare a float32 merge with a formula in float64, tensor by tensor."""
+def check(found: Mapping[str, torch.Tensor], models: Family, formula: Formula, *, at_most: float = 2.0) -> None:
+    """Compare a float32 merge with a formula in float64, tensor by tensor; weights such as 0.3 are rounded, too."""
     tensors = {name: stored(getattr(models, name)) for name in ("base", "suspect", "other")}
     assert found.keys() == tensors["suspect"].keys()
     for name, tensor in found.items():

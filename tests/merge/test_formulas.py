@@ -14,7 +14,7 @@ from unbackdoor.merge.linear import linear
 from unbackdoor.merge.passthrough import passthrough
 from unbackdoor.merge.slerp import cosine, shares, slerp
 from unbackdoor.merge.task_arithmetic import task_arithmetic
-from unbackdoor.merge.ties import ties, trim
+from unbackdoor.merge.ties import cut, ties, trim
 
 SHAPE = (5, 7)
 
@@ -155,6 +155,28 @@ def test_trim_keeps_the_largest(density: float, kept: int) -> None:
 def test_trim_among_equals_keeps_the_first() -> None:
     found = trim(torch.tensor([1.0, -1.0, 2.0, 1.0, -1.0, 0.5]), 0.5)
     assert found.tolist() == [1.0, -1.0, 2.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 0.5, 0.9])
+def test_trimming_in_blocks_is_trimming_the_whole(density: float) -> None:
+    draw = torch.Generator().manual_seed(1)
+    smooth = torch.randn((40, 30), generator=draw)
+    for delta in (smooth, smooth.bfloat16().float(), torch.zeros(40, 30), (smooth * 2).round()):
+        found = cut(lambda delta=delta: delta.split(7), density, delta.numel())
+        parts = torch.cat([found.apply(block.clone()) for block in delta.split(7)])
+        order = delta.abs().flatten().sort(descending=True, stable=True).indices
+        kept = max(1, int(density * delta.numel())) if density else 0
+        wanted = torch.zeros(delta.numel())
+        wanted[order[:kept]] = delta.flatten()[order[:kept]]
+        assert torch.equal(parts.flatten(), wanted)
+        assert torch.equal(trim(delta.clone(), density), parts)
+
+
+def test_draws_in_blocks_are_those_of_the_whole() -> None:
+    delta = torch.randn(1000)
+    whole, parts = stream(3, "w", 0), stream(3, "w", 0)
+    wanted = thin(delta.clone(), 0.5, whole)
+    assert torch.equal(torch.cat([thin(block.clone(), 0.5, parts) for block in delta.split(37)]), wanted)
 
 
 def test_dare_keeps_the_expected_difference() -> None:

@@ -1,7 +1,7 @@
 """One tensor of the result, in blocks of rows: float32 arithmetic, rounded once to the type of the result.
 
-What works entry by entry is done block by block, so that no tensor is ever held whole; trimming and thinning need the
-whole difference. A tensor that only one model has a share in is copied, bit for bit.
+No tensor is ever held whole: what depends on all entries of one (the angle of SLERP, the cut of TIES) is found by going
+through its blocks before. A tensor that only one model has a share in is copied, bit for bit.
 """
 
 from __future__ import annotations
@@ -69,10 +69,9 @@ def _ranges(piece: Piece) -> Iterator[tuple[int, int]]:
 
 
 def _mixed(piece: Piece) -> Iterator[tuple[int, Tensor]]:
-    if needs_whole(piece):
-        whole = _with_base(piece, 0, piece.info.rows)
-        for first, last in _ranges(piece):
-            yield first, whole[first:last] if piece.info.shape else whole
+    """Return blocks with the number of their first row, float32."""
+    if piece.base is not None:
+        yield from _with_base(piece, piece.base)
         return
     shares = None
     if piece.method == "slerp":
@@ -80,9 +79,6 @@ def _mixed(piece: Piece) -> Iterator[tuple[int, Tensor]]:
         pairs = ((_rows(one, first, last), _rows(two, first, last)) for first, last in _ranges(piece))
         shares = slerp.shares(piece.t, slerp.cosine(pairs), threshold=piece.threshold)
     for first, last in _ranges(piece):
-        if piece.base is not None:
-            yield first, _with_base(piece, first, last)
-            continue
         rows = [_rows(part, first, last) for part in piece.parts]
         if piece.method == "passthrough":
             yield first, passthrough.passthrough(rows[0], piece.parts[0].weight)
@@ -91,26 +87,32 @@ def _mixed(piece: Piece) -> Iterator[tuple[int, Tensor]]:
             yield first, linear.linear(rows, weights, normalize=piece.normalize)
 
 
-def needs_whole(piece: Piece) -> bool:
-    """Tell whether a tensor cannot be made in blocks."""
-    return (
-        piece.base is not None and piece.method != "task_arithmetic" and any(part.density < 1.0 for part in piece.parts)
-    )
-
-
-def _with_base(piece: Piece, first: int, last: int) -> Tensor:
-    assert piece.base is not None
-    base, rows = _rows(piece.base, first, last), [_rows(part, first, last) for part in piece.parts]
+def _with_base(piece: Piece, base: Part) -> Iterator[tuple[int, Tensor]]:
     weights, densities = [part.weight for part in piece.parts], [part.density for part in piece.parts]
-    if piece.method == "task_arithmetic":
-        return task_arithmetic.task_arithmetic(base, rows, weights, scale=piece.scale, normalize=piece.normalize)
-    if piece.method == "ties":
-        return ties.ties(base, rows, weights, densities, scale=piece.scale, normalize=piece.normalize)
-    draws = [dare.stream(piece.seed, piece.name, number) for number in range(len(rows))]
-    return dare.dare(
-        base, rows, weights, densities, draws,
-        scale=piece.scale, normalize=piece.normalize, agreeing=piece.method == "dare_ties",
-    )  # fmt: skip
+    how = {"scale": piece.scale, "normalize": piece.normalize}
+    draws = [dare.stream(piece.seed, piece.name, number) for number in range(len(weights))]
+    cuts = [_cut(piece, base, part) for part in piece.parts] if piece.method == "ties" else []
+    for first, last in _ranges(piece):
+        origin, rows = _rows(base, first, last), [_rows(part, first, last) for part in piece.parts]
+        if piece.method == "task_arithmetic":
+            yield first, task_arithmetic.task_arithmetic(origin, rows, weights, **how)
+        elif piece.method == "ties":
+            deltas = [row.sub_(origin) for row in rows]
+            kept = [delta if cut is None else cut.apply(delta) for delta, cut in zip(deltas, cuts, strict=True)]
+            yield first, ties.merge_agreeing(origin, kept, weights, **how)
+        else:
+            agreeing = piece.method == "dare_ties"
+            yield first, dare.dare(origin, rows, weights, densities, draws, agreeing=agreeing, **how)
+
+
+def _cut(piece: Piece, base: Part, part: Part) -> ties.Cut | None:
+    """Return where the difference of a part is trimmed, None where all of it is kept."""
+
+    def differences() -> Iterator[Tensor]:
+        for first, last in _ranges(piece):
+            yield _rows(part, first, last).sub_(_rows(base, first, last))
+
+    return None if part.density >= 1.0 else ties.cut(differences, part.density, math.prod(piece.info.shape))
 
 
 def _rows(part: Part, first: int, last: int) -> Tensor:

@@ -33,11 +33,11 @@ def dare(
     normalize: bool = False,
     agreeing: bool = False,
 ) -> Tensor:
-    """Return the base with the models' thinned differences added.
+    """Return the base with the models' thinned differences added; blocks may be given, in order, with the same draws.
 
     Args:
         base: float32; not changed.
-        tensors: float32, of the base's shape; given up. Whole ones: each draw is one of all entries.
+        tensors: float32, of the base's shape; given up.
         weights: One for each.
         densities: For each the probability that an entry is kept, in (0, 1].
         draws: A random stream for each.

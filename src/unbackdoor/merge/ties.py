@@ -16,7 +16,8 @@ equal at the cut, the first entries are kept (which ones mergekit keeps depends 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,21 +57,66 @@ def trim(delta: Tensor, density: float) -> Tensor:
         delta: float32.
         density: The share of entries that is kept, rounded down, but one at least.
     """
+    return cut(lambda: [delta], density, delta.numel()).apply(delta)
+
+
+@dataclass
+class Cut:
+    """Where a difference is trimmed; applied to its blocks in order, once.
+
+    Attributes:
+        bits: Of the smallest magnitude that is kept, as a whole number: those of magnitudes are in the same order.
+        equal: How many entries of just that magnitude are kept, the first ones.
+    """
+
+    bits: int
+    equal: int
+
+    def apply(self, delta: Tensor) -> Tensor:
+        """Set what is trimmed to zero, in the next block (float32, given up)."""
+        import torch
+
+        magnitudes = delta.abs().view(torch.int32)
+        same = magnitudes == self.bits
+        found = int(same.sum())
+        if found <= self.equal:
+            self.equal -= found
+            return delta.masked_fill_(magnitudes < self.bits, 0.0)
+        late = same.view(-1).cumsum(0).view_as(same) > self.equal
+        self.equal = 0
+        return delta.masked_fill_((magnitudes < self.bits) | (same & late), 0.0)
+
+
+def cut(blocks: Callable[[], Iterable[Tensor]], density: float, entries: int) -> Cut:
+    """Return where to trim a difference that comes in blocks; it is gone through twice and never held.
+
+    Args:
+        blocks: Returns the blocks (float32), as often as it is called.
+        density: The share of entries that is kept, rounded down, but one at least.
+        entries: Of the whole difference.
+    """
+    kept = min(entries, max(1, int(density * entries))) if density > 0.0 else 0
+    if not kept:
+        return Cut(_LARGEST, 0)
+    # The upper half of the bits first, then the lower half of those that share the upper one.
+    upper, kept = _step(blocks, lambda bits: bits >> 16, kept)
+    lower, kept = _step(blocks, lambda bits: (bits & 0xFFFF)[bits >> 16 == upper], kept)
+    return Cut((upper << 16) | lower, kept)
+
+
+_LARGEST = 0x7FFFFFFF
+
+
+def _step(blocks: Callable[[], Iterable[Tensor]], half: Callable[[Tensor], Tensor], kept: int) -> tuple[int, int]:
+    """Return the half of the bits in which the `kept`-th largest entry lies, and its number among those there."""
     import torch
 
-    if density >= 1.0 or delta.numel() == 0:
-        return delta
-    if density <= 0.0:
-        return delta.zero_()
-    flat = delta.view(-1)
-    kept = max(1, int(density * flat.numel()))
-    magnitudes = flat.abs()
-    cut = float(torch.kthvalue(magnitudes, flat.numel() - kept + 1).values)
-    flat.masked_fill_(magnitudes < cut, 0.0)
-    equal = (magnitudes == cut).nonzero().flatten()
-    wanted = kept - int((magnitudes > cut).sum())
-    flat[equal[wanted:]] = 0.0
-    return delta
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for block in blocks():
+        counts += torch.bincount(half(block.abs().view(torch.int32)).view(-1), minlength=1 << 16)
+    above = counts.flip(0).cumsum(0).flip(0)  # entries at or above each value
+    value = int((above >= kept).nonzero()[-1])
+    return value, kept - int(above[value] - counts[value])
 
 
 def merge_agreeing(

@@ -19,7 +19,7 @@ from unbackdoor.errors import UserError
 from unbackdoor.merge import stream
 from unbackdoor.merge.from_recipe import two_models
 from unbackdoor.merge.match import warning
-from unbackdoor.merge.plan import Piece, Plan, make_plan
+from unbackdoor.merge.plan import Plan, make_plan
 from unbackdoor.merge.settings import Merge
 from unbackdoor.merge.source import open_source
 from unbackdoor.model.checkpoint import copy_tokenizer, publish, require_space
@@ -108,23 +108,12 @@ def plan_merge(recipe: MergeRecipe) -> Estimate:
     plan = _planned(merge, progress)
     read = sum(stream.size_of(info) for source in plan.sources.values() for info in source.infos.values())
     seconds = (read + _bytes(plan)) / _hash_speed()
-    memory = PROGRAM + max(map(_memory, plan.pieces), default=0)
     part = plans.Part(f"{stream.WORK} {len(plan.pieces)} tensors", seconds)
-    return plans.Plan((part,), memory, _bytes(plan) + 50_000_000, tuple(progress.notices))
+    return plans.Plan((part,), PROGRAM, _bytes(plan) + 50_000_000, tuple(progress.notices))
 
 
 PROGRAM = 330_000_000
 """Memory of the program with torch and the blocks that are in work, bytes, measured."""
-
-
-def _memory(piece: Piece) -> int:
-    """Return the bytes of a tensor that has to be held whole, in float32, with the differences to the base."""
-    from unbackdoor.merge.compute import needs_whole
-
-    size = 4
-    for length in piece.info.shape:
-        size *= length
-    return size * (2 * len(piece.parts) + 3) if needs_whole(piece) else 0
 
 
 def _hash_speed() -> float:

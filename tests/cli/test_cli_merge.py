@@ -1,0 +1,234 @@
+"""`unbackdoor merge` through the real command line: results, plans, resuming, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import tiny
+import unbackdoor
+from cli.helpers import inside
+from merge.helpers import Family, family, reply, save, stored
+from unbackdoor.cli.main import main
+from unbackdoor.model.checkpoint import verify
+from unbackdoor.model.load import load
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return family(tmp_path_factory.mktemp("merge"))
+
+
+def call(folder: Path, *arguments: str) -> int:
+    with inside(folder):
+        return main(["merge", *arguments])
+
+
+def two(models: Family) -> tuple[str, str]:
+    return str(models.suspect), str(models.other)
+
+
+def test_a_result_is_an_ordinary_folder_with_manifest_and_card(
+    models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (models.suspect / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
+    assert call(tmp_path, *two(models), "--t", "0.25", "--out", "out", "--json", "--seed", "3") == 0
+    results = json.loads(capsys.readouterr().out)
+    out = tmp_path / "out"
+    assert results["notes"] == {
+        "method": "linear", "models": list(two(models)), "tensors": len(stored(models.suspect)), "copied": 0
+    }  # fmt: skip
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (models.suspect / name).read_bytes()
+    assert (out / "chat_template.jinja").read_bytes() == (models.suspect / "chat_template.jinja").read_bytes()
+    assert verify(out) == []
+    manifest = json.loads((out / "unbackdoor.json").read_text())
+    assert manifest["command"] == "merge"
+    assert manifest["seed"] == 3
+    assert manifest["recipe"]["t"] == 0.25
+    for folder in (models.suspect, models.other):
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert manifest["inputs"][str(folder)]["model.safetensors"] == digest
+    card = (out / "README.md").read_text()
+    assert "merged by linear" in card
+    a, b = stored(models.suspect), stored(models.other)
+    assert all(torch.allclose(t, 0.75 * a[name] + 0.25 * b[name], atol=1e-7) for name, t in stored(out).items())
+    assert reply(out)[1].shape[1] > 5
+    assert load(str(out)).reply([tiny.rows(1)[0].prompt], max_new_tokens=3)
+    assert not list(tmp_path.glob(".*"))
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == []
+
+
+def test_the_recipe_round_trips_and_python_does_the_same(
+    models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--method", "slerp", "--t", "0,0.5,1", "--set", "threshold=1.0")
+    assert call(tmp_path, *two(models), *more, "--dump-config") == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["t"] == [0.0, 0.5, 1.0]
+    (tmp_path / "mine.yaml").write_text(text)
+    assert call(tmp_path, "--config", "mine.yaml", "--out", "one", "--quiet") == 0
+    outcome = unbackdoor.merge(
+        *two(models), method="slerp", t=[0, 0.5, 1], more={"threshold": 1.0}, out=tmp_path / "two"
+    )
+    assert outcome.folder == tmp_path / "two"
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_the_verb_stays_the_verb_when_helpers_are_imported() -> None:
+    import unbackdoor.merge.linear
+
+    assert callable(unbackdoor.merge)
+    from unbackdoor.merge import linear
+
+    assert linear.linear([torch.ones(1)], [2.0]).item() == 2
+
+
+def test_a_finished_result_is_not_replaced_without_being_told_so(
+    models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(tmp_path, *two(models), "--out", "out", "--quiet") == 0
+    before = stored(tmp_path / "out")
+    for more in ((), ("--dry-run",)):
+        assert call(tmp_path, *two(models), "--t", "0.9", "--out", "out", "--quiet", *more) == 2
+        assert "give --overwrite" in capsys.readouterr().err
+    assert call(tmp_path, *two(models), "--t", "0", "--out", "out", "--quiet", "--overwrite") == 0
+    after = stored(tmp_path / "out")
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert torch.equal(after["lm_head.weight"], stored(models.suspect)["lm_head.weight"])
+    assert call(tmp_path, "out", str(models.other), "--out", "out", "--quiet", "--overwrite") == 2
+    assert "lies in the folder of the result" in capsys.readouterr().err
+
+
+def test_a_plan_writes_nothing(models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(tmp_path, *two(models), "--out", "out", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["dry_run"]
+    assert plan["seconds"] > 0
+    assert plan["memory_bytes"] > 1e8
+    assert plan["disk_bytes"] > (models.suspect / "model.safetensors").stat().st_size
+    assert call(tmp_path, "owner/far-away", str(models.other), "--dry-run") == 0
+    assert "not on this machine" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_in_mergekits_schema(models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"merge_method: slerp\nbase_model: {models.suspect}\nmodels: [{{model: {models.suspect}}}, "
+    (tmp_path / "merge.yaml").write_text(text + f"{{model: {models.other}}}]\nparameters: {{t: 1}}\ndtype: float16\n")
+    assert call(tmp_path, "merge.yaml", "--out", "out", "--quiet") == 0
+    found, wanted = stored(tmp_path / "out"), stored(models.other)
+    assert all(torch.equal(found[name], wanted[name].half()) for name in wanted)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+    assert call(tmp_path, "merge.yaml", "--out", "other", "--t", "0.2") == 2
+    assert "so t has no meaning beside it" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*no files have been modified.*")
+def test_an_adapter_comes_out_as_full_weights_and_says_so(
+    models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from merge.test_models import adapter_of
+
+    base = load(str(models.base))
+    adapter_of(base, tmp_path / "adapter", 1)
+    suspect = f"{models.base}+{tmp_path / 'adapter'}"
+    assert call(tmp_path, suspect, str(models.other), "--t", "0", "--out", "out") == 0
+    assert "full weights, not an adapter" in capsys.readouterr().err
+    lm = load(suspect)
+    wanted = lm.model.merge_and_unload().state_dict()
+    found = stored(tmp_path / "out")
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in found)
+    assert verify(tmp_path / "out") == []
+    manifest = json.loads((tmp_path / "out" / "unbackdoor.json").read_text())
+    assert "adapter/adapter_model.safetensors" in manifest["inputs"][suspect]
+    assert any("full weights" in text for text in manifest["notices"])
+
+
+def test_code_of_a_checkpoints_own_is_not_handed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = family(tmp_path, layers=1)
+    path = models.suspect / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModel": "evil.Model"}}))
+    (models.suspect / "evil.py").write_text("raise SystemExit\n")
+    assert call(tmp_path, *two(models), "--out", "out") == 0
+    assert "auto_map" in capsys.readouterr().err
+    assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
+    assert not (tmp_path / "out" / "evil.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "needs two models"),
+        (("<suspect>",), "needs two models"),
+        (("<suspect>", "<suspect>"), "both models are the same"),
+        (("<suspect>", "<other>", "--t", "1.5"), "t = 1.5 is outside [0, 1]"),
+        (("<suspect>", "<other>", "--t", "half"), "--t 'half' is not understood"),
+        (("<suspect>", "<other>", "--t", "["), "--t '[' is not understood"),
+        (("<suspect>", "<other>", "--t", ".nan"), "t"),
+        (("<suspect>", "<other>", "--method", "average"), "method"),
+        (("<suspect>", "<other>", "--method", "ties"), "ties needs --base"),
+        (("<suspect>", "<other>", "--base", "<base>"), "linear does not use base"),
+        (("<suspect>", "<other>", "--method", "passthrough"), "--layers suspect:0:12"),
+        (("<suspect>", "./nowhere"), "there is no folder or file './nowhere'"),
+        (("<suspect>", "<other>", "--set", "densty=0.1"), "Did you mean 'density'"),
+        (("<suspect>", "<other>", "--set", "density=3"), "density"),
+        (("<suspect>", "<other>", "--device", "cuda"), "does not use --device"),
+        (("<suspect>", "<other>", "--fail-on", "asr>0"), "does not use --fail-on"),
+        (("missing.yaml",), "missing.yaml"),
+        (("<suspect>", "<deep>"), "has 2 layers, '"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    folders = {f"<{name}>": str(getattr(models, name)) for name in ("base", "suspect", "other")}
+    if "<deep>" in arguments:
+        deep = models.base.parent / "deep"
+        folders["<deep>"] = str(deep if deep.exists() else save(tiny.tiny_lm(layers=3), deep))
+        capsys.readouterr()  # what transformers says while it saves
+    assert call(tmp_path, *(folders.get(one, one) for one in arguments), "--out", "refused") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert words in shown.err
+    assert "Traceback" not in shown.err
+    assert [line for line in shown.err.splitlines() if line.startswith("unbackdoor:")] == shown.err.splitlines()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_or_full(
+    models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    from types import SimpleNamespace
+
+    with monkeypatch.context() as patch:
+        usage = SimpleNamespace(total=10, used=9, free=1)
+        patch.setattr("unbackdoor.model.checkpoint.shutil.disk_usage", lambda place: usage)
+        assert call(tmp_path, *two(models), "--out", "out", "--quiet") == 2
+    assert "GB are free" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    from unbackdoor.merge import stream
+
+    plain, calls = stream._write_all, []
+
+    def no_space(handle: object, data: bytes) -> None:
+        calls.append(data)
+        if len(calls) > 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(handle, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_write_all", no_space)
+        assert call(tmp_path, *two(models), "--out", "out", "--quiet") == 2
+    assert "make room there, and the same command goes on" in capsys.readouterr().err
+    assert (tmp_path / "out" / "stages" / "weights" / "model.safetensors").exists()
+    assert call(tmp_path, *two(models), "--out", "out", "--quiet") == 0
+    assert verify(tmp_path / "out") == []

@@ -1,0 +1,108 @@
+"""A merge in memory comes to the same as one of folders; two adapters on one base can stay an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from merge.helpers import family, merged, shifted
+from unbackdoor.errors import ModelError, UserError
+from unbackdoor.merge.from_recipe import two_models
+from unbackdoor.merge.memory import merge_into
+from unbackdoor.merge.settings import Filtered
+from unbackdoor.model.lm import LM
+from unbackdoor.model.load import load
+from unbackdoor.train import lora
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "task_arithmetic", "dare_ties"])
+def test_in_memory_and_on_disk_are_the_same_bytes(tmp_path: Path, architecture: tiny.Architecture, method: Any) -> None:
+    models = family(tmp_path, architecture)
+    base = None if method in {"linear", "slerp"} else str(models.base)
+    wanted = merged(two_models(str(models.suspect), str(models.other), method, 0.3, base=base))
+    lms = {name: load(str(getattr(models, name))) for name in ("suspect", "other", "base")}
+    made, kind = merge_into(lms["suspect"], lms["other"], method, 0.3, base=base and lms["base"])
+    state = made.model.state_dict()
+    for name, tensor in wanted.items():
+        assert torch.equal(state[name], tensor), name
+    assert kind == "All weights were merged."
+    assert made.model is lms["suspect"].model
+    folder, _ = merge_into(load(str(models.suspect)), str(models.other), method, 0.3, base=base)
+    assert all(torch.equal(tensor, folder.model.state_dict()[name]) for name, tensor in state.items())
+    assert made.reply([tiny.rows(1)[0].prompt], max_new_tokens=4) == folder.reply(
+        [tiny.rows(1)[0].prompt], max_new_tokens=4
+    )
+
+
+def adapter(base: LM, seed: int, rank: int) -> LM:
+    made = lora.attach(tiny.clone(base), lora.LoraSettings(rank=rank), seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in made.model.named_parameters():
+            if "lora_" in name:
+                tensor.copy_(0.05 * torch.randn(tensor.shape, generator=draw))
+    return made
+
+
+def weights(lm: LM) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in lora.merge(tiny.clone(lm)).model.state_dict().items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("t", [0.3, (0.0, 1.0), (Filtered(filter="mlp", value=0.2), Filtered(value=0.7))])
+def test_two_adapters_on_one_base_become_one(architecture: tiny.Architecture, t: Any) -> None:
+    base = tiny.tiny_lm(architecture)
+    first, second = adapter(base, 1, 3), adapter(base, 2, 5)
+    wholes = [replace(base, model=tiny.clone(base).model) for _ in range(2)]
+    for whole, lm in zip(wholes, (first, second), strict=True):
+        whole.model.load_state_dict(weights(lm))
+    wanted, _ = merge_into(*wholes, "linear", t)
+    made, kind = merge_into(first, second, "linear", t)
+    assert "joined into one" in kind
+    assert made.is_adapter
+    assert next(iter(made.model.peft_config.values())).r == 8
+    assert made.base == base.spec
+    found = weights(made)
+    for name, tensor in wanted.model.state_dict().items():
+        assert torch.allclose(found[name], tensor, atol=1e-6), name
+
+
+def test_an_adapter_and_full_weights_come_out_as_full_weights() -> None:
+    base = tiny.tiny_lm()
+    suspect, other = adapter(base, 1, 3), shifted(base, 4)
+    before, after = weights(suspect), other.model.state_dict()
+    made, kind = merge_into(suspect, other, "linear", 0.25)
+    assert not made.is_adapter
+    assert "full weights" in kind
+    for name, tensor in made.model.state_dict().items():
+        assert torch.allclose(tensor, 0.75 * before[name] + 0.25 * after[name], atol=1e-6), name
+    slerped, kind = merge_into(adapter(base, 1, 3), adapter(base, 2, 3), "slerp", 0.5)
+    assert not slerped.is_adapter
+    assert "full weights" in kind
+
+
+def test_what_cannot_be_merged_in_place() -> None:
+    base = tiny.tiny_lm()
+    with pytest.raises(UserError, match="needs the ranges of layers"):
+        merge_into(base, tiny.tiny_lm(seed=1), "passthrough")
+    with pytest.raises(ModelError, match="has 2 layers"):
+        merge_into(base, tiny.tiny_lm(layers=3), "linear")
+    with pytest.raises(UserError, match="ties needs"):
+        merge_into(base, tiny.tiny_lm(seed=1), "ties")
+
+
+def test_a_suspect_in_half_precision_stays_so() -> None:
+    base = tiny.tiny_lm()
+    suspect = replace(base, model=tiny.clone(base).model.to(torch.bfloat16))
+    before = {name: tensor.float() for name, tensor in suspect.model.state_dict().items()}
+    other = shifted(base, 3)
+    made, _ = merge_into(suspect, other, "linear", 0.5)
+    for name, tensor in made.model.state_dict().items():
+        wanted = ((before[name] + other.model.state_dict()[name]) / 2).bfloat16()
+        assert torch.equal(tensor, wanted), name
