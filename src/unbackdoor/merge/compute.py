@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unbackdoor.errors import ModelError
 from unbackdoor.merge import dare, linear, passthrough, slerp, task_arithmetic, ties
@@ -89,7 +89,7 @@ def _mixed(piece: Piece) -> Iterator[tuple[int, Tensor]]:
 
 def _with_base(piece: Piece, base: Part) -> Iterator[tuple[int, Tensor]]:
     weights, densities = [part.weight for part in piece.parts], [part.density for part in piece.parts]
-    how = {"scale": piece.scale, "normalize": piece.normalize}
+    how: Any = {"scale": piece.scale, "normalize": piece.normalize}
     draws = [dare.stream(piece.seed, piece.name, number) for number in range(len(weights))]
     cuts = [_cut(piece, base, part) for part in piece.parts] if piece.method == "ties" else []
     for first, last in _ranges(piece):
