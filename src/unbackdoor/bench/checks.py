@@ -109,7 +109,10 @@ def _judge(figures: Figures, limit: Limit, cells: Sequence[Cell]) -> tuple[Verdi
     if value is None:
         return "not measured", "no figure", None
     if limit.to is not None:
-        other = figures.row(figures.beside(cells[0], limit.to), limit.metric, limit.kind, limit.group)
+        if limit.to == "clean":
+            other = figures.row(cells[0], limit.metric, "clean")
+        else:
+            other = figures.row(figures.beside(cells[0], limit.to), limit.metric, limit.kind, limit.group)
         if other is None:
             return "not measured", f"no figure of the {limit.to}", None
         base = float(other["value"])
@@ -134,7 +137,8 @@ def _judge_pair(figures: Figures, limit: Limit, cell: Cell) -> tuple[Verdict, st
 def _whose(limit: Limit, cell: Cell) -> str:
     """Return whose figure a limit compares with; "victim" means the cell's own model before its defense."""
     subject = cell.subject if limit.to == "victim" else str(limit.to)
-    return {"untouched": "the untouched base's", "twin": "the harmless twin's"}.get(subject, f"the {subject}'s")
+    own = {"untouched": "the untouched base's", "twin": "the harmless twin's", "clean": "its clean probes'"}
+    return own.get(subject, f"the {subject}'s")
 
 
 def _number(limit: Limit, value: float, cell: Cell) -> str:

@@ -170,10 +170,10 @@ class Limit(Part):
     compared: Literal["value", "ratio", "difference", "paired"] = Field(
         "value", description="the figure itself, or beside another model's; paired: not significantly worse (5 %)"
     )
-    to: Literal["victim", "control", "untouched", "twin", "null"] | None = Field(
+    to: Literal["victim", "control", "untouched", "twin", "null", "clean"] | None = Field(
         None,
         description="the other model: victim and control of the same attack and seed, the untouched base, the attack's "
-        "twin at its first seed; null: the base after the same revival",
+        "twin at its first seed; null: the base after the same revival; clean: no other, but its own clean probes",
     )
     min: float | None = Field(None, description="smallest value that meets the bound")
     max: float | None = Field(None, description="largest value that meets the bound")
