@@ -11,6 +11,7 @@ from unbackdoor.bench.entries import Bound, Limit, Where
 from unbackdoor.bench.figures import Figures
 from unbackdoor.report.wording import SHARES, percent, significant
 
+_ROUNDING = 1e-9
 Verdict = Literal["met", "not met", "not measured", "does not bind"]
 SIGNIFICANCE = 0.05
 
@@ -119,7 +120,10 @@ def _judge(figures: Figures, limit: Limit, cells: Sequence[Cell]) -> tuple[Verdi
         if limit.compared == "ratio" and base == 0:
             return "not measured", f"the {limit.to}'s figure is 0, so there is no ratio", None
         value = value / base if limit.compared == "ratio" else value - base
-    met = (limit.min is None or value >= limit.min) and (limit.max is None or value <= limit.max)
+    # Of two shares a difference of 0.05 comes out as 0.05000000000000002.
+    met = (limit.min is None or value >= limit.min - _ROUNDING) and (
+        limit.max is None or value <= limit.max + _ROUNDING
+    )
     return "met" if met else "not met", _number(limit, value, cells[0]), value
 
 
