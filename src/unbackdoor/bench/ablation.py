@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbackdoor.bench import over_setting
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.entries import Plot
 from unbackdoor.bench.figures import Figures
@@ -122,7 +123,11 @@ def _panels(figures: Figures, number: int) -> list[Panel]:
             groups.setdefault((cell.model, cell.attack, cell.seed), []).append(cell)
     found = []
     for at, (where, cells) in enumerate(groups.items()):
-        found += _pair(figures, plot, cells, _place(*where), f"plot{number}-{at}")
+        name = f"plot{number}-{at}"
+        if plot.of == "outcome":
+            found.append(over_setting.panel(figures, plot, cells, _place(*where), name))
+        else:
+            found += _pair(figures, plot, cells, _place(*where), name)
     return found
 
 

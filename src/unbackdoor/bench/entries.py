@@ -214,8 +214,11 @@ class Watch(Part):
 
 
 class Plot(Part):
-    """A plot of how many rounds a defense needs, over one of its settings."""
+    """A plot over one of a defense's settings: of how many rounds it needs, or of what it comes to."""
 
+    of: Literal["rounds", "outcome"] = Field(
+        "rounds", description="rounds: ASR round by round, which a watch asks; outcome: ASR and CDA at the end"
+    )
     x: str = Field(min_length=1, description="the setting in words: title of the axis")
     values: dict[Label, float] = Field(min_length=1, description="label of a defense -> its value of the setting")
     threshold: float = Field(0.25, gt=0, le=1, description="ASR below which a round counts as the end of the backdoor")

@@ -77,10 +77,10 @@ class Grid(Part):
         for label, attack in self.attacks.items():
             if self.watch is not None and self.watch.probes > attack.probes:
                 raise ValueError(f"watch.probes: attacks.{label} has {attack.probes} probes of a kind, which is fewer")
-        if self.plots and self.watch is None:
-            raise ValueError("plots: what they draw is asked after every round; give watch, too")
+        if any(plot.of == "rounds" for plot in self.plots) and self.watch is None:
+            raise ValueError("plots: what they draw is asked after every round; give watch, too, or of: outcome")
         until = self.watch.until if self.watch is not None else None
-        if until is not None and any(plot.threshold < until for plot in self.plots):
+        if until is not None and any(plot.threshold < until for plot in self.plots if plot.of == "rounds"):
             raise ValueError(f"plots: thresholds below {until:g}, where defenses are ended (watch.until), show nothing")
         for place, values in _lists(self):
             if values is not None and len(set(values)) != len(values):
