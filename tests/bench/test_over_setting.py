@@ -53,7 +53,7 @@ def test_figures_stand_at_their_values_in_order_with_the_victims_beside_them(tmp
     assert panel.title == "After the defense, default, seed 0, m"
     words = (
         "Figures after the defense by share of clean rows, %, in percent. ASR 5: 60.0, 50: 20.0; "
-        "ASR, right rows 5: 55.0, 50: 15.0; without the trigger 5: 10.0, 50: 5.0; CDA 5: 80.0, 50: 85.0."
+        "ASR, right rows 5: 55.0, 50: 15.0; no trigger 5: 10.0, 50: 5.0; CDA 5: 80.0, 50: 85.0."
     )
     assert words in panel.svg
     assert "The victim before: ASR 100.0 %, CDA 90.0 %." in panel.key

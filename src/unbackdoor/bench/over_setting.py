@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 _DRAWN: tuple[tuple[str, str, str, str, str, Any], ...] = (
     ("asr", "triggered", "ASR", ACCENT, "o", "-"),
     ("asr_right", "triggered", "ASR, right rows", INK, "s", (0, (4, 2))),
-    ("leak", "clean", "without the trigger", MUTED, "^", (0, (1, 1.5))),
+    ("leak", "clean", "no trigger", MUTED, "^", (0, (1, 1.5))),
     ("cda", "clean", "CDA", INK, "D", (0, (5, 1.5, 1, 1.5))),
 )
 """Metric, kind of probes, words, colour, marker, line."""
