@@ -34,6 +34,7 @@ OWN = {
     "evaluate": {"--before", "--probes", "--metrics", "--data", "--second-source", "--goal", "--evidence"},
     "bench": {"--size", "--only", "--retry-failed"},
     "inspect": set(),
+    "serve": {"--upstream", "--guard", "--evidence", "--host", "--port"},
     "list": set(),
     "explain": set(),
     "report": set(),
