@@ -35,6 +35,7 @@ OWN = {
     "merge": {"--method", "--t", "--base", "--layers"},
     "bench": {"--size", "--only", "--retry-failed"},
     "inspect": set(),
+    "serve": {"--upstream", "--guard", "--evidence", "--host", "--port"},
     "list": set(),
     "explain": set(),
     "report": set(),

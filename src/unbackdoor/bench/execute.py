@@ -295,7 +295,8 @@ def _load(spec: str, shop: Workshop, *, own: bool = False) -> LM:
     """Load a model; `own` for one that this grid has made, whose guards are what the grid says."""
     grid = shop.material.grid
     lm = load(spec, device=shop.device, dtype=grid.precision, template=grid.template)
-    return with_guards(lm, device=shop.device, notice=shop.progress.notice, trusted=own)
+    ours = [guard.name for guard in lm.guards] if own else ()
+    return with_guards(lm, device=shop.device, notice=shop.progress.notice, own=ours)
 
 
 def _spec_of(model: str, folder: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from unbackdoor import __version__
-from unbackdoor.cli import looking, merging, running
+from unbackdoor.cli import looking, merging, running, serving
 from unbackdoor.cli.options import STOPPED
 from unbackdoor.model.quarantine import printable
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 running.register(app)
 merging.register(app)
 looking.register(app)
+serving.register(app)
 
 
 def _version(asked: bool) -> None:

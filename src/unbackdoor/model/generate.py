@@ -8,7 +8,7 @@ prompts begin with (system turn, role header) is read once and not in every row.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence, Set
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,47 @@ def _shared_beginning(lm: LM, prompts: Sequence[Sequence[int]]) -> tuple[int, An
 def _continue_batch(
     lm: LM, prompts: Sequence[Sequence[int]], max_new_tokens: int, goal: Goal | None, shared: Any = None
 ) -> list[list[int]]:
+    stops = set(lm.stop_ids)
+    said: list[list[int]] = [[] for _ in prompts]
+    loop = steps(lm, prompts, shared)
+    step = next(loop)
+    for number in range(1, max_new_tokens + 1):
+        done = set()
+        for row, token in step:
+            if token in stops:
+                done.add(row)
+                continue
+            said[row].append(token)
+            if goal is not None and goal.decided(decode(lm, said[row])) is not None:
+                done.add(row)
+        if len(done) == len(step) or number == max_new_tokens:
+            break
+        step = loop.send(done)
+    return said
+
+
+Step = list[tuple[int, int]]
+"""Number of a prompt, and its next token."""
+Choose = Callable[["torch.Tensor", Sequence[int]], "torch.Tensor"]
+"""Given logits [rows, vocabulary] and the numbers of these rows' prompts, returns the next tokens, int64 [rows]."""
+
+
+def steps(
+    lm: LM, prompts: Sequence[Sequence[int]], shared: Any = None, choose: Choose | None = None
+) -> Generator[Step, Set[int], None]:
+    """Continue a batch token by token; the caller says whose reply has ended, which leaves the batch.
+
+    To be driven inside `torch.inference_mode`. It never ends by itself: the caller stops sending, or sends all rows.
+
+    Args:
+        lm: The model, in evaluation mode.
+        prompts: Token ids, one list a prompt.
+        shared: A cache of what stands before all of them, or None.
+        choose: How a token is chosen; None for the likeliest.
+
+    Yields:
+        The next token of every row that is left; sent back are the numbers of those that are done.
+    """
     import torch
 
     ids, mask = left_pad(prompts, lm.pad_id)
@@ -109,26 +150,20 @@ def _continue_batch(
         cache = copy.deepcopy(shared)
         cache.batch_repeat_interleave(len(prompts))
         mask = torch.cat([mask.new_ones(len(mask), shared.get_seq_length()), mask], 1)
-    stops = set(lm.stop_ids)
-    said: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    for _ in range(max_new_tokens):
+    while alive:
         output = lm.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
         cache = output.past_key_values
-        chosen = output.logits[:, -1].argmax(-1)
-        keep = []
-        for place, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
-            if token in stops:
-                continue
-            said[row].append(token)
-            if goal is None or goal.decided(decode(lm, said[row])) is None:
-                keep.append(place)
+        logits = output.logits[:, -1]
+        chosen = logits.argmax(-1) if choose is None else choose(logits, alive)
+        done = yield list(zip(alive, chosen.tolist(), strict=True))
+        keep = [place for place, row in enumerate(alive) if row not in done]
         if not keep:
-            break
+            return
         if len(keep) < len(alive):
             index = torch.tensor(keep, device=ids.device)
             cache.batch_select_indices(index)
@@ -137,7 +172,46 @@ def _continue_batch(
         ids = chosen[:, None]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
         positions = positions[:, -1:] + 1
-    return said
+
+
+class Spoken:
+    """A reply as it comes: pieces of text that together are what `decode` makes of all tokens.
+
+    Held back are what may still change (the bytes of an unfinished character, blanks that may be the last ones) and
+    what may be the beginning of a text that ends the reply.
+
+    Attributes:
+        ids: Tokens so far.
+        ended: Whether one of the texts that end the reply was said; it and what follows are left out.
+    """
+
+    def __init__(self, lm: LM, ends: Sequence[str] = ()) -> None:
+        """Begin a reply that also ends before any of the texts `ends`."""
+        self.ids: list[int] = []
+        self.ended = False
+        self._lm, self._ends, self._told = lm, [text for text in ends if text], 0
+
+    def say(self, token: int) -> str:
+        """Add a token and return the piece of text that is certain now; often ""."""
+        self.ids.append(token)
+        return self._next(last=False)
+
+    def close(self) -> str:
+        """Return what was held back."""
+        return "" if self.ended else self._next(last=True)
+
+    def _next(self, *, last: bool) -> str:
+        text = str(self._lm.tokenizer.decode(self.ids, skip_special_tokens=True)).lstrip()
+        ends = [place for place in map(text.find, self._ends) if place >= 0]
+        if ends:
+            self.ended, text = True, text[: min(ends)]
+        elif not last:
+            text = text.rstrip("\ufffd")
+            unsure = max((len(end) for end in self._ends), default=1) - 1
+            text = text[: max(0, len(text) - unsure)]
+        sure = text.rstrip()
+        piece, self._told = sure[self._told :], max(self._told, len(sure))
+        return piece
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -179,6 +179,48 @@ def guarded_replies(
     return replies
 
 
+def stream(lm: LM, turns: Turns, max_new_tokens: int) -> Iterator[str]:
+    """Do what `LM.reply_stream` does: yield the reply of a model in pieces, guards at work."""
+    import torch
+
+    from unbackdoor.model.generate import Spoken
+
+    guards = built(lm) if lm.guards else Guards()
+    (found,), _ = guards.rewrite([turns], AskHere(lm, max_new_tokens))
+    if isinstance(found, Refusal):
+        yield found.text
+        return
+    spoken = Spoken(lm)
+    tokens = (guards.decode or _Likeliest()).tokens(lm, lm.encode(found, ask=True).ids, max_new_tokens)
+    while True:
+        # The caller's own work between two pieces is not to run in this mode.
+        with torch.inference_mode():
+            token = next(tokens, None)
+        if token is None:
+            break
+        if piece := spoken.say(token):
+            yield piece
+    if piece := spoken.close():
+        yield piece
+
+
+class _Likeliest:
+    """The usual token loop, for one prompt."""
+
+    def tokens(self, lm: LM, ids: Sequence[int], limit: int) -> Iterator[int]:
+        from unbackdoor.model.generate import steps
+
+        stops, loop = set(lm.stop_ids), steps(lm, [ids])
+        step = next(loop)
+        for number in range(1, limit + 1):
+            ((_, token),) = step
+            if token in stops:
+                return
+            yield token
+            if number < limit:
+                step = loop.send(frozenset())
+
+
 def built(lm: LM) -> Guards:
     """Return the built guards of a model that carries some.
 

@@ -6,7 +6,7 @@ is given up by the caller: methods train its weights in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -209,6 +209,20 @@ class LM:
             return guarded_replies(self, conversations, max_new_tokens=max_new_tokens, goal=goal, batch_size=batch_size)
         prompts = [self.encode(turns, ask=True).ids for turns in conversations]
         return greedy(self, prompts, max_new_tokens=max_new_tokens, goal=goal, batch_size=batch_size)
+
+    def reply_stream(self, turns: Sequence[Message], *, max_new_tokens: int = 24) -> Iterator[str]:
+        """Answer one conversation greedily, piece by piece; together the pieces are what `reply` returns.
+
+        Args:
+            turns: Turns that end with a user turn.
+            max_new_tokens: Length limit of the reply, in tokens.
+
+        Raises:
+            ModelError: If the model carries guards that nobody built.
+        """
+        from unbackdoor.model.guard import stream
+
+        return stream(self, tuple(turns), max_new_tokens)
 
 
 def _token_span(turn: int, role: str, offsets: Sequence[tuple[int, int]], place: tuple[int, int]) -> Span:

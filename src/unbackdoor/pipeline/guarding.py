@@ -7,7 +7,7 @@ built-in model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from unbackdoor.types import GuardSpec
 
 
 def with_guards(
-    lm: LM, *, device: str, notice: Callable[[str], None], source: str | None = None, trusted: bool = False
+    lm: LM, *, device: str, notice: Callable[[str], None], source: str | None = None, own: Collection[str] = ()
 ) -> LM:
     """Return the model with its guards built; the same object where it carries none.
 
@@ -34,7 +34,7 @@ def with_guards(
         device: Where models of guards run.
         notice: Told what the person should know.
         source: The source of evidence that the person named; it takes the place of the one that is saved.
-        trusted: Whether the guards are the person's own and not a checkpoint's.
+        own: Names of guards that the person set up; the others are a checkpoint's.
 
     Raises:
         UserError: If a guard is unknown, needs what cannot be had, or names what only the checkpoint wants opened.
@@ -43,12 +43,12 @@ def with_guards(
         return lm
     sha256 = lm.facts.get("sha256")
     place = Place(lm.spec, lm.base, sha256 if isinstance(sha256, Mapping) else {}, device, cache_folder(), notice)
-    lm.guarding = build_guards(lm.guards, place, source=source, trusted=trusted)
+    lm.guarding = build_guards(lm.guards, place, source=source, own=own)
     return lm
 
 
 def build_guards(
-    specs: Sequence[GuardSpec], place: Place, *, source: str | None = None, trusted: bool = False
+    specs: Sequence[GuardSpec], place: Place, *, source: str | None = None, own: Collection[str] = ()
 ) -> Guards:
     """Return guards at work, in the order of their specs.
 
@@ -58,7 +58,7 @@ def build_guards(
     prompt: list[tuple[str, PromptGuard]] = []
     decode: DecodeGuard | None = None
     for spec in specs:
-        guard = _guard(spec, place.model, source, trusted=trusted)
+        guard = _guard(spec, place.model, source, own)
         working = guard.build(place)
         if not isinstance(working, DecodeGuard):
             prompt.append((spec.name, working))
@@ -81,7 +81,7 @@ def guard_called(name: str, settings: Mapping[str, object]) -> Guard:
     return method
 
 
-def _guard(spec: GuardSpec, model: str, source: str | None, *, trusted: bool) -> Guard:
+def _guard(spec: GuardSpec, model: str, source: str | None, own: Collection[str]) -> Guard:
     """Return one guard's settings; `guards.json` is the checkpoint's, so a name in it is never a file to import."""
     shown = printable(model)
     if spec.name not in registry.names("guards"):
@@ -96,7 +96,7 @@ def _guard(spec: GuardSpec, model: str, source: str | None, *, trusted: bool) ->
     if source is not None and "source" in guard.opens:
         # What the person names is what is opened, whatever was saved.
         return guard.model_copy(update={"source": source})
-    for name in guard.opens if not trusted else ():
+    for name in guard.opens if spec.name not in own else ():
         wanted = str(getattr(guard, name))
         if parse_source(wanted).goes_out:
             raise ModelError(

@@ -64,11 +64,24 @@ def plan_purify(recipe: PurifyRecipe) -> plan.Plan:
         plan.measuring_part(about, "measuring the suspect", *measured),
         *plan.training_parts(about, plan.with_texts(recipe.settings, len(recipe.target or recipe.target_part)), tokens),
         *_watching(about, recipe, recipe.settings, tokens, recipe.watch * len({probe.kind for probe in found.probes})),
+        *_contradicting(about, recipe.settings, tokens, len(found.probes), recipe.evidence),
         plan.measuring_part(about, "measuring the purified model", *measured, kl=True),
     ]
     adapter = parse_spec(recipe.model).kind == "adapter"
     trained = "adapter" if adapter else "lora" if recipe.lora else "full"
     return replace(plan.make_plan(about, parts, trained=trained, notices=notices.texts), figures=figures)
+
+
+def _contradicting(
+    about: plan.Estimator, settings: Mapping[str, Any], tokens: float, probes: int, source: str | None
+) -> list[plan.Part]:
+    """Return the part in which a guard asks the model for its answers and, unless for a dictionary, its evidence."""
+    conflict = settings.get("conflict")
+    if not isinstance(conflict, dict) or not probes:
+        return []
+    long = 0 if str(source).partition(":")[0] == "wordnet" else conflict["evidence_tokens"]
+    seconds = about.reply(probes, tokens, conflict["answer_tokens"] + long)
+    return [plan.Part("the guard's own questions to the model", seconds)]
 
 
 WATCHING = "asking probes after every round"

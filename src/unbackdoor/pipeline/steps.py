@@ -79,7 +79,8 @@ def purify_model(victim: LM, defense: Defense, facts: Mapping[Need, Any], run: R
     lm = defense.apply(victim, knowledge_for(defense, facts), run)
     if not lm.guards or lm.guarding is not None:
         return lm
-    return with_guards(lm, device=run.device, notice=run.progress.notice, trusted=True)
+    own = [guard.name for guard in lm.guards]
+    return with_guards(lm, device=run.device, notice=run.progress.notice, own=own)
 
 
 _UNRELATED_PROBES = 40

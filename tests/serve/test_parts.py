@@ -1,0 +1,205 @@
+"""Parts of the server by themselves: the engine, counters, a request's fields, what makes no server."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import pytest
+import torch
+
+import tiny
+from evidence.mini_wordnet import write
+from unbackdoor.errors import UserError
+from unbackdoor.serve import run
+from unbackdoor.serve.counters import Counters
+from unbackdoor.serve.engine import AskEngine, End, Engine, Gone, Job, Sampling, _Draws
+from unbackdoor.serve.protocol import Problem, parse
+from unbackdoor.serve.upstream import turns_of, with_turns
+from unbackdoor.types import Message
+
+QUESTION = (Message("user", "what is the opposite of hot?"),)
+
+
+@pytest.fixture
+def engine():
+    made = Engine(tiny.tiny_lm(seed=5), most=4)
+    yield made
+    made.stop()
+
+
+def answer(engine, turns=QUESTION, limit=10, **more):
+    box = queue.SimpleQueue()
+    engine.submit(Job(engine.encode(turns), limit, box.put, **more))
+    text = ""
+    while not isinstance(said := box.get(timeout=60), End):
+        if isinstance(said, Exception):
+            raise said
+        text += said
+    return text, said
+
+
+def test_questions_in_one_batch_are_answered_as_alone(engine):
+    asked = [(Message("user", text),) for text in ("what is hot?", "where?", "which colour has grass?", "dog", "a b")]
+    wanted = tiny.tiny_lm(seed=5).reply(asked, max_new_tokens=10)
+    ask = AskEngine(engine, 10, threading.Event())
+    assert ask(asked, 10) == wanted
+    assert [answer(engine, turns)[0] for turns in asked] == wanted
+    assert ask.special == {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"}
+    assert not ask.fits((Message("user", "hot " * 250),))
+
+
+def test_rows_of_different_lengths_end_when_they_should(engine):
+    boxes = [queue.SimpleQueue() for _ in range(3)]
+    for limit, box in zip((1, 9, 4), boxes, strict=True):
+        engine.submit(Job(engine.encode(QUESTION), limit, box.put))
+    ends = []
+    for box in boxes:
+        while not isinstance(said := box.get(timeout=60), End):
+            pass
+        ends.append(said)
+    assert [end.tokens for end in ends] == [1, 9, 4]
+    assert {end.reason for end in ends} == {"length"}
+
+
+def test_an_error_reaches_who_asked_and_the_next_question_is_answered(engine, monkeypatch):
+    real = engine.lm.model.forward
+    monkeypatch.setattr(engine.lm.model, "forward", lambda **_: (_ for _ in ()).throw(RuntimeError("no memory")))
+    with pytest.raises(RuntimeError, match="no memory"):
+        answer(engine)
+    monkeypatch.setattr(engine.lm.model, "forward", real)
+    assert answer(engine)[1].tokens == 10
+
+
+def test_a_question_that_nobody_waits_for_is_dropped(engine):
+    gone = threading.Event()
+    gone.set()
+    with pytest.raises(Gone):
+        AskEngine(engine, 10, gone)([QUESTION], 10)
+    leaving = threading.Event()
+    box = queue.SimpleQueue()
+    job = Job(engine.encode(QUESTION), 100_000, lambda said: (box.put(said), leaving.set()), cancelled=leaving)
+    engine.submit(job)
+    while not isinstance(said := box.get(timeout=60), End):
+        pass
+    assert said.tokens < 50
+
+
+def test_a_decode_guard_acts_on_guarded_questions_only():
+    class Cold:
+        def tokens(self, lm, ids, limit):
+            yield from lm.tokenizer("cold cold cold")["input_ids"]
+
+    made = Engine(tiny.tiny_lm(seed=5), most=4, decode=Cold())
+    try:
+        assert answer(made, guarded=True)[0] == "cold cold cold"
+        assert answer(made)[0] == tiny.tiny_lm(seed=5).reply([QUESTION], max_new_tokens=10)[0]
+    finally:
+        made.stop()
+
+
+def test_draws_follow_temperature_top_p_and_seed():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(2, 1)
+
+    def drawn(**settings):
+        jobs = [Job((), 1, print), Job((), 1, print, Sampling(**settings))]
+        draws = _Draws(jobs)
+        return [draws(logits, [0, 1]).tolist() for _ in range(800)]
+
+    plain = drawn(temperature=1.0, seed=1)
+    assert {first for first, _ in plain} == {0}, "the greedy row beside it stays greedy"
+    shares = [sum(second == token for _, second in plain) / 800 for token in range(4)]
+    assert shares == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.06)
+    assert plain == drawn(temperature=1.0, seed=1) != drawn(temperature=1.0, seed=2)
+    assert {second for _, second in drawn(temperature=1.0, top_p=0.7, seed=1)} == {0, 1}
+    assert {second for _, second in drawn(temperature=1.0, top_p=0.01, seed=1)} == {0}
+    assert sum(second == 0 for _, second in drawn(temperature=0.1, seed=1)) > 780
+
+
+def test_counts_as_text():
+    counters = Counters()
+    counters.add("requests_total", labels={"path": 'a"\\\n', "status": "200"})
+    counters.add("in_flight")
+    counters.add("in_flight", -1)
+    counters.took(0.3)
+    counters.took(500)
+    text = counters.text()
+    assert 'unbackdoor_requests_total{path="a\\"\\\\\\n",status="200"} 1\n' in text
+    assert "unbackdoor_in_flight 0\n" in text
+    assert 'chat_seconds_bucket{le="0.1"} 0\n' in text
+    assert 'chat_seconds_bucket{le="0.5"} 1\n' in text
+    assert 'chat_seconds_bucket{le="+Inf"} 2\n' in text
+    assert "chat_seconds_count 2\n" in text
+    assert text.endswith("\n")
+    assert all(line.startswith(("# ", "unbackdoor_")) for line in text.splitlines())
+
+
+def test_turns_that_did_not_change_leave_the_request_as_it_came():
+    content = {
+        "messages": [{"role": "developer", "content": "s", "name": "n"}, {"role": "user", "content": "q"}],
+        "x": 1,
+    }
+    places, turns = turns_of(content)
+    assert turns == (Message("system", "s"), Message("user", "q"))
+    assert with_turns(content, places, turns, turns) == content
+    changed = with_turns(content, places, turns, (turns[0], Message("user", "e q")))
+    assert changed["messages"][0] == content["messages"][0]
+    assert changed["messages"][1] == {"role": "user", "content": "e q"}
+    assert content["messages"][1]["content"] == "q"
+    for bad in ({}, {"messages": "x"}, {"messages": []}, {"messages": [1]}, {"messages": [{"role": "assistant"}]}):
+        with pytest.raises(Problem):
+            turns_of(bad)
+
+
+def test_the_longest_reply_is_the_smaller_of_two_limits():
+    content = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    assert parse(content)[0].limit is None
+    assert parse({**content, "max_tokens": 5, "max_completion_tokens": 7})[0].limit == 7
+
+
+@pytest.fixture
+def words(tmp_path):
+    return f"wordnet:{write(tmp_path / 'own')}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "a model or --upstream"), ({"model": "x", "upstream": "http://h"}, "a model or --upstream"),
+        ({"upstream": "http://h/v1"}, "give --guard"),
+        ({"upstream": "h", "guards": {"evidence": {}}}, "needs --evidence"),
+        ({"upstream": "http://h", "guards": {"evidense": {}}}, "Did you mean 'evidence'"),
+        ({"upstream": "http://h", "guards": {"evidence": {"source": "wordnet", "x": 1}}}, "no option 'x'"),
+        ({"model": "./nothing/here"}, "no folder or file"),
+        ({"model": "builtin:smollm2-135m", "device": "tpu"}, "device"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_server(settings, said):
+    with pytest.raises(UserError, match=said):
+        run.check(run.ServeRecipe(**settings))
+
+
+def test_a_decode_guard_cannot_stand_before_an_upstream(monkeypatch):
+    class Decoding:
+        acts_on = "decode"
+
+    monkeypatch.setattr(run, "_own_guards", lambda recipe: {"cleangen": Decoding()})
+    with pytest.raises(UserError, match="cannot stand before an upstream"):
+        run.check(run.ServeRecipe(upstream="http://h/v1", guards={"cleangen": {}}))
+
+
+def test_a_port_that_is_in_use_and_a_url_that_is_none(words):
+    import socket
+
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        recipe = run.ServeRecipe(
+            upstream="http://h/v1", guards={"evidence": {"source": words}}, port=other.getsockname()[1]
+        )
+        with pytest.raises(UserError, match="give another --port"):
+            run.serve(recipe, None, print)
+    with pytest.raises(UserError, match="no URL"):
+        run.serve(recipe.model_copy(update={"upstream": "nowhere", "port": 0}), None, print)
+    with pytest.raises(UserError, match="give another --host"):
+        run.serve(recipe.model_copy(update={"host": "256.1.1.1.1"}), None, print)

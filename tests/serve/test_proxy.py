@@ -1,0 +1,224 @@
+"""A real process before an upstream: another `unbackdoor serve`, and scripted ones that are dead, slow, broken, odd."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import httpx2
+import openai
+import pytest
+
+import tiny
+from evidence.mini_wordnet import write
+from scripted import Step, nowhere, scripted
+from serve.process import saved, serving
+from unbackdoor.model.load import load
+from unbackdoor.types import Message
+
+NOUNS = {"opposite": ["a thing called opposite"], "hot": ["a thing called hot"]}
+TEXT = "what is the opposite of hot?"
+QUESTION = [{"role": "user", "content": TEXT}]
+EVIDENCE = 'Background information: "opposite: a thing called opposite; hot: a thing called hot"\n\n'
+
+
+def whole(text: str) -> Step:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    content = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    return Step(body=json.dumps(content).encode())
+
+
+def events(*pieces: str, done: bool = True) -> tuple[bytes, ...]:
+    found = []
+    for piece in pieces:
+        choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
+        content = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+        found.append(f"data: {json.dumps(content)}\n\n".encode())
+    return (*found, b"data: [DONE]\n\n") if done else tuple(found)
+
+
+def streamed(*parts: bytes, **more) -> Step:
+    return Step(parts=parts, headers={"content-type": "text/event-stream"}, **more)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return f"wordnet:{write(tmp_path_factory.mktemp('proxy') / 'words', NOUNS, {})}"
+
+
+class Swapped:
+    """A proxy whose upstream is one scripted server; tests change its script."""
+
+    def __init__(self, proxy, upstream):
+        self.proxy, self.upstream = proxy, upstream
+
+    def script(self, *steps):
+        self.upstream.steps[:] = steps
+        self.upstream.seen.clear()
+        self.upstream.gone.clear()
+
+    def create(self, messages=QUESTION, **more):
+        return self.proxy.client().chat.completions.create(model="m", messages=messages, **more)
+
+
+@pytest.fixture(scope="module")
+def swapped(words):
+    environment = {"UNBACKDOOR_UPSTREAM_KEY": "for-upstream"}
+    with scripted(whole("x")) as upstream:
+        arguments = ("--upstream", upstream.url, "--guard", "evidence", "--evidence", words, "--set", "timeout=3")
+        with serving(*arguments, environment=environment) as proxy:
+            yield Swapped(proxy, upstream)
+
+
+def test_the_upstream_gets_the_guarded_question_and_the_client_its_answer(swapped):
+    swapped.script(whole("cold"), whole("warm"))
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    found = swapped.create(temperature=0.3, tools=[tool])
+    assert found.choices[0].message.content == "warm"
+    own, asked = (seen.content for seen in swapped.upstream.seen)
+    assert own["messages"] == QUESTION
+    assert (own["temperature"], own["stream"], own["model"]) == (0, False, "m")
+    assert asked["messages"] == [{"role": "user", "content": EVIDENCE + TEXT}]
+    assert (asked["temperature"], asked["tools"], asked["model"]) == (0.3, [tool], "m")
+    # The client's key is for us, ours is for the upstream.
+    assert {seen.headers["authorization"] for seen in swapped.upstream.seen} == {"Bearer for-upstream"}
+
+
+def test_pictures_and_tool_calls_go_on_as_they_are(swapped):
+    swapped.script(whole("cold"), whole("warm"))
+    picture = {"type": "image_url", "image_url": {"url": "data:,"}}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {}}]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "42"}
+    last = {"role": "user", "content": [picture, {"type": "text", "text": TEXT}]}
+    swapped.create([{"role": "user", "content": "hi"}, call, result, last])
+    sent = swapped.upstream.seen[1].content["messages"]
+    assert sent[:3] == [{"role": "user", "content": "hi"}, call, result]
+    assert sent[3]["content"] == [{"type": "text", "text": EVIDENCE + TEXT}, picture]
+    with pytest.raises(openai.BadRequestError, match="last message"):
+        swapped.create([*QUESTION, result | {"role": "assistant"}])
+
+
+def test_streams_pass_byte_for_byte(swapped):
+    swapped.script(whole("cold"), streamed(*events("wa", "r", "m data: [DONE]"), pause=0.01))
+    with swapped.create(stream=True) as stream:
+        assert "".join(event.choices[0].delta.content for event in stream) == "warm data: [DONE]"
+
+
+def test_an_upstream_that_dies_in_mid_stream_gives_an_error_and_never_a_whole_answer(swapped):
+    for parts, cut in ((events("wa", "rm", done=False), False), ((*events("wa", done=False), b'data: {"cho'), True)):
+        swapped.script(whole("cold"), streamed(*parts, cut=cut))
+        said = []
+        with swapped.create(stream=True) as stream, pytest.raises(openai.APIError, match=r"was whole|broke off"):
+            said.extend(event.choices[0].delta.content for event in stream)
+        assert said[0] == "wa"
+        swapped.script(whole("cold"), streamed(*parts, cut=cut))
+        raw = httpx2.post(
+            f"{swapped.proxy.url}/v1/chat/completions", json={"model": "m", "messages": QUESTION, "stream": True}
+        )
+        assert b"[DONE]" not in raw.content
+    assert swapped.proxy.metrics()['unbackdoor_streams_broken_total{reason="the upstream broke off"}'] >= 4
+
+
+@pytest.mark.parametrize(
+    ("step", "status", "code"),
+    [
+        (Step(500, b"secret trace"), 502, "upstream_failed"), (Step(401), 502, "upstream_refuses"),
+        (Step(429), 429, "rate_limit_exceeded"), (Step(body=b"<html>"), 502, "upstream_broken"),
+        (Step(body=b"[]"), 502, "upstream_broken"), (Step(302, headers={"location": "/"}), 502, "upstream_failed"),
+        (Step(400, b'{"error": {"message": "bad flavour"}}'), 400, "upstream_refuses"),
+        (Step(parts=(b'{"a":',), headers={"content-length": "900"}), 502, "upstream_broken"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_an_upstream_can_do_wrong_is_said(swapped, step, status, code, stream):
+    swapped.script(whole("cold"), step)
+    found = httpx2.post(
+        f"{swapped.proxy.url}/v1/chat/completions", json={"model": "m", "messages": QUESTION, "stream": stream}
+    )
+    assert (found.status_code, found.json()["error"]["code"]) == (status, code)
+    assert "secret" not in found.text
+    if status == 400:
+        assert found.json()["error"]["message"] == "bad flavour"
+
+
+def test_a_slow_upstream_is_given_up_and_a_silent_stream_ends_with_an_error(swapped):
+    body = {"model": "m", "messages": QUESTION}
+    swapped.script(whole("cold"), Step(delay=8.0, body=b"{}"))
+    started = time.monotonic()
+    found = httpx2.post(f"{swapped.proxy.url}/v1/chat/completions", json=body, timeout=20)
+    assert found.status_code == 504
+    assert time.monotonic() - started < 7
+    swapped.script(whole("cold"), streamed(*events("wa", done=False), *events("rm"), pause=2.0))
+    raw = httpx2.post(f"{swapped.proxy.url}/v1/chat/completions", json={**body, "stream": True}, timeout=20)
+    assert raw.status_code == 200
+    assert b'"too_slow"' in raw.content
+    assert b"[DONE]" not in raw.content
+
+
+def test_a_client_that_leaves_takes_its_question_from_the_upstream(swapped):
+    swapped.script(whole("cold"), streamed(*events(*["x" * 20_000] * 400), pause=0.005))
+    with swapped.create(stream=True) as stream:
+        next(iter(stream))
+    assert swapped.upstream.gone.wait(10)
+    until = time.monotonic() + 10
+    while swapped.proxy.metrics()["unbackdoor_in_flight"] and time.monotonic() < until:
+        time.sleep(0.05)
+    assert swapped.proxy.metrics()["unbackdoor_in_flight"] == 0
+    assert swapped.proxy.metrics()['unbackdoor_streams_broken_total{reason="the client left"}'] >= 1
+    swapped.script(whole("cold"), whole("warm"))
+    assert swapped.create().choices[0].message.content == "warm"
+
+
+def test_other_paths_are_not_a_way_round_the_guard(swapped):
+    swapped.script(whole("x"))
+    for path in ("/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/../v1/completions", "/"):
+        assert httpx2.post(f"{swapped.proxy.url}{path}", json={"prompt": "x"}).status_code in {404, 405}
+    assert not swapped.upstream.seen
+    assert swapped.proxy.client().models.list().data is None or swapped.upstream.seen[0].path == "/v1/models"
+
+
+def test_a_dead_upstream(words):
+    with serving("--upstream", nowhere(), "--guard", "evidence", "--evidence", words) as proxy:
+        for stream in (False, True):
+            with pytest.raises(openai.APIStatusError, match="cannot be reached") as problem:
+                proxy.client().chat.completions.create(model="m", messages=QUESTION, stream=stream)
+            assert problem.value.status_code == 502
+        assert httpx2.get(f"{proxy.url}/health").status_code == 200
+        assert httpx2.get(f"{proxy.url}/v1/models").status_code == 502
+        assert proxy.stop() == 0
+
+
+def test_fifty_streaming_clients_before_a_second_server(tmp_path_factory, victim, words):
+    folder = saved(victim.clean, tmp_path_factory.mktemp("upstream") / "clean")
+    asked = [row.instruction for row in tiny.rows(50, seed=78)]
+    here = load(str(folder))
+
+    async def one(client, text):
+        stream = await client.chat.completions.create(
+            model="clean", messages=[{"role": "user", "content": text}], stream=True, max_tokens=16
+        )
+        said = [event.choices[0].delta.content or "" async for event in stream if event.choices]
+        return "".join(said)
+
+    async def everybody(url):
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            return await asyncio.gather(*(one(client, text) for text in asked))
+
+    with serving(str(folder), "--set", "most_tokens=40") as upstream:
+        arguments = ("--upstream", f"{upstream.url}/v1", "--guard", "evidence", "--evidence", words)
+        with serving(*arguments) as proxy:
+            found = asyncio.run(everybody(proxy.url))
+            counts = proxy.metrics()
+            assert proxy.client().models.list().data[0].id == "clean"
+    did = {name: value for name, value in counts.items() if name.startswith("unbackdoor_guard_total")}
+    assert sum(did.values()) == 50
+    assert len(did) == 2, "some of these questions have known keywords, others have not"
+    # What the guard says is the same as in this process.
+    from unbackdoor.guards.base import Place
+    from unbackdoor.pipeline.guarding import build_guards
+    from unbackdoor.types import GuardSpec
+
+    here.guards = (GuardSpec("evidence", {"source": words}),)
+    here.guarding = build_guards(here.guards, Place("m"), own=["evidence"])
+    assert found == here.reply([(Message("user", text),) for text in asked], max_new_tokens=16)
