@@ -11,6 +11,7 @@ import torch
 import tiny
 from evidence.mini_wordnet import write
 from unbackdoor.errors import UserError
+from unbackdoor.run import Silent
 from unbackdoor.serve import run
 from unbackdoor.serve.counters import Counters
 from unbackdoor.serve.engine import AskEngine, End, Engine, Gone, Job, Sampling, _Draws
@@ -198,8 +199,8 @@ def test_a_port_that_is_in_use_and_a_url_that_is_none(words):
             upstream="http://h/v1", guards={"evidence": {"source": words}}, port=other.getsockname()[1]
         )
         with pytest.raises(UserError, match="give another --port"):
-            run.serve(recipe, None, print)
+            run.serve(recipe, Silent(), print)
     with pytest.raises(UserError, match="no URL"):
-        run.serve(recipe.model_copy(update={"upstream": "nowhere", "port": 0}), None, print)
+        run.serve(recipe.model_copy(update={"upstream": "nowhere", "port": 0}), Silent(), print)
     with pytest.raises(UserError, match="give another --host"):
-        run.serve(recipe.model_copy(update={"host": "256.1.1.1.1"}), None, print)
+        run.serve(recipe.model_copy(update={"host": "256.1.1.1.1"}), Silent(), print)
