@@ -11,6 +11,7 @@ import torch
 import tiny
 from evidence.mini_wordnet import write
 from unbackdoor.errors import UserError
+from unbackdoor.run import Silent
 from unbackdoor.serve import run
 from unbackdoor.serve.counters import Counters
 from unbackdoor.serve.engine import AskEngine, End, Engine, Gone, Job, Sampling, _Draws
@@ -168,6 +169,7 @@ def words(tmp_path):
         ({}, "a model or --upstream"), ({"model": "x", "upstream": "http://h"}, "a model or --upstream"),
         ({"upstream": "http://h/v1"}, "give --guard"),
         ({"upstream": "h", "guards": {"evidence": {}}}, "needs --evidence"),
+        ({"upstream": "h", "guards": {"evidence": {"source": "wordnet"}}}, "no URL"),
         ({"upstream": "http://h", "guards": {"evidense": {}}}, "Did you mean 'evidence'"),
         ({"upstream": "http://h", "guards": {"evidence": {"source": "wordnet", "x": 1}}}, "no option 'x'"),
         ({"model": "./nothing/here"}, "no folder or file"),
@@ -198,8 +200,8 @@ def test_a_port_that_is_in_use_and_a_url_that_is_none(words):
             upstream="http://h/v1", guards={"evidence": {"source": words}}, port=other.getsockname()[1]
         )
         with pytest.raises(UserError, match="give another --port"):
-            run.serve(recipe, None, print)
+            run.serve(recipe, Silent(), print)
     with pytest.raises(UserError, match="no URL"):
-        run.serve(recipe.model_copy(update={"upstream": "nowhere", "port": 0}), None, print)
+        run.serve(recipe.model_copy(update={"upstream": "nowhere", "port": 0}), Silent(), print)
     with pytest.raises(UserError, match="give another --host"):
-        run.serve(recipe.model_copy(update={"host": "256.1.1.1.1"}), None, print)
+        run.serve(recipe.model_copy(update={"host": "256.1.1.1.1"}), Silent(), print)
