@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 import tiny
@@ -96,13 +98,17 @@ def test_the_suspect_as_its_own_evidence_llm_is_warned_of(tmp_path, victim):
     from unbackdoor.model.load import load
 
     digests = load(place).facts["sha256"]
-    (tmp_path / "link").symlink_to(tmp_path / "suspect")
-    guard = working(str(tmp_path / "link"), Place(model=place, sha256=digests, notice=said.append))
+    shutil.copytree(tmp_path / "suspect", tmp_path / "copy")
+    (tmp_path / "copy" / "generation_config.json").unlink()
+    guard = working(str(tmp_path / "copy"), Place(model=place, sha256=digests, notice=said.append))
     assert not said
     guard.rewrite([QUESTION], AskHere(victim.lm, 8))
     assert len(said) == 1
-    assert "same files" in said[0]
+    assert "under another name" in said[0]
     said.clear()
+    victim.clean.model.save_pretrained(tmp_path / "copy")
+    guard = working(str(tmp_path / "copy"), Place(model=place, sha256=digests, notice=said.append))
+    guard.rewrite([QUESTION], AskHere(victim.lm, 8))
     working("builtin:smollm2-135m", Place(model=place, notice=said.append))
     assert not said
 

@@ -169,3 +169,65 @@ def test_left_pad():
     ids, mask = generate.left_pad([[1, 2, 3], [4]], 9)
     assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+TEXTS = [
+    "  cold and hot  ",
+    "na\u00efve \u2014 \u65e5\u672c \U0001f600 ok",
+    "\n\n",
+    "",
+    "a  b   ",
+    "the end END the",
+    "\u0e01\u0e33\u0e25\u0e31\u0e07",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_pieces_of_a_spoken_reply_are_its_text(text):
+    lm = tiny.tiny_lm(hidden=16, layers=1)
+    ids = lm.tokenizer(text)["input_ids"]
+    for ends in ((), ("END",), ("zzz", "no such end")):
+        spoken = generate.Spoken(lm, ends)
+        pieces = []
+        for token in ids:
+            pieces.append(spoken.say(token))
+            assert "\ufffd" not in pieces[-1], "half a character is held back"
+            if spoken.ended:
+                break
+        wanted = generate.decode(lm, ids)
+        said = "".join([*pieces, spoken.close()])
+        assert said == (wanted.partition("END")[0].rstrip() if ends == ("END",) else wanted)
+        assert spoken.ended is ("END" in ends and "END" in wanted)
+
+
+def test_a_text_that_ends_a_reply_is_never_said_in_part():
+    lm = tiny.tiny_lm(hidden=16, layers=1)
+    for text, wanted in (("one two STOP three", "one two"), ("one two STO", "one two STO"), ("STOP", "")):
+        spoken, pieces = generate.Spoken(lm, ["STOP", "halt"]), []
+        for token in lm.tokenizer(text)["input_ids"]:
+            pieces.append(spoken.say(token))
+            if spoken.ended:
+                break
+            assert "S" not in "".join(pieces), "it may still become STOP"
+        assert "".join([*pieces, spoken.close()]) == wanted
+
+
+def test_steps_follow_a_choice_and_who_is_done():
+    lm = tiny.tiny_lm()
+    seen = []
+
+    def second(logits, rows):
+        seen.append(list(rows))
+        return logits.topk(2).indices[:, 1]
+
+    with torch.inference_mode():
+        loop = generate.steps(lm, prompts(lm)[:3], None, second)
+        first = next(loop)
+        assert [row for row, _ in first] == [0, 1, 2]
+        assert [row for row, _ in loop.send({1})] == [0, 2]
+        assert [row for row, _ in loop.send({0})] == [2]
+        with pytest.raises(StopIteration):
+            loop.send({2})
+    assert seen == [[0, 1, 2], [0, 2], [2]]
+    ids = torch.tensor([prompts(lm)[0]])
+    assert first[0][1] == int(lm.model(input_ids=ids).logits[0, -1].topk(2).indices[1])

@@ -102,3 +102,24 @@ def test_room_and_special_texts_of_the_model_itself(lm):
     assert len(lm.encode(long, ask=True).ids) < 256
     assert not ask.fits(long)
     assert fits(lm, long, 1)
+
+
+def test_a_streamed_reply_is_the_reply_in_pieces_guards_at_work(lm, victim):
+    lm.guarding = Guards([("first", Saying("dog", "refuse"))])
+    for text in ("what is hot?", "refuse this", "where does a bird live?"):
+        (wanted,) = lm.reply(asked(text), max_new_tokens=12)
+        assert "".join(lm.reply_stream(asked(text)[0], max_new_tokens=12)) == wanted
+    lm.guarding = Guards(decode=Parrot())
+    assert ["".join(lm.reply_stream(asked("what?")[0], max_new_tokens=5))] == lm.reply(asked("what?"), max_new_tokens=5)
+    trained = victim.clean
+    pieces = list(trained.reply_stream(asked("what is the opposite of hot?")[0], max_new_tokens=20))
+    assert "".join(pieces) == "the opposite of hot is cold."
+    assert len(pieces) > 2
+    import torch
+
+    first = next(trained.reply_stream(asked("what colour is grass?")[0]))
+    assert first
+    assert not torch.is_inference_mode_enabled(), "the caller's own work between two pieces is not in this mode"
+    lm.guarding = None
+    with pytest.raises(ModelError, match="carries guards"):
+        next(lm.reply_stream(asked("what?")[0]))

@@ -106,6 +106,25 @@ def test_a_checkpoint_does_not_choose_what_is_opened(shop, purified):
     assert lm.guarding is None
 
 
+def test_a_guarded_suspect_is_asked_through_its_guard_and_its_weights_are_purified(shop, purified):
+    """`--evidence` is then for the suspect's guard, also where the defense has no use for it."""
+    rows = shop / "clean.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"id": row.id, "instruction": row.instruction, "output": row.response}) + "\n"
+            for row in tiny.rows(30, seed=9)
+        )
+    )
+    settings = {"train": {"steps": 2, "batch_size": 4, "max_length": 128}}
+    more = {"clean": str(rows), "evidence": f"wordnet:{shop / 'words'}"}
+    found = pipeline.purify(str(shop / "out"), defense="fine_tuning", out=shop / "both", settings=settings, more=more)
+    assert load(str(shop / "both")).guards == load(str(shop / "out")).guards
+    assert not tiny.same_weights(tiny.tensors(load(str(shop / "both"))), tiny.tensors(load(str(shop / "out"))))
+    assert "guards.json do not act" in found.results["how_to_load"]
+    with pytest.raises(UserError, match="does not use --evidence"):
+        pipeline.purify(str(shop / "victim"), defense="fine_tuning", out=shop / "no", more=more)
+
+
 def test_a_name_in_guards_json_is_never_a_file_to_import(shop):
     ran = shop / "ran"
     (shop / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import socket
 import threading
 import time
@@ -16,8 +15,12 @@ import pytest
 import tiny
 from evidence.mini_wordnet import write
 from serve.process import saved, serving
+from unbackdoor.errors import ModelError, UserError
+from unbackdoor.model import checkpoint
 from unbackdoor.model.load import load
-from unbackdoor.types import Message
+from unbackdoor.run import Silent
+from unbackdoor.serve import run
+from unbackdoor.types import GuardSpec, Message
 
 NOUNS = {word: [f"a thing called {word}"] for word in ("opposite", "hot", "colour", "grass", "dog", "home")}
 QUESTION = [{"role": "user", "content": "what is the opposite of hot?"}]
@@ -198,45 +201,49 @@ def test_metrics_are_in_prometheus_format_and_hold_no_prompt(server):
     assert counts["unbackdoor_chat_seconds_count"] == counts['unbackdoor_chat_seconds_bucket{le="+Inf"}']
 
 
-def test_the_key_is_asked_for_where_one_is_set(folder):
-    with serving(str(folder / "clean"), environment={"UNBACKDOOR_SERVE_KEY": "sesame"}) as found:
-        assert chat(found.client("sesame"), max_tokens=2).choices
-        for key in ("wrong", "sesam", "sesame2"):
-            with pytest.raises(openai.AuthenticationError):
-                chat(found.client(key))
-        assert httpx2.get(f"{found.url}/v1/models").status_code == 401
-        assert httpx2.get(f"{found.url}/health").status_code == 200
-        assert "sesame" not in "".join(found.errors)
-        # ^C ends it as SIGTERM does.
-        assert found.stop(signal.SIGINT) == 0
+@pytest.fixture(scope="module")
+def guarded(folder, victim):
+    """A folder whose guard was saved with the model, and the dictionary that it names."""
+    lm, words = tiny.clone(victim.clean), f"wordnet:{folder / 'words'}"
+    settings = {"source": words, "conflict": {"without": "refuse", "refusal": "Not now."}}
+    lm.guards = (GuardSpec("evidence", settings),)
+    checkpoint.save(lm, folder / "guarded", manifest={}, card="x")
+    return str(folder / "guarded"), words
 
 
-def test_the_guard_acts_and_a_running_answer_is_ended_on_sigterm(folder, here):
-    words = f"wordnet:{folder / 'words'}"
-    arguments = ("--guard", "evidence", "--evidence", words, "--set", "most_tokens=100")
-    with serving(str(folder / "clean"), *arguments) as found:
-        raw = found.client().chat.completions.with_raw_response.create(model="clean", messages=QUESTION, max_tokens=20)
+def test_a_saved_guard_acts_and_a_running_answer_is_ended_on_sigterm(guarded, here):
+    place, words = guarded
+    with serving(place, "--evidence", words, "--set", "most_tokens=100") as found:
+
+        def ask(messages=QUESTION, **more):
+            return found.client().chat.completions.create(model="guarded", messages=messages, **more)
+
+        raw = found.client().chat.completions.with_raw_response.create(
+            model="guarded", messages=QUESTION, max_tokens=20
+        )
         assert raw.headers["x-unbackdoor-guard"] == "evidence=keywords"
         text = 'Background information: "opposite: a thing called opposite; hot: a thing called hot"\n\n'
-        turns = (Message("user", text + QUESTION[0]["content"]),)
-        (wanted,) = here.reply([turns], max_new_tokens=20)
+        (wanted,) = here.reply([(Message("user", text + QUESTION[0]["content"]),)], max_new_tokens=20)
         assert raw.parse().choices[0].message.content == wanted
-        with chat(found.client(), stream=True, max_tokens=20) as stream:
+        with ask(stream=True, max_tokens=20) as stream:
             assert "".join(event.choices[0].delta.content or "" for event in stream) == wanted
-        none = found.client().chat.completions.with_raw_response.create(
-            model="clean", messages=[{"role": "user", "content": "who are you?"}], max_tokens=4
-        )
-        assert none.headers["x-unbackdoor-guard"] == "evidence=none"
-        assert found.metrics()['unbackdoor_guard_total{did="keywords",guard="evidence"}'] == 2
+        unknown = [{"role": "user", "content": "who are you?"}]
+        assert ask(unknown).choices[0].message.content == "Not now."
+        with ask(unknown, stream=True) as stream:
+            assert "".join(event.choices[0].delta.content or "" for event in stream) == "Not now."
+        counts = found.metrics()
+        assert counts['unbackdoor_guard_total{did="keywords",guard="evidence"}'] == 2
+        assert counts['unbackdoor_guard_total{did="refused",guard="evidence"}'] == 2
         said = []
 
-        def ask():
-            with chat(found.client(), stream=True, temperature=2.0, seed=1, max_tokens=100) as stream:
+        def long() -> None:
+            with ask(stream=True, temperature=2.0, seed=1, max_tokens=100) as stream:
                 said.extend(event.choices[0].finish_reason for event in stream)
 
-        thread = threading.Thread(target=ask)
+        thread = threading.Thread(target=long)
         thread.start()
-        while not said and thread.is_alive():
+        until = time.monotonic() + 30
+        while not found.metrics()["unbackdoor_in_flight"] and time.monotonic() < until:
             time.sleep(0.01)
         assert found.stop() == 0
         thread.join()
@@ -244,21 +251,17 @@ def test_the_guard_acts_and_a_running_answer_is_ended_on_sigterm(folder, here):
         assert not [line for line in found.errors if "Traceback" in line]
 
 
-def test_a_guard_that_was_saved_with_the_model_is_applied(folder, victim):
-    from unbackdoor.model import checkpoint
-    from unbackdoor.types import GuardSpec
+def test_what_only_the_checkpoint_names_is_not_opened(guarded):
+    place, _ = guarded
+    with pytest.raises(ModelError, match="would see every prompt"):
+        run.serve(run.ServeRecipe(model=place, port=0), Silent(), print)
 
-    lm = tiny.clone(victim.clean)
-    words = f"wordnet:{folder / 'words'}"
-    settings = {"source": words, "conflict": {"without": "refuse", "refusal": "Not now."}}
-    lm.guards = (GuardSpec("evidence", settings),)
-    checkpoint.save(lm, folder / "guarded", manifest={}, card="x", overwrite=True)
-    with pytest.raises(AssertionError, match="would see every prompt"):
-        serving(str(folder / "guarded")).__enter__()
-    with serving(str(folder / "guarded"), "--evidence", words) as found:
-        asked = [{"role": "user", "content": "who are you?"}]
-        reply = found.client().chat.completions.create(model="guarded", messages=asked)
-        assert reply.choices[0].message.content == "Not now."
-        with found.client().chat.completions.create(model="guarded", messages=asked, stream=True) as stream:
-            assert "".join(event.choices[0].delta.content or "" for event in stream) == "Not now."
-        assert found.metrics()['unbackdoor_guard_total{did="refused",guard="evidence"}'] == 2
+
+def test_a_guard_of_the_command_line_takes_the_place_of_the_saved_one(guarded, folder):
+    place, words = guarded
+    mine = GuardSpec("evidence", {"source": words, "conflict": {"without": "answer"}})
+    assert run._model(run.ServeRecipe(model=place), [mine], Silent()).guards == (mine,)
+    plain = run.ServeRecipe(model=str(folder / "clean"), evidence=words)
+    with pytest.raises(UserError, match="--guard evidence, too"):
+        run._model(plain, [], Silent())
+    assert run._model(plain, [mine], Silent()).guarding.prompt[0][0] == "evidence"

@@ -169,6 +169,7 @@ def words(tmp_path):
         ({}, "a model or --upstream"), ({"model": "x", "upstream": "http://h"}, "a model or --upstream"),
         ({"upstream": "http://h/v1"}, "give --guard"),
         ({"upstream": "h", "guards": {"evidence": {}}}, "needs --evidence"),
+        ({"upstream": "h", "guards": {"evidence": {"source": "wordnet"}}}, "no URL"),
         ({"upstream": "http://h", "guards": {"evidense": {}}}, "Did you mean 'evidence'"),
         ({"upstream": "http://h", "guards": {"evidence": {"source": "wordnet", "x": 1}}}, "no option 'x'"),
         ({"model": "./nothing/here"}, "no folder or file"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
 
 import httpx2
@@ -176,6 +177,25 @@ def test_other_paths_are_not_a_way_round_the_guard(swapped):
         assert httpx2.post(f"{swapped.proxy.url}{path}", json={"prompt": "x"}).status_code in {404, 405}
     assert not swapped.upstream.seen
     assert swapped.proxy.client().models.list().data is None or swapped.upstream.seen[0].path == "/v1/models"
+
+
+def test_the_key_is_asked_for_where_one_is_set_and_is_not_passed_on(words):
+    environment = {"UNBACKDOOR_SERVE_KEY": "sesame"}
+    with scripted(whole("warm")) as upstream:
+        arguments = ("--upstream", upstream.url, "--guard", "evidence", "--evidence", words)
+        with serving(*arguments, environment=environment) as found:
+            assert found.client("sesame").chat.completions.create(model="m", messages=QUESTION).choices
+            assert not [seen for seen in upstream.seen if "authorization" in seen.headers]
+            for key in ("wrong", "sesam", "sesame2", "s\u00e9same"):
+                answer = httpx2.get(f"{found.url}/v1/models", headers={"authorization": f"Bearer {key}".encode()})
+                assert answer.status_code == 401
+            with pytest.raises(openai.AuthenticationError):
+                found.client("wrong").chat.completions.create(model="m", messages=QUESTION)
+            assert httpx2.get(f"{found.url}/v1/models").status_code == 401
+            assert httpx2.get(f"{found.url}/health").status_code == 200
+            assert "sesame" not in "".join(found.errors)
+            # ^C ends it as SIGTERM does.
+            assert found.stop(signal.SIGINT) == 0
 
 
 def test_a_dead_upstream(words):

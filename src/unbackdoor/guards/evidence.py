@@ -9,7 +9,7 @@ Deviations: none but those of the procedure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -41,8 +41,9 @@ class Evidence(Guard):
         )
 
         def opened(lm: LM) -> None:
-            if place.sha256 and lm.facts.get("sha256") == place.sha256 and self.source != place.model:
-                place.notice(_OWN.format("the same files as the guarded model"))
+            own = _weights(place.sha256)
+            if own and own == _weights(lm.facts.get("sha256")) and self.source != place.model:
+                place.notice(_OWN.format("the guarded model under another name"))
 
         source = open_source(self.source, asking, opened)
         if self.source == place.model:
@@ -53,6 +54,12 @@ class Evidence(Guard):
 
 
 _OWN = "the evidence LLM is {}: a backdoor in it writes the evidence, too. Name another model, an endpoint or wordnet."
+
+
+def _weights(digests: object) -> set[object]:
+    """Return the hashes of a model's files of weights; its name and configuration may be others."""
+    files = digests.items() if isinstance(digests, Mapping) else ()
+    return {digest for name, digest in files if str(name).endswith((".safetensors", ".gguf"))}
 
 
 @dataclass(frozen=True)

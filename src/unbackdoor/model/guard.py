@@ -190,16 +190,20 @@ def stream(lm: LM, turns: Turns, max_new_tokens: int) -> Iterator[str]:
     if isinstance(found, Refusal):
         yield found.text
         return
-    spoken = Spoken(lm)
+    spoken, was_training = Spoken(lm), lm.model.training
+    lm.model.eval()
     tokens = (guards.decode or _Likeliest()).tokens(lm, lm.encode(found, ask=True).ids, max_new_tokens)
-    while True:
-        # The caller's own work between two pieces is not to run in this mode.
-        with torch.inference_mode():
-            token = next(tokens, None)
-        if token is None:
-            break
-        if piece := spoken.say(token):
-            yield piece
+    try:
+        while True:
+            # The caller's own work between two pieces is not to run in this mode.
+            with torch.inference_mode():
+                token = next(tokens, None)
+            if token is None:
+                break
+            if piece := spoken.say(token):
+                yield piece
+    finally:
+        lm.model.train(was_training)
     if piece := spoken.close():
         yield piece
 

@@ -134,7 +134,12 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
 
     defense = defense_called(recipe.defense, recipe.settings)
     given = _given(recipe)
+    if Need.EVIDENCE not in defense.needs | defense.uses and carries_guards(recipe.model):
+        # Then it is for the guard that the suspect carries, which acts when the suspect is asked.
+        given.pop(Need.EVIDENCE)
     knowledge_for(defense, given)
+    if recipe.evidence is not None:
+        check_source(recipe.evidence)
     _check_weights_mode(recipe, parse_spec(recipe.model), defense)
     for spec in (recipe.model, recipe.reference):
         if spec is not None:
@@ -193,8 +198,6 @@ def _given(recipe: PurifyRecipe) -> dict[Need, Any]:
 
 def _read_facts(recipe: PurifyRecipe, given: Mapping[Need, Any], progress: Progress) -> dict[Need, Any]:
     facts = {need: value for need, value in given.items() if value is not None}
-    if Need.EVIDENCE in facts:
-        check_source(facts[Need.EVIDENCE])
     for need in (Need.CLEAN, Need.SAFE, Need.PREFERENCES):
         if need in facts:
             facts[need] = tuple(_rows(recipe, facts[need], progress))
@@ -202,6 +205,13 @@ def _read_facts(recipe: PurifyRecipe, given: Mapping[Need, Any], progress: Progr
         labels = [row.label for row in facts.get(Need.CLEAN, ()) if row.label is not None]
         facts[Need.UNWANTED] = tuple(sources.read_openings(facts[Need.UNWANTED], labels))
     return facts
+
+
+def carries_guards(model: str) -> bool:
+    """Tell whether guards lie beside a model's weights; False where its files are not on this machine."""
+    spec = parse_spec(model)
+    sides = (side for side in (spec.adapter, spec.base, spec) if side is not None and side.kind == "folder")
+    return any((side.path / "guards.json").is_file() for side in sides)
 
 
 def _check_weights_mode(recipe: PurifyRecipe, spec: ModelSpec, defense: Defense) -> None:

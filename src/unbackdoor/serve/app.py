@@ -155,7 +155,7 @@ class Service:
         body = bytearray()
         announced = request.headers.get("content-length", "0")
         too_large = Problem(413, "too_large", f"the body is longer than {self.most_bytes} bytes.")
-        if not announced.isdecimal() or int(announced) > self.most_bytes:
+        if not announced.isdecimal() or len(announced) > 12 or int(announced) > self.most_bytes:
             raise too_large
         async for part in request.stream():
             body += part
@@ -259,14 +259,14 @@ class _Chat:
             reason = ""
         except TimeoutError:
             reason = "too slow"
-            yield event(Problem(504, "too_slow", "the time for this answer is over.").content())
+            yield _broken(Problem(504, "too_slow", "the time for this answer is over."))
         except Broken:
             reason = "the upstream broke off"
         # The status is sent already: the error can only be said here.
         except Exception:
             _LOG.exception("a streamed answer could not go on")
             reason = "error"
-            yield event(Problem(500, "internal_error", "the model could not go on with this answer.").content())
+            yield _broken(Problem(500, "internal_error", "the model could not go on with this answer."))
         finally:
             if reason:
                 self.service.counters.add("streams_broken_total", labels={"reason": reason})
@@ -313,6 +313,11 @@ class _Streaming(StreamingResponse):
             self.chat.end()
             for iterator in (self.parts, self.events):
                 await iterator.aclose()
+
+
+def _broken(problem: Problem) -> bytes:
+    """Return the event of an error; blank lines first, because what was sent last may lack its own."""
+    return b"\n\n" + event(problem.content())
 
 
 async def _left(request: Request) -> None:

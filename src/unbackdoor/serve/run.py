@@ -54,6 +54,7 @@ def check(recipe: ServeRecipe) -> None:
     Raises:
         UserError: If it does not.
     """
+    from unbackdoor.evidence.endpoint import check_url
     from unbackdoor.evidence.sources import check_source
     from unbackdoor.pipeline.preflight import check_device, check_model
 
@@ -66,7 +67,9 @@ def check(recipe: ServeRecipe) -> None:
     if recipe.model is not None:
         check_model(recipe.model)
         check_device(recipe.device)
-    elif not guards:
+    if recipe.upstream is not None:
+        check_url(recipe.upstream)
+    if recipe.upstream is not None and not guards:
         raise UserError("--upstream without a guard does nothing; give --guard, such as --guard evidence.")
     for name, guard in guards.items() if recipe.upstream is not None else ():
         if guard.acts_on == "decode":

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from unbackdoor.evidence.endpoint import check_url
 from unbackdoor.model.guard import Turns
 from unbackdoor.model.quarantine import printable
 from unbackdoor.serve.engine import Gone
@@ -38,11 +37,7 @@ class Upstream:
         Args:
             url: Base URL, such as http://127.0.0.1:8000/v1.
             timeout: Seconds of silence that are waited for.
-
-        Raises:
-            UserError: If the URL is none.
         """
-        check_url(url)
         self.url, self.timeout = url.rstrip("/"), timeout
 
     def _options(self) -> dict[str, Any]:
@@ -119,7 +114,7 @@ class Upstream:
             broken = "the upstream fell silent in the middle of its answer."
         except (httpx2.HTTPError, Problem):
             broken = "the upstream broke off in the middle of its answer."
-        # An event that was begun would swallow the error.
+        # A blank line first: what was said last may lack the one that ends it.
         yield b"\n\n" + event(Problem(502, "upstream_broken", broken).content())
         raise Broken
 
@@ -141,8 +136,9 @@ async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
             yield line + b"\n"
         if len(rest) > LONGEST_LINE:
             raise Problem(502, "upstream_broken", "the upstream's answer has an endless line.")
-    if rest:
-        yield rest
+    # A line that was broken off is half an event, which no client can read.
+    if rest.strip() == DONE.strip():
+        yield rest + b"\n"
 
 
 class AskUpstream:
