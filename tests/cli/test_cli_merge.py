@@ -84,7 +84,7 @@ def test_the_recipe_round_trips_and_python_does_the_same(
 
 
 def test_the_verb_stays_the_verb_when_helpers_are_imported() -> None:
-    import unbackdoor.merge.linear  # noqa: F401
+    import unbackdoor.merge.linear
 
     assert callable(unbackdoor.merge)
     from unbackdoor.merge import linear

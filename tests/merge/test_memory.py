@@ -15,8 +15,8 @@ from unbackdoor.errors import ModelError, UserError
 from unbackdoor.merge.from_recipe import two_models
 from unbackdoor.merge.memory import merge_into
 from unbackdoor.merge.settings import Filtered
-from unbackdoor.model.load import load
 from unbackdoor.model.lm import LM
+from unbackdoor.model.load import load
 from unbackdoor.train import lora
 
 

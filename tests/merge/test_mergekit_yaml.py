@@ -1,4 +1,4 @@
-"""YAML in mergekit's schema: what is understood comes to what it says, everything else is refused with file and field."""
+"""YAML in mergekit's schema: what is understood comes to what it says, all else is refused with file and field."""
 
 from __future__ import annotations
 

@@ -110,5 +110,5 @@ def test_a_configuration_that_cannot_be_adjusted() -> None:
     with pytest.raises(ModelError, match="names no number of layers"):
         resized({"depth": 3}, [({}, 0)], "m")
     config = {"num_hidden_layers": 3, "layer_widths": [4, 4]}
-    with pytest.raises(ModelError, match="layer_widths in config.json has 2 entries for 3 layers"):
+    with pytest.raises(ModelError, match=r"layer_widths in config\.json has 2 entries for 3 layers"):
         resized(config, [(config, 0)], "m")
