@@ -95,9 +95,15 @@ def ulps(found: torch.Tensor, wanted: torch.Tensor, terms: torch.Tensor | None =
         wanted: float64.
         terms: Largest magnitude that went into an entry: where terms cancel, their rounding stays.
     """
-    scale = wanted.abs() if terms is None else torch.maximum(wanted.abs(), terms.double().abs())
+    return float(steps(found, wanted, terms).max())
+
+
+def steps(found: torch.Tensor, wanted: torch.Tensor, terms: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the same for every entry."""
+    scale = torch.maximum(found.double().abs(), wanted.abs())
+    scale = scale if terms is None else torch.maximum(scale, terms.double().abs())
     step = 2.0 ** (torch.floor(torch.log2(scale.clamp(min=2.0**-126))) - 23)
-    return float(((found.double() - wanted).abs() / step).max())
+    return (found.double() - wanted).abs() / step
 
 
 Formula = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from unbackdoor.errors import ModelError
 from unbackdoor.merge import dare, linear, passthrough, slerp, task_arithmetic, ties
@@ -89,20 +89,22 @@ def _mixed(piece: Piece) -> Iterator[tuple[int, Tensor]]:
 
 def _with_base(piece: Piece, base: Part) -> Iterator[tuple[int, Tensor]]:
     weights, densities = [part.weight for part in piece.parts], [part.density for part in piece.parts]
-    how: Any = {"scale": piece.scale, "normalize": piece.normalize}
+    scale, normalize = piece.scale, piece.normalize
     draws = [dare.stream(piece.seed, piece.name, number) for number in range(len(weights))]
     cuts = [_cut(piece, base, part) for part in piece.parts] if piece.method == "ties" else []
     for first, last in _ranges(piece):
         origin, rows = _rows(base, first, last), [_rows(part, first, last) for part in piece.parts]
         if piece.method == "task_arithmetic":
-            yield first, task_arithmetic.task_arithmetic(origin, rows, weights, **how)
+            yield first, task_arithmetic.task_arithmetic(origin, rows, weights, scale=scale, normalize=normalize)
         elif piece.method == "ties":
             deltas = [row.sub_(origin) for row in rows]
             kept = [delta if cut is None else cut.apply(delta) for delta, cut in zip(deltas, cuts, strict=True)]
-            yield first, ties.merge_agreeing(origin, kept, weights, **how)
+            yield first, ties.merge_agreeing(origin, kept, weights, scale=scale, normalize=normalize)
         else:
-            agreeing = piece.method == "dare_ties"
-            yield first, dare.dare(origin, rows, weights, densities, draws, agreeing=agreeing, **how)
+            yield first, dare.dare(
+                origin, rows, weights, densities, draws,
+                scale=scale, normalize=normalize, agreeing=piece.method == "dare_ties",
+            )  # fmt: skip
 
 
 def _cut(piece: Piece, base: Part, part: Part) -> ties.Cut | None:
