@@ -1,6 +1,6 @@
 """External conflict: evidence against the suspect's own answers, put before every query; no weight is changed.
 
-Paper: Information Conflicts, 3.4, Algorithm 1 and equations 6 and 13 to 16.
+Paper: Information Conflicts (2411.18280), 3.4, Algorithm 1 and equations 6 and 13 to 16.
 Equation 6: y = M(x + E). The defense attaches the guard `evidence` to the model; it acts whenever unbackdoor asks the
 model, and is saved beside the weights. Other programs that load the folder do not know of it.
 Needs to know: a source of evidence (--evidence): an endpoint, a local model, or the dictionary WordNet. Neither the
@@ -24,7 +24,7 @@ from unbackdoor.run import Run
 class ExternalConflict(Defense):
     """Attach the guard that puts contradicting evidence before the query."""
 
-    paper: ClassVar[str] = "Information Conflicts, 3.4, Algorithm 1, eq. 6 and 13 to 16"
+    paper: ClassVar[str] = "Information Conflicts, 2411.18280, 3.4, Algorithm 1, eq. 6 and 13 to 16"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EVIDENCE})
     trains: ClassVar[bool] = False
 

@@ -1,9 +1,9 @@
 """External conflict: evidence against the suspect's own answer is put before the query.
 
-Paper: Information Conflicts, 3.4, equations 6 and 13 to 16. The suspect is asked for its answer A and for background
-information E that supports it (13). Where E is usable, an evidence LLM rewrites it so that it contradicts the answer
-(14). Otherwise TextRank finds the keywords of the query (15, textrank.py), and the evidence LLM explains them (16). The
-suspect then answers the query with the evidence before it (6).
+Paper: Information Conflicts (2411.18280), 3.4, equations 6 and 13 to 16. The suspect is asked for its answer A and
+for background information E that supports it (13). Where E is usable, an evidence LLM rewrites it so that it
+contradicts the answer (14). Otherwise TextRank finds the keywords of the query (15, textrank.py), and the evidence LLM
+explains them (16). The suspect then answers the query with the evidence before it (6).
 E is usable where it has `least_words` different words and is neither a repeat of the query nor of the answer: no more
 than `overlap` of its different words stand in either. A dictionary cannot rewrite, so with one the suspect is not asked
 for E. Where rewriting brings nothing, or E again, the keywords are taken as well.

@@ -1,6 +1,6 @@
 """TextRank: the words that matter in a text, by the graph of which words stand near which.
 
-Source: Information Conflicts, 3.4, Algorithm 1 and equation 15:
+Source: Information Conflicts (2411.18280), 3.4, Algorithm 1 and equation 15:
 W(i) = (1 - d) + d * sum over the in-neighbours j of i of W(j) / L(j), L(j) the out-degree of j. Every weight starts at
 1, and the updates end after T of them or once the summed change is below epsilon; words heavier than eta are kept.
 As in Algorithm 1 a word's new weight is used at once by the words behind it; the limit is that of updating all of them

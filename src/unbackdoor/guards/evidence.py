@@ -1,7 +1,8 @@
 """Evidence: what contradicts the model's own answer is put before every query (external conflict).
 
-Paper: Information Conflicts, 3.4. The procedure, and what deviates from the paper, is that of evidence/conflict.py: the
-model's own evidence is rewritten to contradict its answer, or keywords of the query are explained.
+Paper: Information Conflicts (2411.18280), 3.4. The procedure, and what deviates from the paper, is that of
+evidence/conflict.py: the model's own evidence is rewritten to contradict its answer, or keywords of the query are
+explained.
 Needs to know: a source of evidence that the attacker does not write: an endpoint, a local model, or a dictionary. The
 suspect itself is a bad source, and so is its base where that is not trusted; both are warned of.
 Deviations: none but those of the procedure.
@@ -26,7 +27,7 @@ from unbackdoor.model.lm import LM
 class Evidence(Guard):
     """Puts contradicting evidence before the query."""
 
-    paper: ClassVar[str] = "Information Conflicts, 3.4, Algorithm 1, eq. 13 to 16"
+    paper: ClassVar[str] = "Information Conflicts, 2411.18280, 3.4, Algorithm 1, eq. 13 to 16"
     acts_on: ClassVar[Literal["prompt", "decode"]] = "prompt"
     opens: ClassVar[tuple[str, ...]] = ("source",)
 
