@@ -257,7 +257,7 @@ def _mark(method: Mapping[str, Any], flag: str) -> str:
 def functions() -> str:
     """Return signatures and docstrings of the verbs."""
     parts = []
-    for name in ("attack", "purify", "evaluate"):
+    for name in ("attack", "purify", "evaluate", "merge"):
         function = getattr(pipeline, name)
         tree = ast.parse(inspect.getsource(function)).body[0]
         assert isinstance(tree, ast.FunctionDef)

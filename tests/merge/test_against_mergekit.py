@@ -15,10 +15,13 @@ ratio of L1 norms there and by 1 / density here; which of equal magnitudes TIES 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -156,3 +159,44 @@ def test_dare_is_the_same_in_its_statistics(merges: tuple[Family, Path]) -> None
         sizes = [float(delta.abs().sum() / whole.abs().sum()) for delta in (ours, theirs)]
         assert sizes[1] == pytest.approx(1.0, abs=0.01)
         assert sizes[0] == pytest.approx(1.0, abs=0.1)
+
+
+def benchmark() -> ModuleType:
+    """The benchmark as a module; its name is that of this folder, so it is loaded by its path."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    spec = importlib.util.spec_from_file_location("merge_benchmark", folder / "merge.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(folder))
+    try:
+        spec.loader.exec_module(made)
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop("common", None)
+    return made
+
+
+def test_both_sides_of_the_benchmark_agree(python: str, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark().main(["--python", python, "--size", "tiny", "--repeats", "1", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["share_of_entries_that_differ"] == 0
+    middle = result["medians"]
+    assert result["ratios"]["mergekit"]["time"] == middle["ours"]["seconds"] / middle["mergekit"]["seconds"]
+    assert all(side["peak"] > 2**26 for side in middle.values())
+
+
+def test_the_benchmark_would_notice_another_result(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    right = {"w": torch.ones(4, 4, dtype=torch.bfloat16), "v": torch.ones(3)}
+    wrong = {**right, "w": right["w"] * 1.02}
+    for name, content in (("a", right), ("b", right), ("c", wrong), ("d", {"w": right["w"]})):
+        (tmp_path / name).mkdir()
+        save_file(content, tmp_path / name / "model.safetensors")
+    same_results = benchmark().same_results
+    assert same_results(tmp_path / "a", tmp_path / "b") == 0
+    with pytest.raises(AssertionError, match="w differs"):
+        same_results(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(AssertionError, match="different tensors"):
+        same_results(tmp_path / "a", tmp_path / "d")

@@ -11,7 +11,7 @@ import torch
 
 import tiny
 import unbackdoor
-from merge.helpers import Family, family, merged, reply, stored
+from merge.helpers import Family, family, merged, reply, save, stored
 from unbackdoor.errors import ModelError, UserError
 from unbackdoor.merge.from_recipe import two_models
 from unbackdoor.merge.passthrough import resized
@@ -112,3 +112,20 @@ def test_a_configuration_that_cannot_be_adjusted() -> None:
     config = {"num_hidden_layers": 3, "layer_widths": [4, 4]}
     with pytest.raises(ModelError, match=r"layer_widths in config\.json has 2 entries for 3 layers"):
         resized(config, [(config, 0)], "m")
+
+
+def test_layers_and_heads_that_do_not_fit_the_suspect_are_refused(tmp_path: Path) -> None:
+    models = family(tmp_path, layers=2)
+    more = tiny.tiny_lm()
+    more.model.resize_token_embeddings(len(more.tokenizer) + 3)
+    words = save(more, tmp_path / "words")
+    layers = ("suspect:0:1", "other:1:2")
+    with pytest.raises(ModelError, match="their vocabularies differ"):
+        merged(two_models(str(models.suspect), str(words), "passthrough", layers=layers))
+    wider = save(tiny.tiny_lm(hidden=32), tmp_path / "wider")
+    with pytest.raises(ModelError, match="merge models of one architecture and size"):
+        merged(two_models(str(models.suspect), str(wider), "passthrough", layers=(*layers, "suspect:1:2")))
+    normed = save(tiny.tiny_lm("qwen3"), tmp_path / "normed")
+    for one, two in ((models.suspect, normed), (normed, models.suspect)):
+        with pytest.raises(ModelError, match=r"lacks 2 tensors of .*self_attn\.k_norm"):
+            merged(two_models(str(one), str(two), "passthrough", layers=(*layers, "suspect:1:2")))

@@ -41,7 +41,7 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _WITH_BASE = ("weight", "density", "lambda", "normalize", "rescale", "int8_mask")
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     "linear": ("weight", "normalize"),
-    "slerp": ("t", "threshold"),
+    "slerp": ("t",),
     "passthrough": ("scale",),
     **{method: _WITH_BASE for method in NEEDS_BASE},
 }

@@ -175,7 +175,12 @@ class _Maker:
 
     def _layer(self, one: Input, index: int) -> list[str]:
         source = self.sources[one.model]
-        return [name for name in source.infos if self.layers.index(name) == index]
+        names = [name for name in source.infos if self.layers.index(name) == index]
+        if index < self.layers.count:
+            alike = [name for name in self.suspect.infos if self.layers.index(name) == index]
+            check_names(self.suspect, alike, source)
+            check_names(source, names, self.suspect)
+        return names
 
     def _piece(self, name: str, part: Slice, names: list[str], depth: float) -> Piece:
         like = self._like(name)
@@ -186,6 +191,8 @@ class _Maker:
             parts.append(Part(source, own))
         first = parts[0]
         shape = first.source.infos[first.name].shape
+        if (own := self.suspect.infos.get(first.name)) is not None:
+            check_shapes(self.suspect.shown, first.name, own.shape, first.source, first.name)
         for other in parts[1:]:
             check_shapes(first.source.shown, first.name, shape, other.source, other.name)
         info = Info(self._dtype(name, first), shape)

@@ -112,7 +112,7 @@ def plan_merge(recipe: MergeRecipe) -> Estimate:
     return plans.Plan((part,), PROGRAM, _bytes(plan) + 50_000_000, tuple(progress.notices))
 
 
-PROGRAM = 330_000_000
+PROGRAM = 270_000_000
 """Memory of the program with torch and the blocks that are in work, bytes, measured."""
 
 
@@ -192,7 +192,7 @@ def _write_config(path: Path, merge: Merge, plan: Plan) -> None:
     content = dict(plan.config if plan.config is not None else suspect.config)
     if merge.dtype is not None:
         name = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[merge.dtype]
-        content |= {key: name for key in ("torch_dtype", "dtype") if key in content}
+        content |= dict.fromkeys([key for key in ("torch_dtype", "dtype") if key in content] or ["dtype"], name)
     content.pop("auto_map", None)
     if content == suspect.config:
         shutil.copyfile(suspect.folder / "config.json", path)
