@@ -191,8 +191,8 @@ class _Maker:
             parts.append(Part(source, own))
         first = parts[0]
         shape = first.source.infos[first.name].shape
-        if (own := self.suspect.infos.get(first.name)) is not None:
-            check_shapes(self.suspect.shown, first.name, own.shape, first.source, first.name)
+        if (same := self.suspect.infos.get(first.name)) is not None:
+            check_shapes(self.suspect.shown, first.name, same.shape, first.source, first.name)
         for other in parts[1:]:
             check_shapes(first.source.shown, first.name, shape, other.source, other.name)
         info = Info(self._dtype(name, first), shape)
