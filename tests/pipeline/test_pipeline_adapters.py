@@ -132,7 +132,7 @@ def test_how_to_load_names_a_base_as_transformers_knows_it(tmp_path: Path, monke
 
 
 def test_merging_an_adapter_gives_full_weights_and_says_so(adapter: Path) -> None:
-    base, out = adapter / "base", adapter / "merged"
+    base, out = adapter / "base", adapter / "by merging"
     suspect = f"{base}+{adapter / 'adapter'}"
     few = {"conflict": {"share": 0.5, "train": {"steps": 2, "learning_rate": 1e-3}}}
     call = {"defense": "internal_conflict", "clean": str(adapter / "rows.jsonl"), "settings": {"internal": few}}
