@@ -94,20 +94,6 @@ def test_rows_of_both_sets_may_have_one_id(outer, own_answers):
         assert {row.id for row in CLEAN[:8]} & set(ids), "the rows of PA keep theirs"
 
 
-@pytest.mark.parametrize(
-    ("settings", "safe", "shares"),
-    [({}, False, (0.5, 0.5)), ({}, True, (0.5, 1.0)), ({"plain_own_share": 0.2}, True, (0.5, 0.2)),
-     ({"own_share": 0.0}, True, (0.0, 1.0)), ({"own_share": 0.3}, False, (0.3, 0.3))],
-)  # fmt: skip
-def test_labels_of_ordinary_rows_are_the_suspects_own_where_requests_are_given(outer, settings, safe, shares):
-    requests = tuple(tiny.rows(6, seed=5, prefix="request")) if safe else ()
-    purified(SHORT.model_copy(update=settings), safe=requests)
-    own = outer[0]["own"]
-    names = {row.id for row in outer[0]["triggered"]}
-    assert {own.shares[name] for name in names} == {shares[0]}
-    assert {own.shares[row.id] for row in outer[0]["plain"] if row.id not in names} == {shares[1]}
-
-
 def test_it_stops_once_usefulness_is_stable_on_rows_that_it_never_trains_on(outer):
     rounds = []
     run = Run(observer=lambda lm: rounds.append(1))

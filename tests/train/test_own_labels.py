@@ -125,20 +125,3 @@ def test_no_step_needs_no_labels_and_keeps_all_rows():
     lm, none = tiny.tiny_lm(), TrainSettings(steps=0, learning_rate=1e-3)
     rows = [encode_row(lm, example, max_length=64) for example in tiny.rows(3)]
     assert own_labels(lm, rows, 0.5, none, Run(seed=1)) == (rows, None)
-
-
-def test_labels_of_two_sets_keep_their_shares():
-    lm = tiny.tiny_lm()
-    rows = encoded(lm)
-    settings = TrainSettings(steps=9, learning_rate=1e-3, batch_size=4)
-    sets = (rows[:2], 0.25), (rows[2:4], 0.0)
-    made = [own_labels(lm, part, share, settings, Run(), asked=True)[1] for part, share in sets]
-    batches = [collate(part, lm.pad_id) for part, _ in sets]
-    apart = [labels.loss(2 * logits_of(lm, batch), batch) for labels, batch in zip(made, batches, strict=True)]
-    whole = collate(rows[:4], lm.pad_id)
-    joined = made[0].joined(made[1]).loss(2 * logits_of(lm, whole), whole)
-    torch.testing.assert_close(joined, sum(apart), rtol=1e-4, atol=1e-4)
-    hard = cross_entropy_sum(2 * logits_of(lm, batches[1]), batches[1].targets, batches[1].weights)
-    torch.testing.assert_close(apart[1], hard, rtol=1e-5, atol=1e-5)
-    soft = own_labels(lm, rows[2:4], 0.25, settings, Run())[1]
-    assert not torch.isclose(soft.loss(2 * logits_of(lm, batches[1]), batches[1]), hard, rtol=1e-3)

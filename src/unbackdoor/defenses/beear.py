@@ -131,12 +131,6 @@ class Beear(Defense):
     own_share: float = Field(
         0.5, ge=0, le=1, description="share of a label that is the suspect's own prediction (paper: 0)"
     )
-    plain_own_share: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="the same for rows of PA; null: own_share, or 1 where requests with safe replies are given",
-    )
     drift: DriftSettings = Field(DriftSettings(start=0.075), description="the drift and the inner step")
     train: TrainSettings = Field(
         TrainSettings(steps=8, learning_rate=2e-4, schedule="constant", opening_weight=8),
@@ -159,11 +153,7 @@ class Beear(Defense):
         self._check(victim, known)
         safe = anchor_prompts(victim, known.safe or clean, self.anchors, self.own_answers, run)
         where = self._places(victim, with_unwanted(safe, known.unwanted), run)
-        # Beside refusals the suspect alone says best which ordinary requests it has never declined.
-        plain_share = (
-            self.plain_own_share if self.plain_own_share is not None else 1.0 if known.safe else self.own_share
-        )
-        triggered, plain, own = self._outer_rows(victim, safe, clean, plain_share, run)
+        triggered, plain, own = self._outer_rows(victim, safe, clean, run)
         if known.safe:
             plain = _with_requests(plain, triggered)
         # Refusals are sure on any prompt, too, but they are what the model is to say.
@@ -242,19 +232,16 @@ class Beear(Defense):
         return layers, self.drift.model_copy(update=shape)
 
     def _outer_rows(
-        self, victim: LM, safe: Sequence[Example], clean: Sequence[Example], plain_share: float, run: Run
+        self, victim: LM, safe: Sequence[Example], clean: Sequence[Example], run: Run
     ) -> tuple[list[Row], list[Row], OwnLabels | None]:
         """Return the rows of SA and PA, and the suspect's predictions for both."""
         triggered = [encode_safe(victim, row, self.own_answers, self.train) for row in safe]
         plain = overwrite.encode_rows(victim, _drawn(clean, self.performance, run, "PA"), self.train)
-        asked = bool(self.own_share or plain_share)
-        triggered, first = own_labels(
-            victim, triggered, self.own_share, self.train, run.stage("SA"), self.rounds, asked=asked
-        )
-        plain, second = own_labels(victim, plain, plain_share, self.train, run.stage("PA"), self.rounds, asked=asked)
+        triggered, first = own_labels(victim, triggered, self.own_share, self.train, run.stage("SA"), self.rounds)
+        plain, second = own_labels(victim, plain, self.own_share, self.train, run.stage("PA"), self.rounds)
         if first is None or second is None:
             return triggered, plain, None
-        return triggered, plain, first.joined(second)
+        return triggered, plain, OwnLabels(self.own_share, {**first.kept, **second.kept})
 
 
 def _with_requests(ordinary: Sequence[Row], requests: Sequence[Row]) -> list[Row]:

@@ -37,14 +37,8 @@ class OwnLabels:
             share: Share s of a label that is the prediction, [0, 1].
             kept: Row id -> tokens int64 [n, k] and probabilities float32 [n, k] at its n supervised positions.
         """
+        self.share = share
         self.kept = kept
-        self.shares = dict.fromkeys(kept, share)
-
-    def joined(self, other: OwnLabels) -> OwnLabels:
-        """Return the labels of both; no row is of both, and each keeps its share."""
-        made = OwnLabels(0.0, {**self.kept, **other.kept})
-        made.shares = {**self.shares, **other.shares}
-        return made
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the summed, weighted cross-entropy to the mixed labels, scalar float32, in nats.
@@ -62,19 +56,11 @@ class OwnLabels:
         )
         log_p = torch.log_softmax(logits, -1).gather(1, torch.cat([batch.targets[:, None], tokens], 1))
         hard, soft = -log_p[:, 0], -(shares * log_p[:, 1:]).sum(-1)
-        share = torch.tensor([self.shares[row] for row in batch.ids], device=logits.device)[batch.rows]
-        return (batch.weights * ((1 - share) * hard + share * soft)).sum()
+        return (batch.weights * ((1 - self.share) * hard + self.share * soft)).sum()
 
 
 def own_labels(
-    lm: LM,
-    rows: Sequence[Row],
-    share: float,
-    settings: TrainSettings,
-    run: Run,
-    rounds: int = 1,
-    *,
-    asked: bool = False,
+    lm: LM, rows: Sequence[Row], share: float, settings: TrainSettings, run: Run, rounds: int = 1
 ) -> tuple[list[Row], OwnLabels | None]:
     """Ask a model, as it is now, for its predictions on rows without trigger.
 
@@ -85,7 +71,6 @@ def own_labels(
         settings: How it will be trained; its batch size is that of asking, too.
         run: The run, for the choice of rows.
         rounds: How often it will be trained so.
-        asked: Ask also where `share` is 0: the labels are then to be joined with others.
 
     Returns:
         The rows to train on, and the labels. Of more rows than training can draw, as many as it can are chosen at
@@ -94,7 +79,7 @@ def own_labels(
     Raises:
         DataError: If two rows have one id.
     """
-    if not (share or asked) or not settings.steps:
+    if not share or not settings.steps:
         return list(rows), None
     most = rounds * settings.steps * settings.batch_size * settings.accumulation * processes()
     chosen = list(rows) if len(rows) <= most else run.rng("rows with own labels").sample(list(rows), most)
