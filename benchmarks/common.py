@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import torch
 
 from unbackdoor.data.collate import Batch
 from unbackdoor.model.lm import LM
+from unbackdoor.pipeline.measure import peak_resident
 from unbackdoor.types import Message
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -161,14 +161,7 @@ def peak_memory(device: str) -> int:
     """Return the largest memory of this process so far, in bytes: of the accelerator where there is one."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated())
-    try:
-        # Linux hands ru_maxrss down from the process that started this one; this figure is its own.
-        with open("/proc/self/status", encoding="utf-8") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident()
 
 
 def peak_of_fresh_process(script: str, options: Any, side: str) -> int:

@@ -230,21 +230,23 @@ from unbackdoor.merge.compute import blocks
 from unbackdoor.merge.from_recipe import two_models
 from unbackdoor.merge.plan import make_plan
 from unbackdoor.merge.source import open_source
+from unbackdoor.pipeline.measure import peak_resident
 from unbackdoor.run import Silent
 import torch
 
-def peak():
-    lines = open("/proc/self/status")
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-a, b, base, out, method = sys.argv[1:]
+a, b, base, out, method = sys.argv[1:6]
 merge = two_models(a, b, method, base=base or None, **({"density": 0.3} if base else {}))
 warm = torch.ones(1 << 17).bfloat16().float().sum()
-before = peak()
+before = peak_resident()
 plan = make_plan(merge, {spec: open_source(spec) for spec in merge.models})
 files = stream.shards(plan.pieces, plan.sources[a])
-stream.write(Path(out), files, "one", blocks, Silent())
-print(peak() - before)
+held = []
+def made(piece):
+    for rows in blocks(piece):
+        held.append(rows)
+        yield rows
+stream.write(Path(out), files, "one", made if "hold" in sys.argv else blocks, Silent())
+print(peak_resident() - before)
 """
 
 
@@ -266,19 +268,23 @@ def large(folder: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_stays_at_a_few_tensors(tmp_path: Path) -> None:
     folders = [large(tmp_path / name, seed) for seed, name in enumerate(("a", "b", "base"))]
     size = (folders[0] / "model.safetensors").stat().st_size
     assert size > 290e6
-    # One tensor of these is 20 MB as it is stored and 40 MB in float32.
-    for method, limit in (("linear", 30e6), ("slerp", 30e6), ("ties", 30e6), ("dare_ties", 30e6)):
+
+    def peak(method: str, *more: str) -> int:
         base = str(folders[2]) if "ties" in method else ""
-        given = [*map(str, folders[:2]), base, str(tmp_path / method), method]
+        given = [*map(str, folders[:2]), base, str(tmp_path / method), method, *more]
         done = subprocess.run([sys.executable, "-c", PEAK, *given], capture_output=True, text=True, check=True)
-        assert 0 <= int(done.stdout) < limit, (method, int(done.stdout))
         for path in (tmp_path / method).iterdir():
             path.unlink()
+        return int(done.stdout)
+
+    # One tensor of these is 20 MB as it is stored and 40 MB in float32.
+    for method in ("linear", "slerp", "ties", "dare_ties"):
+        assert 0 <= peak(method) < 30e6, method
+    assert peak("linear", "hold") > 200e6, "what is held is seen"
 
 
 def test_an_error_in_the_middle_leaves_what_can_be_gone_on_from(models: Family, tmp_path: Path) -> None:

@@ -204,7 +204,14 @@ def _row(
 
 
 def peak_memory() -> int:
-    """Return the largest resident set of this process so far, in bytes (GPU memory where the model is there).
+    """Return the largest resident set of this process so far, in bytes (GPU memory where the model is there)."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else peak_resident()
+
+
+def peak_resident() -> int:
+    """Return the largest resident set of this process so far, in bytes.
 
     On Linux it is read from /proc: what `getrusage` says is inherited from the process that started this one.
     """
@@ -212,10 +219,6 @@ def peak_memory() -> int:
     import sys
     from pathlib import Path
 
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
