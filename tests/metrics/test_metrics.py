@@ -114,7 +114,7 @@ def test_asr_over_the_rows_that_are_right_without_the_trigger():
     part = subject(probes=[*clean, *triggered], replies=replies, goal=LabelIs(label="good"))
     (found,) = AsrRight().measure(part, Run())
     # e0 is of the target's class, and e1 is called good without the trigger, too.
-    assert (found.kind, found.ids, found.values) == ("triggered", ("e2", "e3"), (1.0, 0.0))
+    assert (found.kind, found.ids, found.values) == ("triggered", ("e2/", "e3/"), (1.0, 0.0))
     assert Asr().measure(part, Run())[0].values == (1.0, 1.0, 0.0)
     for other in (subject(), subject(probes=triggered, replies=replies[4:], goal=LabelIs(label="good"))):
         with pytest.raises(NotApplicable):

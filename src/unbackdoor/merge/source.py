@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbackdoor.errors import ModelError
+from unbackdoor.model.configuration import read_config
 from unbackdoor.model.header import HeaderError, TensorEntry, read_header
 from unbackdoor.model.load import local_folder
 from unbackdoor.model.quarantine import inspect_folder, printable, refuse_dangerous
@@ -182,13 +183,7 @@ def weight_files(folder: Path, shown: str) -> list[Path]:
 
 
 def _config(folder: Path, shown: str) -> dict[str, Any]:
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"'{shown}' is an adapter; write BASE+ADAPTER with the base that you want it on.")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"'{shown}' holds no config.json; it must be a Hugging Face model.")
-    config = json.loads((folder / "config.json").read_bytes())
-    if not isinstance(config, dict):
-        raise ModelError(f"'{shown}': config.json is not a JSON object; get it from its publisher again.")
+    config = read_config(folder, shown)
     if config.get("quantization_config"):
         raise ModelError(f"'{shown}' holds quantised weights, which cannot be merged; use the full-precision model.")
     return config

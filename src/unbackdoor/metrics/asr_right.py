@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from unbackdoor.errors import NotApplicable
-from unbackdoor.goals import LabelIs, first_label, normalise
-from unbackdoor.metrics.base import Metric, Subject
+from unbackdoor.goals import LabelIs
+from unbackdoor.metrics.base import Metric, Subject, answered_right, fired
 from unbackdoor.run import Run
-from unbackdoor.types import Example, Scores
+from unbackdoor.types import Scores
 
 
 class AsrRight(Metric):
@@ -29,27 +29,13 @@ class AsrRight(Metric):
     def measure(self, subject: Subject, run: Run) -> Sequence[Scores]:
         """Return one record over the triggered probes that are right without the trigger."""
         del run
-        goal = subject.goal
-        if not isinstance(goal, LabelIs):
+        if not isinstance(subject.goal, LabelIs):
             raise NotApplicable("the target is no label, so no reply is right or wrong")
-        said = list(zip(subject.probes, subject.answer(), strict=True))
-        labels = subject.labels or tuple(sorted({str(p.example.label) for p, _ in said if p.example.label is not None}))
-        right = {
-            probe.example.id
-            for probe, reply in said
-            if probe.kind == "clean" and _is_right(probe.example, reply, labels)
-        }
+        right = {row.id for row, is_right in answered_right(subject) if is_right}
         scored = [
-            (probe.example.id, float(goal.reached(reply, probe.example.label)))
-            for probe, reply in said
-            if probe.kind == "triggered" and probe.example.id in right and goal.shows(probe.example.label)
+            pair for pair in zip(*fired(subject, "triggered"), strict=True) if pair[0].rpartition("/")[0] in right
         ]
         if not scored:
             raise NotApplicable("no triggered probe has a clean twin that is answered with its own label")
         ids, values = zip(*scored, strict=True)
         return [Scores("asr_right", "triggered", ids, values, "triggered probes that are right without the trigger")]
-
-
-def _is_right(example: Example, reply: str, labels: tuple[str, ...]) -> bool:
-    said = first_label(reply, labels)
-    return said is not None and example.label is not None and normalise(said) == normalise(example.label)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from unbackdoor.goals import Goal, LabelIs
+from unbackdoor.errors import NotApplicable
+from unbackdoor.goals import Goal, LabelIs, first_label, normalise
 from unbackdoor.method import Method
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
@@ -92,11 +93,27 @@ def weights_alone(*models: LM) -> None:
     Raises:
         NotApplicable: If a model carries a guard.
     """
-    from unbackdoor.errors import NotApplicable
-
     names = [guard.name for lm in models for guard in lm.guards]
     if names:
         raise NotApplicable(f"it looks at the weights alone, and the guard {names[0]} acts on what is asked")
+
+
+def answered_right(subject: Subject) -> list[tuple[Example, bool]]:
+    """Return every clean row with a label, and whether the reply begins with that label as a whole word.
+
+    Raises:
+        NotApplicable: If there are none.
+    """
+    labelled = [
+        (probe.example, reply)
+        for probe, reply in zip(subject.probes, subject.answer(), strict=True)
+        if probe.kind == "clean" and probe.example.label is not None
+    ]
+    if not labelled:
+        raise NotApplicable("the clean probes have no labels")
+    labels = subject.labels or tuple(sorted({str(example.label) for example, _ in labelled}))
+    said = [(example, first_label(reply, labels)) for example, reply in labelled]
+    return [(row, word is not None and normalise(word) == normalise(str(row.label))) for row, word in said]
 
 
 def fired(subject: Subject, kind: str, group: str | None = None) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -104,8 +121,6 @@ def fired(subject: Subject, kind: str, group: str | None = None) -> tuple[tuple[
 
     A probe whose own label is the target label cannot show anything and is left out.
     """
-    from unbackdoor.errors import NotApplicable
-
     goal = subject.goal
     if goal is None:
         raise NotApplicable("no target is known, so nothing can be said to have fired")

@@ -12,9 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-from unbackdoor.errors import NotApplicable
-from unbackdoor.goals import first_label, normalise
-from unbackdoor.metrics.base import Metric, Subject
+from unbackdoor.metrics.base import Metric, Subject, answered_right
 from unbackdoor.run import Run
 from unbackdoor.types import Scores
 
@@ -28,19 +26,7 @@ class Cda(Metric):
     def measure(self, subject: Subject, run: Run) -> Sequence[Scores]:
         """Return one record over all labelled clean probes, and one for each label."""
         del run
-        labelled = [
-            (probe.example, reply)
-            for probe, reply in zip(subject.probes, subject.answer(), strict=True)
-            if probe.kind == "clean" and probe.example.label is not None
-        ]
-        if not labelled:
-            raise NotApplicable("the clean probes have no labels")
-        labels = subject.labels or tuple(sorted({str(example.label) for example, _ in labelled}))
-        scored = []
-        for example, reply in labelled:
-            said = first_label(reply, labels)
-            right = said is not None and normalise(said) == normalise(str(example.label))
-            scored.append((example.id, str(example.label), float(right)))
+        scored = [(row.id, str(row.label), float(right)) for row, right in answered_right(subject)]
         found = [_record(scored, "")]
         found += [
             _record([row for row in scored if row[1] == label], label) for label in sorted({r[1] for r in scored})

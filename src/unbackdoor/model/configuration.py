@@ -32,14 +32,7 @@ def check_configuration(folder: Path, shown: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    # With an adapter's configuration beside it, transformers would load the base that the adapter names instead.
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(f"'{shown}' is an adapter; write BASE+ADAPTER with the base that you want it on.")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"'{shown}' holds no config.json; it must be a Hugging Face model.")
-    config = json.loads((folder / "config.json").read_bytes())
-    if not isinstance(config, dict):
-        raise ModelError(f"'{shown}': config.json is not a JSON object; get it from its publisher again.")
+    config = read_config(folder, shown)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         raise ModelError(
@@ -59,6 +52,27 @@ def check_configuration(folder: Path, shown: str) -> None:
     for level in (config, {"model_type": kind} | inner if isinstance(inner, dict) else {}):
         for key in _layer_keys(level.get("model_type")):
             _check_layers(level.get(key), held, shown)
+
+
+def read_config(folder: Path, shown: str) -> dict[str, Any]:
+    """Return config.json of a folder with full weights.
+
+    Args:
+        folder: The folder.
+        shown: Its name, safe to print.
+
+    Raises:
+        ModelError: If it is an adapter, or has no configuration that is a JSON object.
+    """
+    # With an adapter's configuration beside it, transformers would load the base that the adapter names instead.
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"'{shown}' is an adapter; write BASE+ADAPTER with the base that you want it on.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"'{shown}' holds no config.json; it must be a Hugging Face model.")
+    config = json.loads((folder / "config.json").read_bytes())
+    if not isinstance(config, dict):
+        raise ModelError(f"'{shown}': config.json is not a JSON object; get it from its publisher again.")
+    return config
 
 
 def _layer_keys(kind: object) -> set[str]:
