@@ -1,8 +1,8 @@
 """Pages of the documentation that are made at build time, so that nothing is written twice.
 
-A page for every attack, defense, guard and metric, from its docstring, fields, presets and needs; the table of what each
-defense must know; signatures and docstrings of the Python functions; measured results out of `docs/results/`; and the
-files at the top of the repository (README, CONTRIBUTING, ...) as pages. Nothing is written to disk.
+A page for every attack, defense, guard and metric, from its docstring, fields, presets and needs; the table of what
+each defense must know; signatures and docstrings of the Python functions; measured results out of `docs/results/`; and
+the files at the top of the repository (README, CONTRIBUTING, ...) as pages. Nothing is written to disk.
 
 `python docs/hooks.py` brings the table of the README up to date.
 """

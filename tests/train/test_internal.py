@@ -49,7 +49,7 @@ def test_the_untouched_base_can_be_merged_in_its_place():
 
 
 @pytest.mark.parametrize(("start", "trusted", "says"), [
-    ("trusted", True, "the trusted model"), ("trusted", False, "the suspect"), ("suspect", True, "the suspect"),
+    ("trusted", True, "the trusted model"), ("trusted", False, "the suspect"), ("suspect", False, "the suspect"),
 ])  # fmt: skip
 def test_where_the_conflict_model_starts_is_said(start, trusted, says):
     run = Run()
@@ -166,5 +166,15 @@ def test_what_does_nothing_or_cannot_be_is_refused():
             InternalSettings.model_validate(settings)
     with pytest.raises(DataError, match="needs 20 of them, there are 12"):
         merged(SHORT.model_copy(update={"sweep": (0.5,)}), rows=CLEAN[:12])
+
+
+def test_what_cannot_be_merged_is_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(internal, "conflict_model", lambda *_: pytest.fail("it was trained first"))
     with pytest.raises(UserError, match="passthrough needs the ranges"):
         merged(SHORT.model_copy(update={"method": "passthrough"}))
+    with pytest.raises(UserError, match="nothing uses --reference"):
+        merged(SHORT.model_copy(update={"start": "suspect"}))
+    with pytest.raises(UserError, match="ties does not use layers"):
+        merged(SHORT.model_copy(update={"method": "ties", "layers": ("other:0:3",)}))
+    with pytest.raises(UserError, match="has 3 layers"):
+        merged_with_conflict(tiny.tiny_lm(layers=3), CLEAN, tiny.tiny_lm(layers=2), SHORT, Run())

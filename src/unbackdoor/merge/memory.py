@@ -87,6 +87,34 @@ def merge_into(
     return made, kind
 
 
+def check_merge(
+    suspect: LM,
+    other: LM,
+    method: Method = "linear",
+    t: Schedule = 0.5,
+    *,
+    base: LM | None = None,
+    density: float = DENSITY,
+    scale: float = 1.0,
+    threshold: float = THRESHOLD,
+    layers: Sequence[str] = (),
+) -> None:
+    """Refuse a merge that `merge_into` would refuse, before anything is trained for it; no model is changed.
+
+    Models with an adapter are not compared: that would fold it in.
+
+    Raises:
+        UserError: If models do not match, or something is missing or not used.
+    """
+    merge = two_models(
+        "suspect", "other", method, t, base=None if base is None else "base", density=density, scale=scale,
+        threshold=threshold, layers=layers,
+    )  # fmt: skip
+    given = {name: one for name, one in zip(_NAMES, (suspect, other, base), strict=True) if one is not None}
+    if not any(one.is_adapter for one in given.values()):
+        make_plan(merge, {name: memory_source(one) for name, one in given.items()})
+
+
 def _other_layers(suspect: LM, plan: Plan) -> LM:
     """Return a new model of the result's layers, whose weights are still to be filled in."""
     config = suspect.core.config if plan.config is None else type(suspect.core.config).from_dict(plan.config)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,7 +19,7 @@ from unbackdoor.data.collate import Row
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.merge.from_recipe import DENSITY
 from unbackdoor.merge.match import warning
-from unbackdoor.merge.memory import merge_into
+from unbackdoor.merge.memory import check_merge, merge_into
 from unbackdoor.merge.settings import NEEDS_BASE, Method, Schedule
 from unbackdoor.merge.slerp import THRESHOLD
 from unbackdoor.merge.source import memory_source
@@ -83,7 +83,8 @@ def merged_with_conflict(
         run: The run.
 
     Raises:
-        UserError: If the method needs a trusted model and there is none, or models do not match.
+        UserError: If the method needs a trusted model and there is none, nothing uses the one that is given, or models
+            do not match; before anything is trained.
         DataError: If there are too few rows.
     """
     if settings.method in NEEDS_BASE and trusted is None:
@@ -98,28 +99,33 @@ def merged_with_conflict(
         held = overwrite.encode_rows(victim, clean[::10], settings.conflict.train)
         clean = [row for number, row in enumerate(clean) if number % 10]
     start = victim if settings.start == "suspect" or trusted is None else trusted
+    base = trusted if settings.method in NEEDS_BASE else None
+    if settings.start == "suspect" and trusted is not None and base is None:
+        raise UserError("the conflict model starts as the suspect, so nothing uses --reference; leave one of them out.")
+    check_merge(
+        victim, start, settings.method, max(settings.sweep, default=settings.t), base=base, **_options(settings)
+    )
     run.notes["conflict model starts as"] = "the suspect" if start is victim else "the trusted model"
     conflict = conflict_model(start, clean, settings.conflict, run)
     if not victim.is_adapter and (odd := warning(memory_source(victim), memory_source(conflict))) is not None:
         run.progress.notice(odd)
-    if not settings.sweep:
-        return _merged(victim, conflict, trusted, settings.t, settings, run)
-    best = _chosen(victim, conflict, trusted, held, settings, run)
-    return _merged(victim, conflict, trusted, best, settings, run)
+    t = _chosen(victim, conflict, base, held, settings, run) if settings.sweep else settings.t
+    return _merged(victim, conflict, base, t, settings, run)
 
 
-def _merged(victim: LM, conflict: LM, trusted: LM | None, t: Schedule, settings: InternalSettings, run: Run) -> LM:
-    base = trusted if settings.method in NEEDS_BASE else None
-    made, kind = merge_into(
-        victim, conflict, settings.method, t, base=base, density=settings.density, scale=settings.scale,
-        threshold=settings.threshold, layers=settings.layers, seed=run.stream_seed("merge"),
-    )  # fmt: skip
+def _merged(victim: LM, conflict: LM, base: LM | None, t: Schedule, settings: InternalSettings, run: Run) -> LM:
+    seed = run.stream_seed("merge")
+    made, kind = merge_into(victim, conflict, settings.method, t, base=base, seed=seed, **_options(settings))
     run.notes["merge"] = kind
     return made
 
 
+def _options(settings: InternalSettings) -> dict[str, Any]:
+    return settings.model_dump(include={"density", "scale", "threshold", "layers"})
+
+
 def _chosen(
-    victim: LM, conflict: LM, trusted: LM | None, held: Sequence[Row], settings: InternalSettings, run: Run
+    victim: LM, conflict: LM, base: LM | None, held: Sequence[Row], settings: InternalSettings, run: Run
 ) -> float:
     """Return the largest t whose merge is nearly as useful as the suspect; the smallest where none is."""
     stage = run.stage("t sweep")
@@ -128,7 +134,7 @@ def _chosen(
         found = [{"t": 0.0, "loss": overwrite.mean_loss(victim, held)}]
         for t in sorted(settings.sweep):
             copied = replace(victim, model=copy.deepcopy(victim.model))
-            made = _merged(copied, conflict, trusted, t, settings, run)
+            made = _merged(copied, conflict, base, t, settings, run)
             found.append({"t": t, "loss": overwrite.mean_loss(made, held)})
         kept = {"sweep": found}
         stage.finish(kept)
