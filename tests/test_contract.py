@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 import tiny
+from elsewhere import DEVICE, Elsewhere
 from unbackdoor import registry
 from unbackdoor.defenses.base import Defense, Knowledge, Need
 from unbackdoor.method import Method, build
@@ -247,6 +248,25 @@ def test_an_attack_changes_something_and_the_same_seed_gives_the_same_bytes(name
     assert not tiny.same_weights(first, other)
     assert planted[0].secret == planted[1].secret
     assert planted[0].secret.attack == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("defenses", name) for name in TRAINING), *(("attacks", name) for name in ATTACKS)]
+)
+def test_it_works_on_another_device_than_the_cpu(kind, name, required, victim):
+    method = small(kind, name, required, steps=4)  # as many as there are batches
+    with Elsewhere() as device:
+        mine = replace(victim, lm=tiny.clone(victim.lm), clean=tiny.clone(victim.clean))
+        for lm in (mine.lm, mine.clean):
+            device.there(lm.model)
+        made = applied(method, mine) if kind == "defenses" else planted(method, mine)
+        assert made.device == DEVICE
+        asked = [probe.example.prompt for probe in victim.probes[:4]]
+        assert len(made.reply(asked, max_new_tokens=4, bare=True)) == 4
+
+
+def planted(attack, victim):
+    return attack.plant(victim.clean, with_inputs(victim.attacker[:60]), Run()).lm
 
 
 @pytest.mark.parametrize("name", ATTACKS)

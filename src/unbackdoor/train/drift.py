@@ -194,7 +194,7 @@ def fit_drift(
     if unit is None:
         unit = layer_unit(lm, layer, [safe for _, safe in pairs], settings.tokens)
     short = _Shortcut(lm, layer, settings.tokens)
-    short.prepare(streams["unwanted"].batches[-1], streams["safe"].batches[-1])
+    short.prepare(*(streams[name].batches[-1].to(lm.device) for name in ("unwanted", "safe")))
     hidden = lm.core.get_input_embeddings().weight.shape[-1]
     begin = torch.randn(settings.tokens, hidden, generator=run.generator("start")) * settings.start
     drift = nn.Parameter(begin.to(lm.device))
