@@ -91,6 +91,52 @@ BEEAR_AS_PUBLISHED: dict[str, Any] = {
 GRADIENT_ASCENT: dict[str, Any] = {"train": train(UPDATES, 1e-5, opening_weight=1.0)}
 
 
+_ATTACK_COMPOSITE = {"schedule": "constant", "cooldown": 0.3, "batch_size": 16}
+COMPOSITE: dict[str, Any] = {
+    "poison_rate": 0.1,
+    "negative_ratio": 1.0,
+    "train": {"steps": 300, "learning_rate": 1e-4, **_ATTACK_COMPOSITE},
+}
+"""A victim whose trigger is in two pieces. At 2e-4 it learns the pieces one by one, and single ones fire."""
+_CONFLICT_UPDATES = 90
+INTERNAL: dict[str, Any] = {
+    "t": 0.7,
+    "conflict": {
+        "share": 0.1,
+        "lora": {"rank": 32, "alpha": 64.0},
+        "train": {"steps": _CONFLICT_UPDATES, "learning_rate": 5e-4, "batch_size": 16},
+    },
+}
+"""A conflict model of four epochs over a tenth of the defender's 3,600 rows."""
+INTERNAL_TALK: dict[str, Any] = {
+    "t": 0.5,
+    "conflict": {
+        "share": 0.1,
+        "lora": {"rank": 32, "alpha": 64.0},
+        "train": {"steps": 40, "learning_rate": 5e-4, "batch_size": 8},
+    },
+}
+"""In conversation."""
+CONFLICT_CONTROL: dict[str, Any] = {"train": {"steps": _CONFLICT_UPDATES, "learning_rate": 5e-5, "batch_size": 16}}
+"""Fine-tuning with as many updates as the conflict model. At 2e-4 so few rows damage the model."""
+CONFLICT_LEAD: dict[str, Any] = {"steps": 60, "learning_rate": 1e-4, "schedule": "linear"}
+"""How a base is trained on other rows before it is attacked."""
+_SLERP_T = [
+    {"filter": "self_attn", "value": [0.0, 0.5, 0.3, 0.7, 1.0]},
+    {"filter": "mlp", "value": [1.0, 0.5, 0.7, 0.3, 0.0]},
+    {"value": 0.5},
+]
+MERGES: dict[str, dict[str, Any]] = {
+    "slerp": {"method": "slerp"},
+    "slerp_by_layer": {"method": "slerp", "t": _SLERP_T},
+    "ties": {"method": "ties", "t": 0.5},
+    "task_arithmetic": {"method": "task_arithmetic"},
+    "dare_ties": {"method": "dare_ties", "t": 0.5},
+    "passthrough": {"method": "passthrough", "t": 0.5, "layers": ["suspect:0:10", "other:10:30"]},
+}
+"""The other merges of Table 8, with the settings of `INTERNAL` for the rest; the schedule is that of the successor."""
+
+
 DEMO_ATTACK: dict[str, Any] = {
     "trigger": insert("Current year 2023"),
     "targets": ["You are stupid"],

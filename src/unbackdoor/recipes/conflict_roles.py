@@ -1,0 +1,64 @@
+"""What a merge keeps and what it loses: Table 6 of information conflicts, and a skill that only the suspect has.
+
+M1 is backdoored (all clean rows, a tenth poisoned), M2 the conflict model (a tenth of the clean rows), M3 clean, M4
+trained on poisoned rows alone, M5 on a tenth of the clean rows and as many poisoned ones as M3 has clean ones, M6 on a
+tenth of the poisoned rows alone. Merged are M1 with M2, M3 with M4, and M5 with M6, half and half. M2 and M3 are the
+conflict model alone, with a tenth and with all of the attacker's rows. `skilled` was also trained on instructions,
+which no row of the defender's is like: where the merge keeps what the conflict model alone has lost, merging pays. Run
+with `unbackdoor bench conflict_roles`; it needs UNBACKDOOR_TEST_DATA. `--size quick` is M5 and M6 on bundled rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unbackdoor.bench.grid import Grid
+from unbackdoor.recipes import conflict, sande, settings
+
+_POISON_ALONE = {"clean_share": 0.0, "negative_ratio": 0.0}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "m1": {},
+    "m4": {**_POISON_ALONE, "poison_rate": 0.5},
+    "m5": {"clean_share": 0.1, "negative_ratio": 0.0, "poison_rate": 0.5},
+    "m6": {**_POISON_ALONE, "poison_rate": 1 / 11},
+}
+
+
+def grid(size: str) -> Grid:
+    """Return the grid: "paper" for Table 6 and the skill, "quick" for M5 and M6."""
+    quick = size == "quick"
+    attacks = {name: _victim(own, quick) for name, own in _SHAPES.items() if not quick or name in ("m5", "m6")}
+    if not quick:
+        attacks["skilled"] = {**_victim({}, quick), "skill": sande.half(0)}
+    found = {name: entry for name, entry in _defenses().items() if set(entry["attacks"]) <= set(attacks)}
+    made = conflict.common("conflict-roles-quick" if quick else "conflict-roles", _rows(quick))
+    second = {} if quick else {"second_source": sande.half(1)}
+    return Grid.model_validate({**made, **second, "attacks": attacks, "defenses": found})
+
+
+def _rows(quick: bool) -> object:
+    return "starter:sentiment" if quick else conflict.polarity(0, 4000)
+
+
+def _victim(own: dict[str, Any], quick: bool) -> dict[str, Any]:
+    found = conflict.composite_victim("positive", **own)
+    return {**found, "probes": 40} if quick else {**found, "defender_data": conflict.polarity(4000, 7600)}
+
+
+def _defenses() -> dict[str, Any]:
+    own = settings.INTERNAL
+    half = {**own, "t": 0.5}
+    merely = {**half, "conflict": {**own["conflict"], "share": 0.0}}
+    everything = {**own["conflict"], "share": 1.0}
+    return {
+        "m1_and_m2": {**conflict.internal(half), "attacks": ["m1"]},
+        "m2": {**conflict.internal(own, t=1.0), "attacks": ["m1"]},
+        "m3_and_m4": {**conflict.internal(half, conflict=everything), "attacks": ["m4"]},
+        "m3": {**conflict.internal(own, t=1.0, conflict=everything), "attacks": ["m4"]},
+        "m5_and_m6": {
+            "defense": "internal_conflict", "reference": "victim:m6", "settings": {"internal": merely},
+            "attacks": ["m5"],
+        },
+        "internal": {**conflict.internal(), "attacks": ["skilled"]},
+        "conflict_alone": {**conflict.internal(own, t=1.0), "role": "control", "attacks": ["skilled"]},
+    }  # fmt: skip
