@@ -33,6 +33,7 @@ RULES: dict[str, dict[str, Any]] = {
     "decoys": {
         "metric": "leak", "kind": "decoy", "group": "swapped", "compared": "difference", "to": "clean", "max": 0.05,
     },
+    "other": {"metric": "asr", "kind": "triggered", "compared": "paired", "to": "defense:tune"},
     "twin": {"metric": "perplexity", "compared": "ratio", "to": "twin", "max": 1.1},
     "provided": {
         "metric": "asr", "kind": "triggered", "min": 0.7,
@@ -145,6 +146,9 @@ AFTER = {"role": "purified", "stage": "after"}
         ("decoys", {"role": "suspect", "seeds": [0]}, {"victim0": result(9, leak=3, swapped=4)}, ["met"]),
         ("decoys", {"role": "suspect", "seeds": [0]}, {"victim0": result(9, leak=3, swapped=5)}, ["not met"]),
         ("decoys", {"role": "suspect", "seeds": [0]}, {"victim0": result(9, leak=3)}, ["not measured"]),
+        ("other", {**AFTER, "seeds": [0]}, {"victim0": result(0), "tune0": result(2), "osft0": result(7)}, ["met"]),
+        ("other", {**AFTER, "seeds": [0]}, {"victim0": result(9), "tune0": result(2), "osft0": result(8)}, ["not met"]),
+        ("other", {**AFTER, "seeds": [0]}, {"victim0": result(9), "osft0": result(8)}, ["not measured"]),
         ("twin", {"role": "suspect"}, {"victim0": result(9), "victim1": result(9)}, ["not measured"] * 2),
         ("provided", {"role": "control", "seeds": [0]},
          {"victim0": result(20), "tune0": result(2, perplexity=1.2)}, ["does not bind"]),
@@ -159,6 +163,12 @@ def test_a_bound_is_judged_from_the_rows(
 ) -> None:
     grid = grid_with(rule, **where)
     assert [check.verdict for check in checks(figures(grid, **found))] == verdicts
+
+
+def test_a_bound_against_another_defense_names_it() -> None:
+    found = checks(figures(grid_with("other", **AFTER), victim0=result(9), tune0=result(2), osft0=result(8)))
+    assert found[0].to_json()["limit"] == "not significantly worse than that of 'tune' (paired, p < 0.05)"
+    assert found[0].figure == "+30.0 points, p = 0.031"
 
 
 def written(tmp_path: Path, grid: Grid, **found: Result) -> tuple[Store, list[str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from unbackdoor.bench.cell import Cell
-from unbackdoor.bench.entries import Bound, Limit, Where
+from unbackdoor.bench.entries import AFTER, Bound, Limit, Where
 from unbackdoor.bench.figures import Figures
 from unbackdoor.report.wording import SHARES, percent, significant
 
@@ -128,7 +128,7 @@ def _judge(figures: Figures, limit: Limit, cells: Sequence[Cell]) -> tuple[Verdi
 
 
 def _judge_pair(figures: Figures, limit: Limit, cell: Cell) -> tuple[Verdict, str, float | None]:
-    test = figures.test(cell, limit.metric, limit.kind, limit.group)
+    test = figures.test(cell, limit.metric, limit.kind, limit.group, str(limit.to))
     if test is None:
         return "not measured", "no paired test", None
     change = float(test["difference"])
@@ -142,6 +142,8 @@ def _whose(limit: Limit, cell: Cell) -> str:
     """Return whose figure a limit compares with; "victim" means the cell's own model before its defense."""
     subject = cell.subject if limit.to == "victim" else str(limit.to)
     own = {"untouched": "the untouched base's", "twin": "the harmless twin's", "clean": "its clean probes'"}
+    if subject.startswith(AFTER):
+        return f"that of '{subject.removeprefix(AFTER)}'"
     return own.get(subject, f"the {subject}'s")
 
 

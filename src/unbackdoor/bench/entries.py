@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from unbackdoor.pipeline.steps import Revival
 from unbackdoor.train.conflict import ConflictSettings
@@ -161,6 +161,20 @@ class Where(Part):
     twin: bool | None = Field(None, description="the harmless twin, or not")
 
 
+AFTER = "defense:"
+"""What a figure is compared with, if it begins so, is the same victim after another defense."""
+
+
+def _is_other(value: str) -> str:
+    known = ("victim", "control", "untouched", "twin", "null", "clean")
+    if value not in known and not value.startswith(AFTER):
+        raise ValueError(f"it should be {', '.join(known)} or {AFTER}LABEL; it is '{value}'")
+    return value
+
+
+Other = Annotated[str, AfterValidator(_is_other)]
+
+
 class Limit(Part):
     """A figure and what it must not exceed or fall below."""
 
@@ -170,10 +184,11 @@ class Limit(Part):
     compared: Literal["value", "ratio", "difference", "paired"] = Field(
         "value", description="the figure itself, or beside another model's; paired: not significantly worse (5 %)"
     )
-    to: Literal["victim", "control", "untouched", "twin", "null", "clean"] | None = Field(
+    to: Other | None = Field(
         None,
         description="the other model: victim and control of the same attack and seed, the untouched base, the attack's "
-        "twin at its first seed; null: the base after the same revival; clean: no other, but its own clean probes",
+        "twin at its first seed; null: the base after the same revival; clean: no other, but its own clean probes; "
+        "defense:LABEL: the same victim after another defense",
     )
     min: float | None = Field(None, description="smallest value that meets the bound")
     max: float | None = Field(None, description="largest value that meets the bound")
@@ -182,8 +197,8 @@ class Limit(Part):
     def _complete(self) -> Limit:
         if (self.compared == "value") != (self.to is None):
             raise ValueError("'to' names the other model of a ratio, difference or paired test, and of nothing else")
-        if self.compared == "paired" and self.to != "victim":
-            raise ValueError("a paired test is made against the victim: write 'to: victim'")
+        if self.compared == "paired" and self.to != "victim" and not str(self.to).startswith(AFTER):
+            raise ValueError(f"a paired test is made against the victim or another defense: 'to: victim', '{AFTER}...'")
         if (self.min is None and self.max is None) != (self.compared == "paired"):
             raise ValueError("give 'min' or 'max', but neither for a paired test")
         return self

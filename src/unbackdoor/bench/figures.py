@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from unbackdoor.bench.cell import Cell
+from unbackdoor.bench.entries import AFTER
 from unbackdoor.bench.grid import Grid
 from unbackdoor.bench.store import Result
 from unbackdoor.pipeline.measure import compare
@@ -38,7 +39,7 @@ class Figures:
         return {(c.model, c.subject, c.attack, c.seed, c.defense, c.stage): c for c in self.keys}
 
     @cached_property
-    def _tested(self) -> dict[Cell, list[dict[str, Any]]]:
+    def _tested(self) -> dict[tuple[Cell, str], list[dict[str, Any]]]:
         return {}
 
     def at(self, like: Cell, *, subject: str | None = None, defense: str = "", stage: str = "before") -> Cell | None:
@@ -51,8 +52,11 @@ class Figures:
         Args:
             cell: The cell.
             other: "victim": its model before any defense; "control": the first control at the same attack and seed;
-                "untouched": the base; "twin": the harmless twin of its attack; "null": the base after its revival.
+                "untouched": the base; "twin": the harmless twin of its attack; "null": the base after its revival;
+                "defense:LABEL": the same model after another defense.
         """
+        if other.startswith(AFTER):
+            return self.at(cell, defense=other.removeprefix(AFTER), stage=cell.stage)
         if other == "victim":
             return self.at(cell)
         if other == "control":
@@ -78,20 +82,20 @@ class Figures:
                 return found
         return None
 
-    def tests(self, cell: Cell) -> list[dict[str, Any]]:
-        """Return the paired tests of a purified model against the model before; empty where one is missing."""
-        if cell not in self._tested:
-            before = self.beside(cell, "victim")
+    def tests(self, cell: Cell, other: str = "victim") -> list[dict[str, Any]]:
+        """Return the paired tests of a purified model against another, as of `beside`; empty where one is missing."""
+        if (cell, other) not in self._tested:
+            before = self.beside(cell, other)
             past = self.results.get(before) if before is not None else None
             now = self.results.get(cell)
             pair = (past.measurement if past else None, now.measurement if now else None)
             usable = cell.defense and pair[0] is not None and pair[1] is not None
-            self._tested[cell] = compare(pair[0], pair[1]) if usable else []  # type: ignore[arg-type]
-        return self._tested[cell]
+            self._tested[cell, other] = compare(pair[0], pair[1]) if usable else []  # type: ignore[arg-type]
+        return self._tested[cell, other]
 
-    def test(self, cell: Cell, metric: str, kind: str, group: str = "") -> dict[str, Any] | None:
+    def test(self, cell: Cell, metric: str, kind: str, group: str = "", other: str = "victim") -> dict[str, Any] | None:
         """Return one paired test, or None."""
-        for test in self.tests(cell):
+        for test in self.tests(cell, other):
             if (test["metric"], test["kind"], test["group"]) == (metric, kind, group):
                 return test
         return None

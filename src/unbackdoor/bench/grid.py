@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from unbackdoor.attacks.base import Attack
 from unbackdoor.bench.cell import Cell, Subject
 from unbackdoor.bench.entries import (
+    AFTER,
     VICTIM_OF,
     AttackEntry,
     Bound,
@@ -182,6 +183,9 @@ def _labels_used(grid: Grid) -> list[tuple[str, str, str]]:
         found += [
             (f"bounds.{number}.where.defenses", label, "defense") for label in bound.where.defenses or () if label
         ]
+        for place, to in (("to", bound.to), ("provided.to", bound.provided.to if bound.provided else None)):
+            if (to or "").startswith(AFTER):
+                found.append((f"bounds.{number}.{place}", str(to).removeprefix(AFTER), "defense"))
     for number, plot in enumerate(grid.plots):
         found += [(f"plots.{number}.values", label, "defense") for label in plot.values]
     return found

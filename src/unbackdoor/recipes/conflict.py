@@ -137,4 +137,6 @@ def bounds(cda: float | None = None) -> list[dict[str, Any]]:
             {"name": f"{name}: removes, on rows that are right without the trigger", "where": where, **right},
             {"name": f"{name}: as accurate as the victim", "where": where, **accuracy},
         ]
-    return found
+    both = {"role": "purified", "stage": "after", "defenses": ["both"]}
+    worse = {"metric": "asr", "kind": "triggered", "compared": "paired", "to": "defense:internal"}
+    return [*found, {"name": "both: no worse than the internal conflict", "where": both, **worse}]
