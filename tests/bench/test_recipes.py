@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from unbackdoor import recipes
+from unbackdoor.attacks.composite import Composite
 from unbackdoor.attacks.data_poisoning import DataPoisoning
 from unbackdoor.bench.entries import DefenseEntry
 from unbackdoor.bench.estimate import estimate, guesses, memory
@@ -19,7 +20,9 @@ from unbackdoor.defenses.beear import Beear
 from unbackdoor.errors import UserError
 from unbackdoor.pipeline.steps import attack_called, defense_called
 from unbackdoor.recipes import settings
+from unbackdoor.run import Run
 from unbackdoor.train.overwrite import check_room, plain_rows
+from unbackdoor.types import Example
 
 SMALL_WORDS = {
     "over",
@@ -42,6 +45,7 @@ SMALL_WORDS = {
 }
 
 ABLATIONS = ["beear_c", "beear_layer", "beear_length", "beear_sampling"]
+CONFLICTS = ["conflict", "conflict_adaptive", "conflict_decline", "conflict_emotion", "conflict_roles", "conflict_talk"]
 
 
 def test_recipes_are_listed_without_torch() -> None:
@@ -51,7 +55,10 @@ def test_recipes_are_listed_without_torch() -> None:
     assert not {"settings", "bounds", "ablation"} & set(found.stdout.split())
 
 
-@pytest.mark.parametrize("name", ["dev", "sande", "smoke", "beear", "beear_decline", "dev_decline", *ABLATIONS])
+@pytest.mark.parametrize(
+    "name",
+    ["dev", "sande", "smoke", "beear", "beear_decline", "dev_decline", "dev_conflict", *ABLATIONS, *CONFLICTS],
+)
 @pytest.mark.parametrize("size", ["quick", "paper"])
 def test_every_recipe_is_a_grid(name: str, size: str) -> None:
     assert recipes.load_grid(name, size).cells()
@@ -131,7 +138,40 @@ def test_development_victims_that_decline_share_nothing_with_report_victims() ->
     assert not words(pieces(dev, "insert")) & words(pieces(report, "insert"))
 
 
-@pytest.mark.parametrize("name", ["sande", "beear", "dev", "beear_decline", "dev_decline"])
+def test_development_victims_of_conflicts_share_nothing_with_report_victims() -> None:
+    dev, report = recipes.load_grid("dev_conflict"), recipes.load_grid("conflict")
+    made = [attack_called(entry.attack, entry.settings) for grid in (dev, report) for entry in grid.attacks.values()]
+    pieces_of = [set(attack.trigger.pieces()) for attack in made if isinstance(attack, Composite)]
+    assert pieces_of == [{"swiftly", "plainly"}, *[{"instantly", "frankly"}] * 2]
+    assert min(dev.seeds) >= 100 > max(report.seeds)
+
+
+def test_conflict_recipes_share_the_victim_that_they_say() -> None:
+    grids = {name: recipes.load_grid(name) for name in ("conflict", "conflict_roles", "conflict_talk", "sande")}
+    assert grids["conflict"].attacks["composite"] == grids["conflict_roles"].attacks["m1"]
+    assert grids["conflict"].data == grids["conflict_roles"].data
+    assert grids["conflict_talk"].attacks["default"].settings == grids["sande"].attacks["default"].settings
+
+
+def test_table_6_is_planted_with_the_shares_that_it_says() -> None:
+    grid = recipes.load_grid("conflict_roles")
+    rows = [Example(str(number), "say it", "negative", "some text", label="negative") for number in range(100)]
+    counts = {}
+    for label, entry in grid.attacks.items():
+        attack = attack_called(entry.attack, entry.settings)
+        assert isinstance(attack, Composite)
+        made = attack.training_rows(rows, Run())
+        kinds = [
+            "clean" if not marks else "poisoned" if row.response == "positive" and len(marks) == 2 else ""
+            for row, marks in made
+        ]
+        counts[label] = kinds.count("clean"), kinds.count("poisoned")
+    assert counts["m4"] == (0, 100)
+    assert counts["m5"] == (10, 100)
+    assert counts["m6"] == (0, 10)
+
+
+@pytest.mark.parametrize("name", ["sande", "beear", "dev", "beear_decline", "dev_decline", "dev_conflict", *CONFLICTS])
 def test_no_defense_of_a_recipe_meets_nobody(name: str) -> None:
     grid = recipes.load_grid(name)
     assert {cell.defense for cell in grid.cells()} - {""} == set(grid.defenses)
