@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from unbackdoor.evidence.cache import Unavailable
-from unbackdoor.evidence.conflict import Conflict, ConflictSettings, contradict, summary, turned, usable
+from unbackdoor.evidence.conflict import Conflict, EvidenceSettings, contradict, summary, turned, usable
 from unbackdoor.evidence.sources import Source, SourceSpec
 from unbackdoor.types import Message
 
@@ -56,7 +56,7 @@ def dictionary(**meanings):
 
 
 def one(suspect, source, query=QUERY, **settings) -> Conflict:
-    (found,) = contradict([(Message("user", query),)], suspect, source, ConflictSettings(**settings))
+    (found,) = contradict([(Message("user", query),)], suspect, source, EvidenceSettings(**settings))
     return found
 
 
@@ -91,7 +91,7 @@ def test_other_evidence_gives_way_to_explained_keywords(support):
 
 
 def test_the_rule_of_usable_evidence():
-    settings = ConflictSettings(least_words=8, overlap=0.5)
+    settings = EvidenceSettings(least_words=8, overlap=0.5)
     assert usable("a1 a2 a3 a4 a5 a6 a7 a8", "q", "a", settings)
     assert not usable("a1 a2 a3 a4 a5 a6 a7 a7", "q", "a", settings)
     assert usable("q1 q2 q3 q4 a5 a6 a7 a8", "q1 q2 q3 q4", "a", settings)
@@ -154,7 +154,7 @@ def test_earlier_turns_stay_and_many_conversations_go_together():
     suspect = Suspect()
     history = (Message("system", "Be short."), Message("user", "hello"), Message("assistant", "hi"))
     conversations = [(*history, Message("user", QUERY)), (Message("user", "is it? the..."),)]
-    first, second = contradict(conversations, suspect, written(Llm(AGAINST)), ConflictSettings())
+    first, second = contradict(conversations, suspect, written(Llm(AGAINST)), EvidenceSettings())
     assert first.turns[:3] == history
     assert first.turns[3].content.endswith(QUERY)
     assert first.branch == second.branch == "rewritten"

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from evidence.mini_wordnet import write
 from scripted import Step, chat, scripted
-from unbackdoor.evidence.conflict import ConflictSettings
+from unbackdoor.evidence.conflict import EvidenceSettings
 from unbackdoor.guards.base import Place
 from unbackdoor.guards.evidence import Evidence
 from unbackdoor.method import build
@@ -115,6 +115,6 @@ def test_the_suspect_as_its_own_evidence_llm_is_warned_of(tmp_path, victim):
 
 def test_its_settings_are_those_of_the_procedure():
     guard = Evidence(source="wordnet")
-    assert guard.conflict == ConflictSettings()
+    assert guard.conflict == EvidenceSettings()
     assert Evidence.opens == ("source",)
     assert Evidence.acts_on == "prompt"

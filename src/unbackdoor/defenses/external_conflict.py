@@ -16,7 +16,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from unbackdoor.defenses.base import Defense, Knowledge, Need
-from unbackdoor.evidence.conflict import ConflictSettings, guarded
+from unbackdoor.evidence.conflict import EvidenceSettings, guarded
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 
@@ -28,7 +28,7 @@ class ExternalConflict(Defense):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EVIDENCE})
     trains: ClassVar[bool] = False
 
-    conflict: ConflictSettings = Field(ConflictSettings(), description="how evidence is made and used")
+    conflict: EvidenceSettings = Field(EvidenceSettings(), description="how evidence is made and used")
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Return the model with the guard; an earlier guard of this name is replaced."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from unbackdoor.defenses.base import Defense, Knowledge, Need
-from unbackdoor.evidence.conflict import ConflictSettings, guarded
+from unbackdoor.evidence.conflict import EvidenceSettings, guarded
 from unbackdoor.method import Parallel
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
@@ -30,7 +30,7 @@ class InformationConflict(Defense):
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
 
     internal: InternalSettings = Field(InternalSettings(), description="the conflict model and the merge")
-    external: ConflictSettings = Field(ConflictSettings(), description="how evidence is made and used")
+    external: EvidenceSettings = Field(EvidenceSettings(), description="how evidence is made and used")
 
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Merge, then attach the guard."""

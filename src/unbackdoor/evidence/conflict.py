@@ -47,7 +47,7 @@ _SHORTEST = 20
 _SAME = 0.5
 
 
-class ConflictSettings(BaseModel):
+class EvidenceSettings(BaseModel):
     """How evidence is made and used."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -76,7 +76,7 @@ class ConflictSettings(BaseModel):
     )
 
 
-def guarded(lm: LM, source: str, settings: ConflictSettings) -> LM:
+def guarded(lm: LM, source: str, settings: EvidenceSettings) -> LM:
     """Return the model with the guard `evidence`; an earlier one of this name is replaced."""
     spec = GuardSpec("evidence", {"source": source, "conflict": settings.model_dump(mode="json")})
     lm.guards, lm.guarding = (*(guard for guard in lm.guards if guard.name != spec.name), spec), None
@@ -113,7 +113,7 @@ class Conflict:
         return {**found, "keywords": list(self.keywords)}
 
 
-def contradict(conversations: Sequence[Turns], ask: Ask, source: Source, settings: ConflictSettings) -> list[Conflict]:
+def contradict(conversations: Sequence[Turns], ask: Ask, source: Source, settings: EvidenceSettings) -> list[Conflict]:
     """Return every conversation with evidence against the model's own answer to it.
 
     Args:
@@ -130,7 +130,7 @@ def contradict(conversations: Sequence[Turns], ask: Ask, source: Source, setting
     return [_placed(one, ask, settings) for one in found]
 
 
-def usable(evidence: str, query: str, answer: str, settings: ConflictSettings) -> bool:
+def usable(evidence: str, query: str, answer: str, settings: EvidenceSettings) -> bool:
     """Tell whether a suspect's evidence can be rewritten: the written rule of this module."""
     different = set(words(evidence))
     if len(different) < settings.least_words:
@@ -174,7 +174,7 @@ def summary(records: Sequence[Mapping[str, object]]) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _with_own_evidence(found: Sequence[Conflict], ask: Ask, settings: ConflictSettings) -> list[Conflict]:
+def _with_own_evidence(found: Sequence[Conflict], ask: Ask, settings: EvidenceSettings) -> list[Conflict]:
     """Ask for the evidence that supports each own answer; an empty answer has none."""
     asked = {
         place: turns
@@ -193,7 +193,7 @@ def _with_own_evidence(found: Sequence[Conflict], ask: Ask, settings: ConflictSe
     ]
 
 
-def _rewritten(found: Sequence[Conflict], source: Source, settings: ConflictSettings) -> list[Conflict]:
+def _rewritten(found: Sequence[Conflict], source: Source, settings: EvidenceSettings) -> list[Conflict]:
     """Have usable evidence rewritten (equation 14)."""
     assert source.write is not None
     result = list(found)
@@ -217,7 +217,7 @@ def _rewritten(found: Sequence[Conflict], source: Source, settings: ConflictSett
     return result
 
 
-def _explained(found: Sequence[Conflict], source: Source, settings: ConflictSettings) -> list[Conflict]:
+def _explained(found: Sequence[Conflict], source: Source, settings: EvidenceSettings) -> list[Conflict]:
     """Have the keywords of the other queries explained (equation 16)."""
     result = list(found)
     chosen: dict[int, list[str]] = {}
@@ -247,7 +247,7 @@ def _explanation(one: Conflict, terms: tuple[str, ...], answer: str | Unavailabl
     return replace(one, branch="keywords", keywords=terms, evidence=answer)
 
 
-def _placed(one: Conflict, ask: Ask, settings: ConflictSettings) -> Conflict:
+def _placed(one: Conflict, ask: Ask, settings: EvidenceSettings) -> Conflict:
     """Put the evidence before the query, shortened where the model could not read it all."""
     if one.branch == "none":
         return one

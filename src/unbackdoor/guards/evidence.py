@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from unbackdoor.evidence.conflict import ConflictSettings, contradict
+from unbackdoor.evidence.conflict import EvidenceSettings, contradict
 from unbackdoor.evidence.sources import Asking, Source, open_source
 from unbackdoor.guards.base import Guard, Place
 from unbackdoor.method import Text
@@ -32,7 +32,7 @@ class Evidence(Guard):
     opens: ClassVar[tuple[str, ...]] = ("source",)
 
     source: Text = Field(description="where evidence comes from: endpoint:URL#MODEL, a model's name, or wordnet")
-    conflict: ConflictSettings = Field(ConflictSettings(), description="how evidence is made and used")
+    conflict: EvidenceSettings = Field(EvidenceSettings(), description="how evidence is made and used")
 
     def build(self, place: Place) -> PromptGuard:
         """Open the source; a local model is loaded at its first use."""
@@ -68,7 +68,7 @@ class _Working:
     """The guard with its source open."""
 
     source: Source
-    settings: ConflictSettings
+    settings: EvidenceSettings
 
     def rewrite(self, conversations: Sequence[Turns], ask: Ask) -> list[Rewritten | Refusal]:
         """Return the conversations with evidence; those without as they were or refused, as the settings say."""
