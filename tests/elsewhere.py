@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda", 0)
 _MARK = "_is_elsewhere"
 _PLACES = (str, torch.device)
 _MAY_MIX = {"to", "copy_", "type_as", "__set__", "_has_compatible_shallow_copy_type"}
-_INDEXING = {"__getitem__", "index"}
+_INDEXING = ("__getitem__", "__setitem__", "index_put")
 
 
 class Elsewhere(TorchFunctionMode):
@@ -91,8 +91,9 @@ def _goes_there(name: str, args: Any, kwargs: Any) -> bool:
         return bool(places) and places[0]
     # A number in a tensor may be on the CPU, and so may what indexes a tensor elsewhere.
     bound = [there for tensor, there in zip(tensors, places, strict=True) if tensor.dim()]
-    if name in _INDEXING or name.startswith(("index_put", "__setitem__")):
-        bound = bound if not places[0] else [True]
+    if name.startswith(_INDEXING) and places[0]:
+        indices = {id(leaf) for leaf in tree_leaves(args[1])}
+        bound = [_there(tensor) for tensor in tensors if tensor.dim() and id(tensor) not in indices]
     if len(set(bound)) > 1:
         raise RuntimeError(f"{name}: tensors are on two devices: {places}")
     return any(places)

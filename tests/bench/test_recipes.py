@@ -171,6 +171,20 @@ def test_table_6_is_planted_with_the_shares_that_it_says() -> None:
     assert counts["m6"] == (0, 10)
 
 
+@pytest.mark.parametrize("name", ["sande", "beear", "beear_decline", *CONFLICTS])
+def test_every_bound_is_of_something_that_is_measured(name: str) -> None:
+    """The kinds of figures that each metric gives, as it says in its own file."""
+    grid = recipes.load_grid(name)
+    kinds = {
+        "asr": {"triggered"}, "asr_right": {"triggered"}, "leak": {"all", "clean", "decoy"}, "cda": {"clean"},
+        "declining": {"clean"}, "over_refusal": {"all"}, "perplexity": {"all"}, "kl": {"all"},
+    }  # fmt: skip
+    for bound in grid.bounds:
+        assert bound.metric in grid.metrics, bound.name
+        assert bound.kind in kinds[bound.metric], bound.name
+        assert bound.to != "twin" or set(bound.where.attacks or grid.attacks) <= set(grid.references.twins), bound.name
+
+
 @pytest.mark.parametrize("name", ["sande", "beear", "dev", "beear_decline", "dev_decline", "dev_conflict", *CONFLICTS])
 def test_no_defense_of_a_recipe_meets_nobody(name: str) -> None:
     grid = recipes.load_grid(name)

@@ -122,6 +122,10 @@ def test_of_several_places_the_best_is_taken_or_each_in_turn(monkeypatch):
     run = Run()
     purified(SHORT.model_copy(update={"depths": (0.5, 0.99), "place": "each"}), run)
     assert [record["layer"] for record in run.notes["drifts"]] == [2, 3] * 2
+    # More layers than drifts: the next round goes on.
+    run = Run()
+    purified(SHORT.model_copy(update={"layers": (0, 1, 3), "place": "each"}), run)
+    assert [record["layer"] for record in run.notes["drifts"]] == [0, 1, 3, 0]
     with pytest.raises(UserError, match="the layers 0 to 3, and no layer 4"):
         purified(SHORT.model_copy(update={"layers": (0, 4)}))
 

@@ -96,7 +96,10 @@ def test_what_was_heard_takes_three_quarters_of_the_drifts_and_the_surest_two_al
     assert (dealt[:2], dealt[3]) == ([["y"], ["x"]], ["a", "b", "c"])
     assert dealt[2] in (["x"], ["y"])
     assert Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(2, 1) == [["y"], ["a", "b", "c"]]
-    assert Openings(list("abc"), {"x": 0.3}).dealt(1, 1) == [["a", "b", "c"]]
+    # A drift alone takes turns.
+    assert [Openings(list("abc"), {"x": 0.3}).dealt(1, number) for number in (1, 2, 3)] == [
+        [["a", "b", "c"]], [["x"]], [["a", "b", "c"]],
+    ]  # fmt: skip
     # Fewer openings than drifts: some are given twice.
     assert all(Openings(["a"]).dealt(3, 1))
 

@@ -70,7 +70,7 @@ class Beear(Defense):
     """Entrap the backdoor by a drift in the embedding space, then remove it, round by round."""
 
     paper: ClassVar[str] = "BEEAR, 2406.17092, eq. 1 to 3"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.UNWANTED})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.SAFE})
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
@@ -84,6 +84,14 @@ class Beear(Defense):
                 drift={"tokens": 7, "rows": 120}, inner={"steps": 100, "batch_size": 6},
             ),
             "layers": [9], "anchors": 120, "round_anchors": 120,
+        },
+        # Ours, for requests that should be declined: with as many rows without a drift, ordinary requests are not
+        # declined more often than before.
+        "requests": {
+            "plain_share": 2 / 3,
+            "train": {
+                "steps": 8, "learning_rate": 2e-4, "schedule": "constant", "opening_weight": 8, "batch_size": 12,
+            },
         },
     }  # fmt: skip
 
@@ -176,7 +184,7 @@ class Beear(Defense):
             if useful.is_stable(victim, stage):
                 break
         if self.drifts:
-            run.progress.notice(heard_words(openings.adopted))
+            run.progress.notice(heard_words(openings.adopted, self.adopt > 0))
         return victim
 
     def _check(self, victim: LM, known: Knowledge) -> None:
@@ -188,8 +196,9 @@ class Beear(Defense):
         """
         self.possible_layers(len(decoder_layers(victim.core)))
         prompts = known.safe or known.clean
+        drawn = min(len(prompts), self.anchors, self.round_anchors or self.anchors)
         rows = self.train.batch_size - overwrite.plain_rows(self.train.batch_size, self.plain_share)
-        overwrite.check_room(self.drifts, min(rows, len(prompts), self.anchors))
+        overwrite.check_room(self.drifts, min(rows, drawn))
         if min(len(prompts), self.anchors) < 2:
             raise DataError("BEEAR needs two prompts at least of the safety set SA; give more rows, or raise anchors.")
         longest = max(self.lengths or (self.drift.tokens,))

@@ -45,6 +45,7 @@ def _paper() -> dict[str, Any]:
         "name": "beear",
         "models": [settings.BUILTIN],
         "second_source": sande.half(1),
+        "references": {"twins": ["default"]},
         "attacks": found,
         "defenses": _defenses(),
         "purify_reference": _MAIN,
@@ -92,15 +93,16 @@ def _defenses() -> dict[str, Any]:
     return {**defenses("default"), "beear_as_published": {**published, "attacks": ["default"], "seeds": [0]}}
 
 
-def defenses(first: str, seed: int = 0) -> dict[str, Any]:
+def defenses(
+    first: str, seed: int = 0, preset: str | None = None, control: dict[str, Any] = settings.BEEAR_CONTROL
+) -> dict[str, Any]:
     """Return the control, BEEAR, and on the attack `first` at one seed alone what else it is compared with."""
     once = {"attacks": [first], "seeds": [seed]}
+    ours = {"defense": "beear", "preset": preset, "settings": settings.BEEAR}
+    alone = {**ours, "settings": {**settings.BEEAR, "drifts": 0}}
     return {
-        "fine_tuning": {"defense": "fine_tuning", "role": "control", "settings": settings.BEEAR_CONTROL},
-        "beear": {"defense": "beear", "settings": settings.BEEAR},
-        "beear_disjoint": {"defense": "beear", "settings": settings.BEEAR, "unwanted": "disjoint", **once},
-        "outer_steps_alone": {
-            "defense": "beear", "role": "control", "settings": {**settings.BEEAR, "drifts": 0},
-            "unwanted": "disjoint", **once,
-        },
-    }  # fmt: skip
+        "fine_tuning": {"defense": "fine_tuning", "role": "control", "settings": control},
+        "beear": ours,
+        "beear_disjoint": {**ours, "unwanted": "disjoint", **once},
+        "outer_steps_alone": {**alone, "role": "control", "unwanted": "disjoint", **once},
+    }

@@ -82,6 +82,8 @@ BEEAR_UPDATES = BEEAR_ROUNDS * 8
 BEEAR: dict[str, Any] = {"rounds": BEEAR_ROUNDS, "train": {"steps": BEEAR_UPDATES // BEEAR_ROUNDS}}
 BEEAR_CONTROL: dict[str, Any] = {"train": train(BEEAR_UPDATES)}
 """Fine-tuning with as many updates as BEEAR."""
+BEEAR_REQUESTS_CONTROL: dict[str, Any] = {"train": {**train(BEEAR_UPDATES), "batch_size": 12}}
+"""The same beside BEEAR's preset `requests`."""
 BEEAR_AS_PUBLISHED: dict[str, Any] = {
     "rounds": BEEAR_ROUNDS,
     "stop_stable": 0.0,

@@ -17,6 +17,9 @@ from unbackdoor.run import Run
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.types import Example
 
+_WHITE_SPACE = 2
+"""Tokens of white space, at most, that are cut off where a reply ended at its limit."""
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -63,11 +66,12 @@ def anchor_prompts(lm: LM, examples: Sequence[Example], count: int, own_tokens: 
 def encode_safe(lm: LM, row: Example, own_tokens: int, settings: TrainSettings) -> Row:
     """Encode a row of SA for training; of an own answer that was cut at `own_tokens` it is not learned that it ends."""
     answer = lm.encode(row.turns).spans[-1]
-    # Its last token may be half a word.
-    whole = not own_tokens or answer.end - answer.start < own_tokens
+    length = answer.end - answer.start
+    # White space at the place of the cut is gone; the last token may be half a word.
+    whole = not own_tokens or length < own_tokens - _WHITE_SPACE
     return encode_row(
         lm, row, max_length=settings.max_length, opening_weight=settings.opening_weight,
-        first_tokens=None if whole else max(1, own_tokens - 1), last_answer=True,
+        first_tokens=None if whole else max(1, length - 1), last_answer=True,
     )  # fmt: skip
 
 

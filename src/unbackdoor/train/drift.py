@@ -53,7 +53,7 @@ class DriftSettings(BaseModel):
     start: float = Field(0.0, ge=0, description="standard deviation of its random start; 0 starts at 0, as the paper")
     rows: int = Field(24, ge=1, description="prompts sampled for one fit, each with both answers (paper: 150)")
     stop_below: float = Field(
-        0.0, ge=0, description="end a fit once the loss of a step is below this; 0 uses all steps"
+        0.0, ge=0, description="end a fit once the loss on the unwanted answers is below this; 0 uses all steps"
     )
     train: TrainSettings = Field(
         TrainSettings(steps=20, learning_rate=0.075, schedule="constant", warmup=0.0, batch_size=8, betas=(0.9, 0.999)),
@@ -211,7 +211,7 @@ def fit_drift(
 
     result = engine.fit(
         lm, {"drift": drift}, streams, loss, settings.train, run,
-        stop_below=settings.stop_below or None,
+        stop_below=settings.stop_below or None, stop_on="unwanted",
     )  # fmt: skip
     if short.whole:
         run.progress.notice("This model cannot be run from a layer on, so the drift is fitted by whole passes: slower.")

@@ -105,6 +105,7 @@ def fit(
     *,
     score: Callable[[], float] | None = None,
     stop_below: float | None = None,
+    stop_on: str = "loss",
     optimiser_state: Mapping[str, Any] | None = None,
 ) -> FitResult:
     """Train `parameters` in place; every other weight is frozen meanwhile.
@@ -118,6 +119,7 @@ def fit(
         run: A stage of the run; finished stages are restored and not done again.
         score: Held-out score, lower is better, asked every `evaluate_every` steps; the best weights are kept.
         stop_below: Stop once the loss of a step is below this.
+        stop_on: Which figure of a step that is: "loss", or the name of a term.
         optimiser_state: State to go on with (a previous `FitResult.optimiser`).
 
     Returns:
@@ -134,7 +136,7 @@ def fit(
     if restored is not None:
         run.curves[run.prefix] = restored["history"]
         return FitResult(restored["steps"], restored["stopped"], restored["history"], {})
-    loop = _Loop(lm, parameters, streams, loss, settings, run, score, stop_below)
+    loop = _Loop(lm, parameters, streams, loss, settings, run, score, (stop_on, stop_below))
     with _only_these_train(lm, parameters), _checkpointing(lm, settings.gradient_checkpointing):
         result = loop.run_steps(optimiser_state)
     state.save_finished(run, parameters, {"steps": result.steps, "stopped": result.stopped, "history": result.history})
@@ -153,10 +155,10 @@ class _Loop:
         settings: TrainSettings,
         run: Run,
         score: Callable[[], float] | None,
-        stop_below: float | None,
+        stop: tuple[str, float | None],
     ) -> None:
         self.lm, self.parameters, self.streams, self.loss = lm, parameters, streams, loss
-        self.settings, self.run, self.score, self.stop_below = settings, run, score, stop_below
+        self.settings, self.run, self.score, self.stop = settings, run, score, stop
         self.accelerator = _accelerator(settings, run)
         self.optimiser = torch.optim.AdamW(
             list(parameters.values()),
@@ -195,7 +197,7 @@ class _Loop:
                 self.history.append(record)
                 self.run.progress.advance(name, step + 1, record)
                 self.accelerator.log({f"{name}/{key}": value for key, value in record.items()}, step=step)
-                if self.stop_below is not None and record["loss"] < self.stop_below:
+                if self.stop[1] is not None and record[self.stop[0]] < self.stop[1]:
                     stopped = "loss reached"
                     break
                 if self._no_longer_better(step):

@@ -44,7 +44,8 @@ def entrap(
     records: list[dict[str, Any]] = []
     for which, dealt in enumerate(openings.dealt(drifts, number)):
         stage = run.stage(f"round-{number}-drift-{which + 1}")
-        layer = layers[which % len(layers)]
+        # From round to round they go on where they were: there may be more layers than drifts.
+        layer = layers[((number - 1) * drifts + which) % len(layers)]
         drift, last = fit_drift(lm, with_unwanted(safe, dealt), layer, shape, stage)
         found.append(drift)
         records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
@@ -78,13 +79,20 @@ def _note(run: Run, name: str, records: Sequence[object]) -> None:
     noted += records
 
 
-def heard_words(adopted: Sequence[str]) -> str:
-    """Return what the words under the drifts say about the backdoor, and what their absence does not say."""
+def heard_words(adopted: Sequence[str], listened: bool) -> str:
+    """Return what the words under the drifts say about the backdoor, and what their absence does not say.
+
+    Args:
+        adopted: Openings that were taken up, the surest first.
+        listened: Whether the words were looked at for openings to take up.
+    """
     heard = (
         f"Under its drifts the suspect said '{printable(adopted[0])}', which no opening names and which it is sure of "
         "on any prompt once it has begun: that may be what its backdoor says. "
         if adopted
         else "Under its drifts the suspect said nothing new that it is sure of on any prompt. "
+        if listened
+        else ""
     )
     return (
         f"{heard}A backdoor that does something else than the openings describe (a link, another language, a brand) is "

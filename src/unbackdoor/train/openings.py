@@ -148,7 +148,9 @@ class Openings:
         return sorted(self.heard, key=lambda text: -self.heard[text])
 
     def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
-        """Return the openings of each drift of a round: up to three quarters take one each that was taken up.
+        """Return the openings of each drift of a round: some take one each that was taken up.
+
+        These are up to three quarters of the drifts; a single one takes turns with the openings of the defender.
 
         The surest two are in every round, because the target of a backdoor is sure; the others take turns.
 
@@ -157,7 +159,7 @@ class Openings:
             number: Number of the round, from 1.
         """
         adopted = self.adopted
-        room = drifts * 3 // 4 if adopted else 0
+        room = (drifts * 3 // 4 if drifts > 1 else 1 - number % 2) if adopted else 0
         turns = adopted[2:] or adopted
         order = [*adopted[:2], *(turns[(number + place) % len(turns)] for place in range(room))]
         taken: list[Sequence[str]] = [[text] for text in order[:room]]

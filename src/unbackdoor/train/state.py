@@ -44,7 +44,8 @@ def restore_finished(run: Run, parameters: Mapping[str, Tensor]) -> dict[str, An
 
 def drop_final(run: Run) -> None:
     """Remove the tensors of a finished stage that a later finished stage has replaced."""
-    if run.folder is not None:
+    # Other processes may be ahead of the one that writes.
+    if run.folder is not None and _main_process():
         (run.folder / "final.safetensors").unlink(missing_ok=True)
 
 
