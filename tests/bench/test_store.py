@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,9 @@ def some_result() -> Result:
         [{"metric": "asr", "value": 0.5}], [scores], [{"reply": "one\u2028two\nthree"}, {"reply": ""}]
     )
     return Result(
-        "done", "", measured, ("clean",), {"train": 1.5}, 7, {"plant": [{"loss": 1.0}]}, {"a": 1}, {"torch": "2"}
-    )
+        "done", "", measured, ("clean",), {"train": 1.5}, 7, {"plant": [{"loss": 1.0}]}, {"a": 1}, {"torch": "2"},
+        {"device": "cpu"},
+    )  # fmt: skip
 
 
 def test_a_result_is_read_as_it_was_written(store: Store) -> None:
@@ -45,6 +48,11 @@ def test_a_result_is_read_as_it_was_written(store: Store) -> None:
     store.write("k", some_result(), {"name": "cell"})
     assert store.has("k")
     assert store.read("k") == some_result()
+    path = store.folder / "cells" / "k.json"
+    record = json.loads(path.read_text())
+    del record["hardware"]  # as earlier versions wrote it
+    path.write_text(json.dumps(record))
+    assert store.read("k") == replace(some_result(), hardware=None)
     store.forget("k")
     assert not store.has("k")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,20 @@ def test_declining_and_over_refusal_have_columns_where_they_are_measured(tmp_pat
     assert "6/40 = 15.0 %" in both.split("After OSFT")[1].splitlines()[0]
     store, _ = written(tmp_path / "without", grid_with("asr"), victim0=result(20), osft0=result(0))
     assert "efusal" not in (store.folder / "tables.md").read_text()
+
+
+def test_the_page_names_what_the_cells_were_computed_on_and_not_where_it_is_written(tmp_path: Path) -> None:
+    gpu = {"machine": "x", "cores": 16, "threads": 1, "gpu": "A100", "device": "cuda"}
+    found = {
+        "victim0": replace(result(20), hardware=gpu),
+        "osft0": replace(result(0), hardware={**gpu, "device": "cpu"}),
+        "victim1": result(20),
+    }
+    store, _ = written(tmp_path / "two", grid_with("asr"), **found)
+    assert "* Hardware: A100; cpu, x, 16 cores, 1 threads\n" in (store.folder / "tables.md").read_text()
+    store, _ = written(tmp_path / "none", grid_with("asr"), victim1=result(20))
+    assert "* Hardware: not kept\n" in (store.folder / "tables.md").read_text()
+    assert json.loads((store.folder / "results.json").read_text())["hardware"] == {}
 
 
 def test_the_page_says_which_requests_were_asked(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from unbackdoor.model.lm import LM
 from unbackdoor.model.load import load
 from unbackdoor.model.output import MANIFEST
 from unbackdoor.model.spec import parse_spec
-from unbackdoor.pipeline.artefacts import versions
+from unbackdoor.pipeline.artefacts import hardware, versions
 from unbackdoor.pipeline.guarding import with_guards
 from unbackdoor.pipeline.measure import Label, measure, peak_memory
 from unbackdoor.pipeline.steps import facts_from_secret, purify_model, revive
@@ -103,7 +103,10 @@ def execute(cell: Cell, shop: Workshop) -> Result:
     )
     now = time.perf_counter()
     seconds = {"train": made.seconds, "measure": now - asked, "total": now - started}
-    return Result("done", "", measurement, made.knowledge, seconds, peak_memory(), made.curves, made.notes, versions())
+    return Result(
+        "done", "", measurement, made.knowledge, seconds, peak_memory(), made.curves, made.notes, versions(),
+        {**hardware(), "device": shop.device},
+    )  # fmt: skip
 
 
 def finished(cell: Cell, shop: Workshop) -> None:

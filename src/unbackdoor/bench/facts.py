@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def facts_of(figures: Figures) -> list[tuple[str, str]]:
         *_requests(grid),
         ("Second source", _source(grid.second_source) if grid.second_source else "none"),
         ("Versions", ", ".join(versions) or "none yet"),
+        ("Hardware", "; ".join(sorted({_words(r.hardware) for r in done if r.hardware})) or "not kept"),
     ]
 
 
@@ -59,20 +60,15 @@ def results_of(figures: Figures, made: Sequence[Check]) -> dict[str, Any]:
         "checks": [check.to_json() for check in made],
         "settings": figures.grid.model_dump(mode="json"),
         "hashes": {cell.name: key for cell, key in figures.keys.items()},
-        "hardware": _hardware(),
+        "hardware": dict(done[-1].hardware or {}) if done else {},
         "how_to_load": "",
         "notices": [f"{missing} cells have not been run yet."] if missing else [],
     }
 
 
-def _hardware() -> dict[str, object]:
-    import os
-    import platform
-
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(), "gpu": gpu,
-    }  # fmt: skip
+def _words(hardware: Mapping[str, object]) -> str:
+    """Return what a cell was computed on, in words."""
+    device = str(hardware.get("device", ""))
+    if device.startswith("cuda"):
+        return str(hardware.get("gpu", device))
+    return f"{device}, {hardware.get('machine')}, {hardware.get('cores')} cores, {hardware.get('threads')} threads"

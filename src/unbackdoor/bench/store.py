@@ -52,6 +52,7 @@ class Result:
         curves: Stage -> one record a step.
         notes: What the methods recorded.
         versions: Of the packages.
+        hardware: What it was computed on; None of cells that were written before this was kept.
     """
 
     status: Status
@@ -63,6 +64,7 @@ class Result:
     curves: Mapping[str, list[dict[str, float]]] | None = None
     notes: Mapping[str, object] | None = None
     versions: Mapping[str, str] | None = None
+    hardware: Mapping[str, object] | None = None
 
 
 class Store:
@@ -119,6 +121,7 @@ class Store:
             return Result(
                 stored["status"], stored["error"], measured, tuple(stored["knowledge"]), stored["seconds"],
                 stored["peak_memory_bytes"], stored["curves"], stored["notes"], stored["versions"],
+                stored.get("hardware"),
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise UserError(
@@ -143,7 +146,7 @@ class Store:
             "knowledge": list(result.knowledge), "seconds": dict(result.seconds or {}),
             "peak_memory_bytes": result.peak_memory_bytes, "measurement": measured,
             "curves": dict(result.curves or {}), "notes": dict(result.notes or {}),
-            "versions": dict(result.versions or {}),
+            "versions": dict(result.versions or {}), "hardware": dict(result.hardware or {}) or None,
         }  # fmt: skip
         write_atomically(self._cell(key), json.dumps(record, ensure_ascii=False) + "\n")
 
