@@ -131,6 +131,7 @@ def changed(path: str, value: object) -> Callable[[], dict[str, Any]]:
          "field bounds.0: a paired test is made against the victim or another defense"),
         ("bounds", [{"name": "b", "metric": "asr", "compared": "difference", "to": "vitcim", "max": 1}],
          "field bounds.0.to: it should be victim, control, untouched, twin, null, clean or defense:LABEL"),
+        ("defenses.osft.unwanted", "typicla", "field defenses.osft.unwanted: no attack has a list 'typicla'."),
         ("models", [], "field models: tuple should have at least 1 item"),
         ("attacks", {}, "field attacks: dictionary should have at least 1 item"),
     ],

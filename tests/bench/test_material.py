@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.helpers import Plan
+from unbackdoor.attacks.data_poisoning import DataPoisoning
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.entries import DataSource
 from unbackdoor.bench.material import Material, read_source
@@ -19,6 +20,7 @@ from unbackdoor.data.splits import assert_disjoint
 from unbackdoor.defenses.base import Need
 from unbackdoor.errors import DataError
 from unbackdoor.goals import Contains, RefusalAbsent
+from unbackdoor.metrics.leak import Leak
 from unbackdoor.pipeline.steps import portable
 from unbackdoor.run import Silent
 from unbackdoor.secret import Secret
@@ -94,6 +96,23 @@ def test_every_cell_has_a_key_of_its_own(whole_plan: dict[str, Any]) -> None:
     made = material(whole_plan)
     found = [made.key(cell) for cell in made.grid.cells()]
     assert len(set(found)) == len(found)
+
+
+def test_a_new_revision_of_a_metric_or_of_the_planted_backdoor_of_a_revival_is_another_key(
+    whole_plan: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(whole_plan)
+    monkeypatch.setattr(Leak, "revision", 2)
+    after = keys(whole_plan)
+    assert all(before[name] != after[name] for name in before)
+    monkeypatch.setattr(Leak, "revision", 1)
+    monkeypatch.setattr(DataPoisoning, "revision", 2)
+    composite = {"attack": "composite", "settings": {"targets": ["bad"], "target_form": "prefix"}}
+    other = with_value(whole_plan, "attacks.default", composite)
+    after = keys(other)
+    monkeypatch.setattr(DataPoisoning, "revision", 1)
+    changed = {name for name, key in keys(other).items() if key != after[name]}
+    assert changed == {name for name in after if "revived_planted" in name}
 
 
 def test_names_and_places_are_no_part_of_a_key(whole_plan: dict[str, Any], place: Path, tmp_path: Path) -> None:

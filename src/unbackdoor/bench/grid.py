@@ -75,6 +75,11 @@ class Grid(Part):
             if label not in known:
                 hint = did_you_mean(label, list(known))
                 raise ValueError(f"{place}: there is no {kind} '{label}'.{hint} Known: {', '.join(known) or 'none'}.")
+        lists = sorted({name for attack in self.attacks.values() for name in attack.unwanted})
+        for label, defense in self.defenses.items():
+            if defense.unwanted not in {DefenseEntry.model_fields["unwanted"].default, *lists}:
+                hint = did_you_mean(defense.unwanted, lists)
+                raise ValueError(f"defenses.{label}.unwanted: no attack has a list '{defense.unwanted}'.{hint}")
         for label, attack in self.attacks.items():
             if self.watch is not None and self.watch.probes > attack.probes:
                 raise ValueError(f"watch.probes: attacks.{label} has {attack.probes} probes of a kind, which is fewer")

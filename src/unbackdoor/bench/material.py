@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+from unbackdoor import registry
 from unbackdoor.attacks.base import Attack
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.entries import VICTIM_OF, DataSource, Watch
@@ -230,9 +231,8 @@ class Material:
         asked = {name: self._hash(f"perplexity {name}", rows) for name, rows in self.perplexity_sets.items()}
         probes = self.grid.attacks[cell.attack].probes
         test = self._hash("test", self.splits.asked)
-        return config_hash(
-            "cell", model, self.plant_key(cell), test, probes, asked, self._metrics(cell), self.grid.max_new_tokens
-        )
+        metrics = [_revised(registry.find("metrics", name)) for name in self._metrics(cell)]
+        return config_hash("cell", model, self.plant_key(cell), test, probes, asked, metrics, self.grid.max_new_tokens)
 
     def _new_plant_key(self, cell: Cell, *, twin: bool) -> str:
         method, entry = self.attack(cell.attack, twin=twin), self.grid.attacks[cell.attack]
@@ -330,10 +330,17 @@ def _identity(method: Method, called: str) -> tuple[object, ...]:
     return f"{method.name()} {method.revision}", portable(method.settings())
 
 
+def _revised(cls: type[Method]) -> str:
+    """Return the method's name, and its revision from the second on."""
+    return cls.name() if cls.revision == 1 else f"{cls.name()} {cls.revision}"
+
+
 def _part_used(revival: Revival, stage: str) -> object:
     if stage == "revived_clean":
         return revival.clean.model_dump(mode="json")
-    return portable(attack_called("data_poisoning", revival.planted).settings())
+    attack = attack_called("data_poisoning", revival.planted)
+    settings = portable(attack.settings())
+    return settings if attack.revision == 1 else [_revised(type(attack)), settings]
 
 
 def _sample(rows: Sequence[Example], count: int) -> tuple[Example, ...]:
