@@ -108,7 +108,7 @@ def test_a_new_revision_of_a_metric_or_of_the_planted_backdoor_of_a_revival_is_a
     monkeypatch.setattr(Leak, "revision", 1)
     monkeypatch.setattr(DataPoisoning, "revision", 2)
     composite = {"attack": "composite", "settings": {"targets": ["bad"], "target_form": "prefix"}}
-    other = with_value(whole_plan, "attacks.default", composite)
+    other = with_value(with_value(whole_plan, "attacks.default", composite), "references.twins", [])
     after = keys(other)
     monkeypatch.setattr(DataPoisoning, "revision", 1)
     changed = {name for name, key in keys(other).items() if key != after[name]}
