@@ -52,7 +52,11 @@ class SourceSpec:
     @property
     def goes_out(self) -> bool:
         """Whether using it sends prompts to another program, or opens files that its name chooses."""
-        return not (str(self) == "wordnet" or (self.kind == "model" and self.place.startswith("builtin:")))
+        from unbackdoor.model.spec import parse_spec
+
+        if self.kind == "model":
+            return parse_spec(self.place).kind != "builtin"
+        return self.kind != "wordnet" or bool(self.place)
 
 
 @dataclass(frozen=True)
