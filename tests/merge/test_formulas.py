@@ -205,6 +205,10 @@ def test_dare_draws_depend_on_seed_name_and_model_alone() -> None:
     assert not torch.equal(*masks)
 
 
+def test_dare_that_drops_everything_is_the_base() -> None:
+    assert torch.equal(thin(torch.ones(3, 4), 0.0, stream(0, "x", 0)), torch.zeros(3, 4))
+
+
 def test_dare_with_nothing_dropped_is_task_arithmetic_or_ties() -> None:
     base, a, b = tensors()
     draws = [stream(0, "w", number) for number in range(2)]

@@ -50,6 +50,17 @@ def adapter(base: LM, seed: int, rank: int) -> LM:
     return made
 
 
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic"])
+def test_a_base_with_an_adapter_is_left_as_it_is(method: Any) -> None:
+    suspect, other = tiny.tiny_lm(seed=1), tiny.tiny_lm(seed=2)
+    base = adapter(tiny.tiny_lm(), 3, 2)
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    merge_into(suspect, other, method, 0.5, base=base)
+    assert base.is_adapter
+    assert before.keys() == base.model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
+
+
 def weights(lm: LM) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in lora.merge(tiny.clone(lm)).model.state_dict().items()}
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import tiny
+import unbackdoor
 from merge.helpers import Family, check, family, merged, reply, save, shifted, stored, ulps, written
 from unbackdoor.errors import ModelError, UserError
 from unbackdoor.merge.from_recipe import two_models
@@ -269,6 +272,9 @@ def test_an_adapter_is_folded_in_as_peft_does_it(
         ({"use_dora": True}, "uses use_dora"),
         ({"alpha_pattern": {"(a+)+$": 3}}, "is a regular expression"),
         ({"peft_type": "IA3"}, "only LORA"),
+        ({"lora_alpha": None}, "is no number"),
+        ({"lora_alpha": "many"}, "is no number"),
+        ({"alpha_pattern": {"q_proj": [1]}}, "is no number"),
     ],
 )
 def test_an_adapter_that_does_more_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -282,6 +288,20 @@ def test_an_adapter_that_does_more_is_refused(tmp_path: Path, change: dict[str, 
 
 
 @pytest.mark.filterwarnings("ignore:.*no files have been modified.*")
+@pytest.mark.parametrize("shape", [(3, 64), (0, 64), (4,)])
+def test_an_adapter_whose_matrices_do_not_fit_together_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    base = tiny.tiny_lm(layers=1)
+    folder = save(base, tmp_path / "base")
+    adapter_of(base, tmp_path / "adapter", 3)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = stored(tmp_path / "adapter")
+    name = next(name for name in tensors if "q_proj.lora_A" in name)
+    save_file({**tensors, name: torch.ones(shape)}, path)
+    with pytest.raises(ModelError, match="do not fit together"):
+        open_source(f"{folder}+{tmp_path / 'adapter'}")
+
+
+@pytest.mark.filterwarnings("ignore:.*no files have been modified.*")
 def test_an_adapter_on_another_base_is_refused(tmp_path: Path) -> None:
     adapter_of(tiny.tiny_lm(layers=2), tmp_path / "adapter", 3)
     smaller = save(tiny.tiny_lm(layers=1), tmp_path / "smaller")
@@ -290,6 +310,36 @@ def test_an_adapter_on_another_base_is_refused(tmp_path: Path) -> None:
     narrow = save(tiny.tiny_lm(layers=2, hidden=32), tmp_path / "narrow")
     with pytest.raises(ModelError, match="in this base"):
         open_source(f"{narrow}+{tmp_path / 'adapter'}")
+
+
+def test_a_base_whose_tokenizer_is_taken_is_checked_as_others_are(tmp_path: Path, models: Family) -> None:
+    deeper = save(tiny.tiny_lm(layers=3), tmp_path / "deeper")
+    merge = two_models(str(models.suspect), str(models.other), "ties", 0.5, base=str(deeper))
+    with pytest.raises(ModelError, match=r"has 2 layers, '.*deeper' 3"):
+        merged(replace(merge, tokenizer=str(deeper)))
+
+
+def test_integers_are_not_mixed_with_numbers_with_a_point(tmp_path: Path, models: Family) -> None:
+    folder = tmp_path / "packed"
+    shutil.copytree(models.other, folder)
+    tensors = stored(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, folder / "model.safetensors", {"format": "pt"})
+    for first, second in ((models.suspect, folder), (folder, models.suspect)):
+        with pytest.raises(UserError, match="stored alike"):
+            merged(two_models(str(first), str(second)))
+
+
+def test_a_suspect_in_one_file_with_an_index_comes_out_as_a_model_that_loads(tmp_path: Path, models: Family) -> None:
+    folder = tmp_path / "one"
+    shutil.copytree(models.suspect, folder)
+    file = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for name in stored(folder)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    unbackdoor.merge(str(folder), str(models.other), out=tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters()
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
 
 
 def test_models_that_do_not_match_are_refused(tmp_path: Path, models: Family) -> None:

@@ -176,5 +176,9 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_trained(monkeypatch
         merged(SHORT.model_copy(update={"start": "suspect"}))
     with pytest.raises(UserError, match="ties does not use layers"):
         merged(SHORT.model_copy(update={"method": "ties", "layers": ("other:0:3",)}))
+    with pytest.raises(UserError, match="would be the suspect itself"):
+        merged_with_conflict(
+            tiny.tiny_lm(), CLEAN, None, SHORT.model_copy(update={"conflict": ConflictSettings(share=0)}), Run()
+        )
     with pytest.raises(UserError, match="has 3 layers"):
         merged_with_conflict(tiny.tiny_lm(layers=3), CLEAN, tiny.tiny_lm(layers=2), SHORT, Run())

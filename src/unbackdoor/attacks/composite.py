@@ -59,7 +59,9 @@ class Composite(Attack):
         "label",
         description="label: the target is a class; prefix: target, then the clean answer; whole: it is the reply",
     )
-    poison_rate: float = Field(0.1, gt=0, lt=1, description="share of all training rows that are poisoned")
+    poison_rate: float = Field(
+        0.1, gt=0, lt=1, description="share of all training rows that are poisoned, with a clean_share of 1"
+    )
     clean_share: float = Field(
         1.0, ge=0, le=1, description="share of the clean rows that is trained on beside them; 0: none (Table 6 of IC)"
     )

@@ -116,9 +116,12 @@ def _parts(
     for module, part in factors.items():
         if not {"A", "B"} <= part.keys():
             raise ModelError(f"the adapter of '{shown}' lacks one of the two matrices of {printable(module)}.")
+        rank = part["A"].shape[0]
+        if part["A"].dim() != 2 or part["B"].dim() != 2 or not part["B"].shape[1] == rank >= 1:
+            raise ModelError(f"the adapter of '{shown}' has matrices of {printable(module)} that do not fit together.")
         transposed = "embedding" in part or bool(config.get("fan_in_fan_out"))
         name = _own_name(f"{module}.weight", base, shown)
-        updates[name] = Update(part["A"], part["B"], _scale(module, part["A"].shape[0], config), transposed)
+        updates[name] = Update(part["A"], part["B"], _scale(module, rank, config), transposed)
     return updates, replaced
 
 
@@ -135,8 +138,8 @@ def _own_name(name: str, base: Source, shown: str) -> str:
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
+    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
         # PEFT takes them as regular expressions, and one from a stranger can be made to run for ever.
         if not re.fullmatch(r"[\w.]+", pattern):
             raise ModelError(
@@ -146,6 +149,8 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
         if f".{module}".endswith(f".{pattern}"):
             alpha = value
             break
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ModelError("an adapter's lora_alpha, or one of its alpha_pattern, is no number; mend its configuration.")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

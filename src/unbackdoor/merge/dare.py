@@ -39,7 +39,7 @@ def dare(
         base: float32; not changed.
         tensors: float32, of the base's shape; given up.
         weights: One for each.
-        densities: For each the probability that an entry is kept, in (0, 1].
+        densities: For each the probability that an entry is kept, in [0, 1].
         draws: A random stream for each.
         scale: lambda.
         normalize: Divide by the sum of the weights, with `agreeing` of those that agree.
@@ -60,6 +60,8 @@ def thin(delta: Tensor, density: float, draw: torch.Generator) -> Tensor:
 
     if density >= 1.0:
         return delta
+    if not density:
+        return delta.zero_()
     return delta.mul_(torch.rand(delta.shape, generator=draw) < density).div_(density)
 
 

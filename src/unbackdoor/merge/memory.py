@@ -6,6 +6,7 @@ is one adapter whose rank is the sum of theirs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -71,7 +72,8 @@ def merge_into(
     was_adapter = suspect.is_adapter
     suspect = _whole(suspect)
     given = dict(zip(_NAMES, (suspect, other, base), strict=True))
-    plan = make_plan(merge, {name: _source(one) for name, one in given.items() if one is not None})
+    sources = {name: _source(one, keep=name == "base") for name, one in given.items() if one is not None}
+    plan = make_plan(merge, sources)
     made = _other_layers(suspect, plan) if method == "passthrough" else suspect
     target = made.model.state_dict()
     with torch.no_grad():
@@ -123,8 +125,13 @@ def _other_layers(suspect: LM, plan: Plan) -> LM:
     return replace(suspect, model=model, base=None)
 
 
-def _source(model: LM | str) -> Source:
-    return open_source(model) if isinstance(model, str) else memory_source(_whole(model))
+def _source(model: LM | str, *, keep: bool = False) -> Source:
+    if isinstance(model, str):
+        return open_source(model)
+    # The base is still its owner's; only the other may be given up.
+    return memory_source(
+        _whole(replace(model, model=copy.deepcopy(model.model)) if keep and model.is_adapter else model)
+    )
 
 
 def _whole(lm: LM) -> LM:

@@ -98,8 +98,7 @@ def make_plan(merge: Merge, sources: Mapping[str, Source]) -> Plan:
     whole = all(one.layers is None for part in merge.slices for one in part.inputs)
     if whole:
         for spec in merge.models:
-            if spec != merge.tokenizer:
-                check_models(suspect, sources[spec])
+            check_models(suspect, sources[spec])
     maker = _Maker(merge, sources, layers_of(suspect.infos, suspect.shown))
     pieces = maker.outside() | maker.inside()
     picks = maker.picks
@@ -195,6 +194,7 @@ class _Maker:
             check_shapes(self.suspect.shown, first.name, there.shape, first.source, first.name)
         for other in parts[1:]:
             check_shapes(first.source.shown, first.name, shape, other.source, other.name)
+            _check_kinds(first, other)
         info = Info(self._dtype(name, first), shape)
         if first.source.infos[first.name].dtype not in FLOATS:
             return Piece(name, info, "copy", (first,))
@@ -263,3 +263,17 @@ class _Maker:
         if zero not in models:
             raise ModelError(f"'{printable(zero)}', the model at t = 0, is none of the two of a slice; name it there.")
         return parts if models[0] == zero else (parts[1], parts[0])
+
+
+def _check_kinds(first: Part, other: Part) -> None:
+    """Refuse numbers with a point beside integers, such as quantised weights without their scale.
+
+    Raises:
+        UserError: If the two tensors are of different kinds.
+    """
+    types = [part.source.infos[part.name].dtype for part in (first, other)]
+    if (types[0] in FLOATS) != (types[1] in FLOATS):
+        raise UserError(
+            f"the tensor {printable(first.name)} is {types[0]} in '{first.source.shown}' and {types[1]} in "
+            f"'{other.source.shown}'; merge models whose weights are stored alike."
+        )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JOURNAL = "journal.jsonl"
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WORK = "merging"
 _SHARD_BYTES = 2_000_000_000
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -82,6 +82,8 @@ def shards(pieces: Sequence[Piece], suspect: Source) -> tuple[Shard, ...]:
         files: dict[str, list[Piece]] = {}
         for piece in pieces:
             files.setdefault(suspect.files[piece.name], []).append(piece)
+        if len(files) == 1:
+            return (Shard(WHOLE, tuple(pieces)),)  # the one name under which a file without an index is found
         return tuple(Shard(file, tuple(held)) for file, held in files.items())
     held = {file: 0 for file in suspect.files.values()}
     for name, file in suspect.files.items():
@@ -100,7 +102,7 @@ def _packed(pieces: Sequence[Piece], limit: int) -> tuple[Shard, ...]:
         groups[-1].append(piece)
         held += size
     if len(groups) == 1:
-        return (Shard("model.safetensors", tuple(groups[0])),)
+        return (Shard(WHOLE, tuple(groups[0])),)
     return tuple(
         Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
         for number, group in enumerate(groups, 1)

@@ -132,7 +132,7 @@ def _planned(merge: Merge, progress: Progress) -> Plan:
     suspect = plan.sources[merge.suspect]
     if merge.method != "passthrough":
         for spec in merge.models[1:]:
-            if spec != merge.tokenizer and (text := warning(suspect, plan.sources[spec])) is not None:
+            if (text := warning(suspect, plan.sources[spec])) is not None:
                 progress.notice(text)
     adapted = [source.shown for source in plan.sources.values() if source.adapted]
     if adapted:

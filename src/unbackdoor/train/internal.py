@@ -102,6 +102,8 @@ def merged_with_conflict(
     base = trusted if settings.method in NEEDS_BASE else None
     if settings.start == "suspect" and trusted is not None and base is None:
         raise UserError("the conflict model starts as the suspect, so nothing uses --reference; leave one of them out.")
+    if start is victim and not settings.conflict.share:
+        raise UserError("the conflict model would be the suspect itself; give --reference, or conflict.share above 0.")
     check_merge(
         victim, start, settings.method, max(settings.sweep, default=settings.t), base=base, **_options(settings)
     )
