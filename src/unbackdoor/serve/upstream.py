@@ -26,7 +26,6 @@ KEY = "UNBACKDOOR_UPSTREAM_KEY"
 LONGEST_ANSWER = 16_000_000
 LONGEST_LINE = 1_000_000
 _CONNECT = 10.0
-_MEDIA = frozenset({"image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file"})
 
 
 class Upstream:
@@ -206,8 +205,6 @@ def turns_of(content: Mapping[str, Any]) -> tuple[list[int], Turns]:
     places, turns = [], []
     for place, message in enumerate(messages):
         last = place == len(messages) - 1
-        if last:
-            _no_other_text(message)
         shown = {**message, "content": _text_parts(message.get("content"))} if isinstance(message, dict) else message
         if not last and (not isinstance(message, dict) or message.get("role") == "tool" or shown["content"] is None):
             continue
@@ -216,21 +213,6 @@ def turns_of(content: Mapping[str, Any]) -> tuple[list[int], Turns]:
     if turns[-1].role != "user":
         raise Problem(400, "invalid_messages", "the last message must be the user's.")
     return places, tuple(turns)
-
-
-def _no_other_text(message: object) -> None:
-    """Refuse parts that an upstream might read as text and a guard would not see.
-
-    Raises:
-        Problem: If a part is neither text nor a picture, a sound, a film or a file.
-    """
-    content = message.get("content") if isinstance(message, dict) else None
-    for part in content if isinstance(content, list) else ():
-        if not is_text(part) and not (isinstance(part, dict) and part.get("type") in _MEDIA and "text" not in part):
-            raise Problem(
-                400, "unsupported_value",
-                "a part of the last message is neither text nor a picture, a sound, a film or a file.",
-            )  # fmt: skip
 
 
 def _text_parts(content: object) -> object:
