@@ -122,9 +122,8 @@ def contradict(conversations: Sequence[Turns], ask: Ask, source: Source, setting
         source: Where evidence comes from.
         settings: How.
     """
-    asked = [place for place, turns in enumerate(conversations) if ask.fits(turns, settings.answer_tokens)]
-    said = dict(zip(asked, ask([conversations[place] for place in asked], settings.answer_tokens), strict=True))
-    found = [Conflict(turns, own_answer=said.get(place, "")) for place, turns in enumerate(conversations)]
+    answers = ask(conversations, settings.answer_tokens)
+    found = [Conflict(turns, own_answer=answer) for turns, answer in zip(conversations, answers, strict=True)]
     if source.write is not None:
         found = _rewritten(_with_own_evidence(found, ask, settings), source, settings)
     found = _explained(found, source, settings)
@@ -175,16 +174,13 @@ def summary(records: Sequence[Mapping[str, object]]) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _for_evidence(one: Conflict) -> Turns:
-    return (*one.turns, Message("assistant", one.own_answer), Message("user", _ASK_EVIDENCE))
-
-
 def _with_own_evidence(found: Sequence[Conflict], ask: Ask, settings: EvidenceSettings) -> list[Conflict]:
     """Ask for the evidence that supports each own answer; an empty answer has none."""
     asked = {
         place: turns
         for place, one in enumerate(found)
-        if one.own_answer and ask.fits(turns := _for_evidence(one), settings.evidence_tokens)
+        if one.own_answer
+        and ask.fits(turns := (*one.turns, Message("assistant", one.own_answer), Message("user", _ASK_EVIDENCE)))
     }
     said = dict(zip(asked, ask(list(asked.values()), settings.evidence_tokens), strict=True))
     return [

@@ -60,13 +60,8 @@ class Ask(Protocol):
         """Return a greedy reply to each conversation."""
         ...
 
-    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
-        """Tell whether the model can read these turns and say so much; True where that is not known.
-
-        Args:
-            turns: The turns.
-            new_tokens: How much; None for the reply to the guarded question.
-        """
+    def fits(self, turns: Turns) -> bool:
+        """Tell whether the model can read these turns and answer; True where that is not known."""
         ...
 
 
@@ -150,9 +145,9 @@ class AskHere:
         """Return a greedy reply to each conversation."""
         return self.lm.reply(conversations, max_new_tokens=max_new_tokens, batch_size=self.batch_size, bare=True)
 
-    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
+    def fits(self, turns: Turns) -> bool:
         """Tell whether the model can read these turns and answer."""
-        return fits(self.lm, turns, self.reply_tokens if new_tokens is None else new_tokens)
+        return fits(self.lm, turns, self.reply_tokens)
 
 
 def guarded_replies(

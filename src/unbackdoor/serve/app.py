@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from unbackdoor.errors import UserError
+from unbackdoor.errors import ModelError, UserError
 from unbackdoor.model.guard import Facts, Guards, Refusal, Turns
 from unbackdoor.model.quarantine import printable
 from unbackdoor.serve.backends import Backend, Elsewhere, Question
@@ -222,6 +222,8 @@ class _Chat:
         loop = asyncio.get_running_loop()
         try:
             (found,), (facts,) = await loop.run_in_executor(self.service._pool, lambda: guards.rewrite([turns], ask))
+        except ModelError as problem:
+            raise Problem(400, "invalid_messages", str(problem)) from problem
         except UserError as problem:
             # Such as an evidence LLM that cannot be loaded: for whoever runs the server, not for its clients.
             _LOG.error("a guard cannot work: %s", printable(str(problem), 500))

@@ -13,11 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from unbackdoor.errors import ModelError
 from unbackdoor.model.generate import Spoken, steps
 from unbackdoor.model.guard import DecodeGuard, Turns, fits, special_texts
 from unbackdoor.model.lm import LM
-from unbackdoor.serve.protocol import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -263,19 +261,11 @@ class AskEngine:
         """Return a greedy reply to each conversation; blocks until the engine has answered.
 
         Raises:
-            Problem: If the model cannot read a conversation.
             Exception: What the engine met with.
         """
         told: list[queue.SimpleQueue[Told]] = [queue.SimpleQueue() for _ in conversations]
         for turns, box in zip(conversations, told, strict=True):
-            try:
-                ids = self.engine.encode(turns)
-            except ModelError as problem:
-                raise Problem(400, "invalid_messages", str(problem)) from problem
-            if not self.engine.fits(turns, max_new_tokens):
-                # In the batch it would spoil everybody's answer.
-                raise Problem(400, "context_length_exceeded", "the conversation is longer than the model can read.")
-            job = Job(ids, max_new_tokens, box.put, cancelled=self.cancelled)
+            job = Job(self.engine.encode(turns), max_new_tokens, box.put, cancelled=self.cancelled)
             self.engine.submit(job)
         return [self._whole(box) for box in told]
 
@@ -293,9 +283,9 @@ class AskEngine:
             text += said
         raise Gone
 
-    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
+    def fits(self, turns: Turns) -> bool:
         """Tell whether the model can read these turns and answer."""
-        return self.engine.fits(turns, self.reply_tokens if new_tokens is None else new_tokens)
+        return self.engine.fits(turns, self.reply_tokens)
 
 
 class Gone(Exception):

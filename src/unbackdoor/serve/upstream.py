@@ -176,9 +176,9 @@ class AskUpstream:
                 found.append(_said(_json(response.status_code, response.content)))
         return found
 
-    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
+    def fits(self, turns: Turns) -> bool:
         """Return True: only the upstream knows."""
-        del turns, new_tokens
+        del turns
         return True
 
 
