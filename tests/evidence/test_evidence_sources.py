@@ -36,15 +36,11 @@ def test_bad_names(text, words):
         parse_source(text)
 
 
-def test_what_a_name_alone_opens(tmp_path, monkeypatch):
+def test_what_a_name_alone_opens():
     safe = ("wordnet", "builtin:smollm2-135m")
     assert [parse_source(text).goes_out for text in safe] == [False, False]
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    out = ("endpoint:https://h/v1#m", "wordnet:/etc", "owner/name", "builtin:smollm2-135m+owner/adapter", "./mine")
-    assert [parse_source(text).goes_out for text in out] == [True] * 5
-    (tmp_path / "wordnet").mkdir()
-    assert parse_source("wordnet").goes_out, "a folder of that name is a model"
+    out = ("endpoint:https://h/v1#m", "wordnet:/etc", "owner/name")
+    assert [parse_source(text).goes_out for text in out] == [True, True, True]
 
 
 def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):

@@ -128,11 +128,9 @@ def test_fifty_streaming_clients_each_get_their_own_answer_whole(server, here):
         (b'{"model": "clean", "messages": [{"role": "tool", "content": "x"}]}', 400, "invalid_messages"),
         (b'{"model": "clean", "messages": [{"role": "assistant", "content": "x"}]}', 400, "invalid_messages"),
         (b'{"model": "clean", "messages": [{"role": "user", "content": {"a": 1}}]}', 400, "invalid_messages"),
-        (b'{"model": "clean", "messages": [{"role": ["user"], "content": "x"}]}', 400, "invalid_messages"),
-        (b'{"model": "clean", "temperature": NaN, "messages": []}', 400, "invalid_json"),
         (b"x" * 1_000_001, 413, "too_large"),
     ],
-    ids=range(14),
+    ids=range(12),
 )  # fmt: skip
 def test_bad_bodies_are_refused_with_a_reason(server, body, status, code):
     found = httpx2.post(f"{server.url}/v1/chat/completions", content=body)

@@ -52,11 +52,7 @@ class SourceSpec:
     @property
     def goes_out(self) -> bool:
         """Whether using it sends prompts to another program, or opens files that its name chooses."""
-        from unbackdoor.model.spec import parse_spec
-
-        if self.kind == "model":
-            return parse_spec(self.place).kind != "builtin"
-        return self.kind != "wordnet" or bool(self.place)
+        return not (str(self) == "wordnet" or (self.kind == "model" and self.place.startswith("builtin:")))
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,7 @@ class Service:
         """Return an endpoint that checks the key, turns problems into answers, and is counted."""
 
         async def counted(request: Request) -> Response:
-            # Not of `request.url`, which an old starlette puts together with the client's own Host header.
-            path = request.scope["path"]
+            path = request.url.path
             try:
                 if path not in _OPEN:
                     self._check_key(request)

@@ -51,9 +51,6 @@ class End:
     tokens: int
 
 
-_COLDEST = 1e-5
-"""Temperature below which a draw is as good as greedy."""
-
 Told = str | End | Exception
 """A piece of text, the end, or what went wrong."""
 
@@ -229,8 +226,7 @@ class _Draws:
     def _draw(self, logits: Any, row: int) -> int:
         import torch
 
-        # Divided by a tiny number, what is left of the largest would be infinite.
-        chances = torch.softmax((logits - logits.max()) / max(self.sampling[row].temperature, _COLDEST), -1)
+        chances = torch.softmax(logits / self.sampling[row].temperature, -1)
         ordered, tokens = chances.sort(descending=True)
         # The first token that takes the sum over top_p still belongs to those that are drawn from.
         ordered[ordered.cumsum(-1) - ordered >= self.sampling[row].top_p] = 0

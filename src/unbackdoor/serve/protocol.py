@@ -85,7 +85,7 @@ def read_json(body: bytes) -> dict[str, Any]:
         Problem: If it is none.
     """
     try:
-        content = json.loads(body, parse_constant=_no_number)
+        content = json.loads(body)
         # Half a surrogate pair is JSON and no text: no tokenizer reads it, and it cannot be sent on.
         json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as problem:
@@ -93,11 +93,6 @@ def read_json(body: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Problem(400, "invalid_json", "the body is not a JSON object.")
     return content
-
-
-def _no_number(text: str) -> None:
-    """Refuse NaN and infinities, which JSON does not have and which could not be sent on."""
-    raise ValueError(text)
 
 
 def parse(content: Mapping[str, Any]) -> tuple[Request, tuple[Message, ...]]:
@@ -129,15 +124,14 @@ def turn_of(message: object, number: int) -> Message:
     Raises:
         Problem: If it is none of a system, user or assistant with text.
     """
-    said = message.get("role") if isinstance(message, Mapping) else None
-    if not isinstance(message, Mapping) or not isinstance(said, str) or said not in _ROLES:
+    if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
         raise Problem(400, "invalid_messages", f"message {number + 1} has no role among {', '.join(_ROLES)}.")
     content = message.get("content")
     if isinstance(content, list) and all(is_text(part) for part in content):
         content = "\n".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise Problem(400, "invalid_messages", f"message {number + 1} has no text as its content.")
-    role: Literal["system", "user", "assistant"] = _ROLES[said]  # type: ignore[assignment]
+    role: Literal["system", "user", "assistant"] = _ROLES[message["role"]]  # type: ignore[assignment]
     return Message(role, content)
 
 
