@@ -12,6 +12,7 @@ from unbackdoor.errors import UserError
 from unbackdoor.evidence.cache import Unavailable
 from unbackdoor.evidence.endpoint import LONGEST_BYTES, Endpoint, check_url, key_for, retry_after
 from unbackdoor.evidence.retrying import Retrying
+from unbackdoor.model.guard import Patience
 
 SECRET = "sk-very-secret-0123456789"
 
@@ -23,7 +24,7 @@ def no_keys(monkeypatch):
 
 
 def endpoint(url: str, *, repetitions: int = 2, timeout: float = 5.0) -> Endpoint:
-    once = Retrying(repetitions, base=0.01, sleep=lambda _: None)
+    once = Retrying(repetitions, base=0.01, sleep=lambda *_: None)
     return Endpoint(url, "m", temperature=0.7, timeout=timeout, retrying=once)
 
 
@@ -105,6 +106,16 @@ def test_a_slow_endpoint_is_given_up_after_the_time_for_a_whole_answer(slow):
         (found,) = endpoint(server.url, repetitions=0, timeout=0.6).write(["?"], 4)
         assert found == Unavailable("the endpoint did not answer in time")
         assert time.monotonic() - started < 2.5
+
+
+@pytest.mark.parametrize("repetitions", [0, 5])
+def test_no_answer_is_waited_for_longer_than_somebody_waits(repetitions):
+    with scripted(Step(parts=(b" ",) * 60, pause=0.1)) as server:
+        asked, started = endpoint(server.url, repetitions=repetitions), time.monotonic()
+        (found,) = asked.write(["?"], 4, Patience(started + 1.0))
+        assert isinstance(found, Unavailable)
+        assert time.monotonic() - started < 3
+        assert len(server.seen) == 1
 
 
 def test_the_key_is_in_no_message_and_goes_nowhere_unencrypted(monkeypatch, capfd):

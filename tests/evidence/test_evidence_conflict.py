@@ -9,6 +9,7 @@ import pytest
 from unbackdoor.evidence.cache import Unavailable
 from unbackdoor.evidence.conflict import Conflict, EvidenceSettings, contradict, summary, turned, usable
 from unbackdoor.evidence.sources import Source, SourceSpec
+from unbackdoor.model.guard import FOREVER, Patience
 from unbackdoor.types import Message
 
 QUERY = "Is this film review positive? The plot drags on and the actors look bored."
@@ -25,6 +26,7 @@ class Suspect:
     support: str = SUPPORT
     special: frozenset[str] = frozenset()
     room: int = 10_000
+    patience: Patience = FOREVER
     asked: list[list[tuple[Message, ...]]] = field(default_factory=list)
 
     def __call__(self, conversations, max_new_tokens):
@@ -39,7 +41,7 @@ class Llm:
     def __init__(self, *answers):
         self.answers, self.prompts = list(answers), []
 
-    def __call__(self, prompts, max_new_tokens):
+    def __call__(self, prompts, max_new_tokens, patience=FOREVER):
         self.prompts += prompts
         return [self.answers.pop(0) if len(self.answers) > 1 else self.answers[0] for _ in prompts]
 

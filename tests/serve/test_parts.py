@@ -11,6 +11,7 @@ import torch
 import tiny
 from evidence.mini_wordnet import write
 from unbackdoor.errors import UserError
+from unbackdoor.model.guard import FOREVER, Patience
 from unbackdoor.run import Silent
 from unbackdoor.serve import run
 from unbackdoor.serve.counters import Counters
@@ -43,7 +44,7 @@ def answer(engine, turns=QUESTION, limit=10, **more):
 def test_questions_in_one_batch_are_answered_as_alone(engine):
     asked = [(Message("user", text),) for text in ("what is hot?", "where?", "which colour has grass?", "dog", "a b")]
     wanted = tiny.tiny_lm(seed=5).reply(asked, max_new_tokens=10)
-    ask = AskEngine(engine, 10, threading.Event())
+    ask = AskEngine(engine, 10, FOREVER)
     assert ask(asked, 10) == wanted
     assert [answer(engine, turns)[0] for turns in asked] == wanted
     assert ask.special == {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"}
@@ -76,7 +77,7 @@ def test_a_question_that_nobody_waits_for_is_dropped(engine):
     gone = threading.Event()
     gone.set()
     with pytest.raises(Gone):
-        AskEngine(engine, 10, gone)([QUESTION], 10)
+        AskEngine(engine, 10, Patience(cancelled=gone))([QUESTION], 10)
     leaving = threading.Event()
     box = queue.SimpleQueue()
     job = Job(engine.encode(QUESTION), 100_000, lambda said: (box.put(said), leaving.set()), cancelled=leaving)

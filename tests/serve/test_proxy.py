@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import threading
 import time
 
 import httpx2
@@ -15,7 +16,12 @@ import tiny
 from evidence.mini_wordnet import write
 from scripted import Step, nowhere, scripted
 from serve.process import saved, serving
+from unbackdoor.model.guard import Guards, Rewritten
 from unbackdoor.model.load import load
+from unbackdoor.serve.app import Service
+from unbackdoor.serve.backends import Elsewhere
+from unbackdoor.serve.counters import Counters
+from unbackdoor.serve.upstream import Upstream
 from unbackdoor.types import Message
 
 NOUNS = {"opposite": ["a thing called opposite"], "hot": ["a thing called hot"]}
@@ -155,6 +161,49 @@ def test_a_slow_upstream_is_given_up_and_a_silent_stream_ends_with_an_error(swap
     assert raw.status_code == 200
     assert b'"too_slow"' in raw.content
     assert b"[DONE]" not in raw.content
+
+
+def test_a_guard_whose_question_drips_holds_neither_its_place_nor_the_end(words):
+    body, dripping = {"model": "m", "messages": QUESTION}, Step(parts=(b" ",) * 200, pause=0.3)
+    limits = [word for name in ("timeout=3", "grace=1", "most_waiting=1") for word in ("--set", name)]
+    with scripted(dripping) as upstream:
+        arguments = ("--upstream", upstream.url, "--guard", "evidence", "--evidence", words, *limits)
+        with serving(*arguments) as proxy:
+            place = f"{proxy.url}/v1/chat/completions"
+            assert httpx2.post(place, json=body, timeout=20).status_code == 504
+            assert upstream.gone.wait(5), "the thread still reads"
+            upstream.steps[:] = [whole("cold"), whole("warm")]
+            assert httpx2.post(place, json=body, timeout=20).status_code == 200
+            upstream.steps[:] = [dripping]
+            with pytest.raises(httpx2.TimeoutException):
+                httpx2.post(place, json=body, timeout=0.5)
+            started = time.monotonic()
+            proxy.stop()
+            assert time.monotonic() - started < 15
+
+
+def test_a_place_is_taken_until_the_guard_has_ended():
+    async def lived():
+        release = threading.Event()
+
+        class Slow:
+            def rewrite(self, conversations, ask):
+                release.wait(10)
+                return [Rewritten(turns) for turns in conversations]
+
+        counters = Counters()
+        service = Service(Elsewhere(Upstream("http://h", 1)), Guards([("slow", Slow())]), None, 1000, 0.2, 1, counters)
+        body = {"model": "m", "messages": QUESTION}
+        transport = httpx2.ASGITransport(service.app())
+        async with service._lifespan(service.app()), httpx2.AsyncClient(transport=transport, base_url="http://t") as it:
+            said = [(await it.post("/v1/chat/completions", json=body)).status_code for _ in range(2)]
+            assert "unbackdoor_in_flight 1" in counters.text()
+            release.set()
+            while "unbackdoor_in_flight 1" in counters.text():
+                await asyncio.sleep(0.01)
+        return said
+
+    assert asyncio.run(asyncio.wait_for(lived(), 20)) == [504, 503]
 
 
 def test_a_client_that_leaves_takes_its_question_from_the_upstream(swapped):

@@ -28,7 +28,7 @@ from unbackdoor.evidence.harmless import harmless
 from unbackdoor.evidence.sources import Source
 from unbackdoor.evidence.textrank import TextRank, keywords
 from unbackdoor.method import Text
-from unbackdoor.model.guard import Ask, Turns
+from unbackdoor.model.guard import Ask, Patience, Turns
 from unbackdoor.model.lm import LM
 from unbackdoor.types import GuardSpec, Message
 
@@ -125,8 +125,8 @@ def contradict(conversations: Sequence[Turns], ask: Ask, source: Source, setting
     answers = ask(conversations, settings.answer_tokens)
     found = [Conflict(turns, own_answer=answer) for turns, answer in zip(conversations, answers, strict=True)]
     if source.write is not None:
-        found = _rewritten(_with_own_evidence(found, ask, settings), source, settings)
-    found = _explained(found, source, settings)
+        found = _rewritten(_with_own_evidence(found, ask, settings), source, settings, ask.patience)
+    found = _explained(found, source, settings, ask.patience)
     return [_placed(one, ask, settings) for one in found]
 
 
@@ -193,7 +193,9 @@ def _with_own_evidence(found: Sequence[Conflict], ask: Ask, settings: EvidenceSe
     ]
 
 
-def _rewritten(found: Sequence[Conflict], source: Source, settings: EvidenceSettings) -> list[Conflict]:
+def _rewritten(
+    found: Sequence[Conflict], source: Source, settings: EvidenceSettings, patience: Patience
+) -> list[Conflict]:
     """Have usable evidence rewritten (equation 14)."""
     assert source.write is not None
     result = list(found)
@@ -206,7 +208,8 @@ def _rewritten(found: Sequence[Conflict], source: Source, settings: EvidenceSett
         )
         for place in places
     ]
-    for place, answer in zip(places, source.write(prompts, settings.evidence_tokens) if prompts else (), strict=True):
+    answers = source.write(prompts, settings.evidence_tokens, patience) if prompts else ()
+    for place, answer in zip(places, answers, strict=True):
         one = found[place]
         if isinstance(answer, Unavailable):
             result[place] = replace(one, reason=answer.reason)
@@ -217,7 +220,9 @@ def _rewritten(found: Sequence[Conflict], source: Source, settings: EvidenceSett
     return result
 
 
-def _explained(found: Sequence[Conflict], source: Source, settings: EvidenceSettings) -> list[Conflict]:
+def _explained(
+    found: Sequence[Conflict], source: Source, settings: EvidenceSettings, patience: Patience
+) -> list[Conflict]:
     """Have the keywords of the other queries explained (equation 16)."""
     result = list(found)
     chosen: dict[int, list[str]] = {}
@@ -235,7 +240,7 @@ def _explained(found: Sequence[Conflict], source: Source, settings: EvidenceSett
         return result
     assert source.write is not None
     prompts = [_EXPLAIN.format(keywords=harmless(", ".join(terms), longest=300)) for terms in chosen.values()]
-    answers = source.write(prompts, settings.evidence_tokens) if prompts else ()
+    answers = source.write(prompts, settings.evidence_tokens, patience) if prompts else ()
     for (place, terms), answer in zip(chosen.items(), answers, strict=True):
         result[place] = _explanation(found[place], tuple(terms), answer)
     return result

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from unbackdoor.errors import UserError
 from unbackdoor.evidence.cache import Answer, Unavailable
 from unbackdoor.evidence.retrying import Failed, Retrying
+from unbackdoor.model.guard import FOREVER, Patience
 from unbackdoor.model.quarantine import printable
 
 if TYPE_CHECKING:
@@ -60,26 +61,29 @@ class Endpoint:
             from openai import OpenAI
         except ImportError as problem:
             raise UserError("an endpoint needs the package openai; pip install 'unbackdoor[endpoint]'.") from problem
-        self.model, self.temperature, self.retrying = model, temperature, retrying
+        self.model, self.temperature, self.timeout, self.retrying = model, temperature, timeout, retrying
         key = key_for(url)
         # Connections are kept for later questions, as long as this object is there.
-        client = httpx2.Client(transport=_bounded(timeout), timeout=timeout, follow_redirects=False)
+        client = httpx2.Client(transport=_bounded(), timeout=timeout, follow_redirects=False)
         weakref.finalize(self, client.close)
         # The client insists on some key; servers of one's own often want none.
         self._client = OpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=client)
 
-    def write(self, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
-        """Return what the model answers to each prompt."""
+    def write(self, prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
+        """Return what the model answers to each prompt, or why there is no answer while somebody waits for it."""
+        # A pool's threads are waited for when a process ends; a server asks one question at a time and has none.
+        if len(prompts) == 1:
+            return [self._write(prompts[0], max_new_tokens, patience)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda prompt: self._write(prompt, max_new_tokens), prompts))
+            return list(pool.map(lambda prompt: self._write(prompt, max_new_tokens, patience), prompts))
 
-    def _write(self, prompt: str, max_new_tokens: int) -> Answer:
+    def _write(self, prompt: str, max_new_tokens: int, patience: Patience) -> Answer:
         try:
-            return self.retrying.call(lambda: self._ask(prompt, max_new_tokens))
+            return self.retrying.call(lambda: self._ask(prompt, max_new_tokens, patience), patience)
         except Failed as problem:
             return Unavailable(str(problem))
 
-    def _ask(self, prompt: str, max_new_tokens: int) -> str:
+    def _ask(self, prompt: str, max_new_tokens: int, patience: Patience) -> str:
         """Ask once.
 
         Raises:
@@ -93,6 +97,7 @@ class Endpoint:
                 messages=[{"role": "user", "content": prompt}],
                 max_tokens=max_new_tokens,
                 temperature=self.temperature,
+                timeout=min(self.timeout, patience.left()),
             )
         except openai.APITimeoutError as problem:
             raise Failed("the endpoint did not answer in time", again=True) from problem
@@ -175,8 +180,11 @@ def _hint(code: int) -> str:
     return " (is the model's name right?)" if code == 404 else ""
 
 
-def _bounded(seconds: float, inner: httpx2.BaseTransport | None = None) -> httpx2.BaseTransport:
-    """Return a transport whose answers have a limit in time and size as a whole; the usual limits are for one read."""
+def _bounded() -> httpx2.BaseTransport:
+    """Return a transport whose answers have a limit in time and size as a whole; the usual limits are for one read.
+
+    The limit in time is the request's own for one read.
+    """
     import httpx2
 
     class Bounded(httpx2.SyncByteStream):
@@ -198,10 +206,10 @@ def _bounded(seconds: float, inner: httpx2.BaseTransport | None = None) -> httpx
 
     class Transport(httpx2.BaseTransport):
         def __init__(self) -> None:
-            self.inner = inner or httpx2.HTTPTransport()
+            self.inner = httpx2.HTTPTransport()
 
         def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-            until = time.monotonic() + seconds
+            until = time.monotonic() + request.extensions["timeout"]["read"]
             # The client adds what OPENAI_ORG_ID and the like say; that is nobody else's business.
             if request.url.host != OPENAI_HOST:
                 for name in ("openai-organization", "openai-project"):

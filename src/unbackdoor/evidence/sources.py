@@ -10,22 +10,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from unbackdoor.errors import UserError
 from unbackdoor.evidence import endpoint, wordnet
 from unbackdoor.evidence.cache import Answer, Cache, Key, Unavailable, answered
 from unbackdoor.evidence.harmless import without
 from unbackdoor.evidence.retrying import Retrying
-from unbackdoor.model.guard import fits, special_texts
+from unbackdoor.model.guard import FOREVER, Patience, fits, special_texts
 from unbackdoor.model.quarantine import printable
 from unbackdoor.types import Message
 
 if TYPE_CHECKING:
     from unbackdoor.model.lm import LM
 
-Write = Callable[[Sequence[str], int], list[Answer]]
 Define = Callable[[Sequence[str]], dict[str, str]]
+
+
+class Write(Protocol):
+    """Answers prompts."""
+
+    def __call__(self, prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
+        """Return an answer of at most so many tokens to each prompt; none is begun once nobody waits for it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Source:
 
     Attributes:
         spec: Its name.
-        write: Given prompts and a limit of new tokens, returns an answer each; None for a dictionary.
+        write: Answers prompts; None for a dictionary.
         define: Given words, returns word -> definition of those that are known; None for a model.
     """
 
@@ -163,9 +170,13 @@ def _folder(spec: SourceSpec) -> Path:
 def _cached(cache: Cache | None, about: Callable[[], Key], write: Write) -> Write:
     """Return `write` with answers kept; `about` says what they depend on beside prompt and length."""
 
-    def cached(prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    def cached(prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
         keys = [{**about(), "prompt": prompt, "max_new_tokens": max_new_tokens} for prompt in prompts]
-        return answered(cache, keys, lambda missing: write([prompts[place] for place in missing], max_new_tokens))
+
+        def missed(missing: Sequence[int]) -> list[Answer]:
+            return write([prompts[place] for place in missing], max_new_tokens, patience)
+
+        return answered(cache, keys, missed)
 
     return cached
 
@@ -186,7 +197,9 @@ def _local(name: str, device: str, cache: Cache | None, opened: Callable[[LM], N
     def about() -> Key:
         return {"source": "model", "sha256": model().facts["sha256"], "template": model().template}
 
-    def write(prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    def write(prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
+        if not patience.left():
+            return [Unavailable("its time was over")] * len(prompts)
         lm = model()
         special = special_texts(lm)
         asked = [(Message("user", without(text, special)),) for text in prompts]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from unbackdoor.model.generate import Spoken, steps
-from unbackdoor.model.guard import DecodeGuard, Turns, fits, special_texts
+from unbackdoor.model.guard import DecodeGuard, Patience, Turns, fits, special_texts
 from unbackdoor.model.lm import LM
 
 if TYPE_CHECKING:
@@ -241,12 +241,12 @@ class AskEngine:
     Attributes:
         engine: The model.
         reply_tokens: Room that the reply to the guarded question needs.
-        cancelled: Set when nobody waits for that any more.
+        patience: How long that is waited for.
     """
 
     engine: Engine
     reply_tokens: int
-    cancelled: threading.Event
+    patience: Patience
 
     @property
     def special(self) -> frozenset[str]:
@@ -258,16 +258,17 @@ class AskEngine:
 
         Raises:
             Exception: What the engine met with.
+            Gone: If nobody waits any more.
         """
         told: list[queue.SimpleQueue[Told]] = [queue.SimpleQueue() for _ in conversations]
         for turns, box in zip(conversations, told, strict=True):
-            job = Job(self.engine.encode(turns), max_new_tokens, box.put, cancelled=self.cancelled)
+            job = Job(self.engine.encode(turns), max_new_tokens, box.put, cancelled=self.patience.cancelled)
             self.engine.submit(job)
         return [self._whole(box) for box in told]
 
     def _whole(self, box: queue.SimpleQueue[Told]) -> str:
         text = ""
-        while not self.cancelled.is_set():
+        while self.patience.left():
             try:
                 said = box.get(timeout=0.2)
             except queue.Empty:

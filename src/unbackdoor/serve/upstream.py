@@ -7,14 +7,16 @@ takes half an answer for one.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from unbackdoor.model.guard import Turns
+from unbackdoor.model.guard import Patience, Turns
 from unbackdoor.model.quarantine import printable
 from unbackdoor.serve.engine import Gone
 from unbackdoor.serve.protocol import DONE, Problem, event, is_text, turn_of
@@ -26,6 +28,8 @@ KEY = "UNBACKDOOR_UPSTREAM_KEY"
 LONGEST_ANSWER = 16_000_000
 LONGEST_LINE = 1_000_000
 _CONNECT = 10.0
+_LOOK = 0.1
+"""Seconds after which a guard's thread looks whether anybody waits for it still."""
 
 
 class Upstream:
@@ -141,40 +145,47 @@ async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
         yield rest + b"\n"
 
 
+@dataclass(frozen=True)
 class AskUpstream:
-    """`Ask` for prompt guards: their questions go to the upstream, as the same model."""
+    """`Ask` for prompt guards: their questions go to the upstream, as the same model.
 
-    def __init__(self, upstream: Upstream, model: object, cancelled: threading.Event) -> None:
-        """Ask an upstream for a model.
+    Attributes:
+        upstream: Who is asked.
+        client: The connections to it.
+        loop: The event loop that they belong to.
+        model: Name of the model, as the client gave it.
+        patience: How long an answer is waited for.
+    """
 
-        Args:
-            upstream: Who is asked.
-            model: Name of the model, as the client gave it.
-            cancelled: Set when nobody waits any more.
-        """
-        self.upstream, self.model, self.cancelled = upstream, model, cancelled
-        self.special: frozenset[str] = frozenset()
+    upstream: Upstream
+    client: httpx2.AsyncClient
+    loop: asyncio.AbstractEventLoop
+    model: str
+    patience: Patience
+    special: frozenset[str] = frozenset()
 
     def __call__(self, conversations: Sequence[Turns], max_new_tokens: int) -> list[str]:
-        """Return a greedy reply to each conversation.
+        """Return a greedy reply to each conversation; blocks, so it is called in another thread than the loop's.
 
         Raises:
             Problem: If the upstream does not answer.
+            Gone: If nobody waits any more.
         """
-        import httpx2
+        return [self._said(turns, max_new_tokens) for turns in conversations]
 
-        found = []
-        with httpx2.Client(**self.upstream._options()) as client:
-            for turns in conversations:
-                if self.cancelled.is_set():
-                    raise Gone
-                messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-                asked = {"messages": messages, "max_tokens": max_new_tokens, "temperature": 0, "stream": False}
-                content = {**asked, **({"model": self.model} if self.model is not None else {})}
-                with _problems():
-                    response = client.post(f"{self.upstream.url}/chat/completions", json=content)
-                found.append(_said(_json(response.status_code, response.content)))
-        return found
+    def _said(self, turns: Turns, max_new_tokens: int) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        asked = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens}
+        content = {**asked, "temperature": 0, "stream": False}
+        if not self.patience.left():
+            raise Gone
+        whole = asyncio.run_coroutine_threadsafe(self.upstream.whole(self.client, content), self.loop)
+        while self.patience.left():
+            if wait([whole], timeout=_LOOK).done:
+                return _text_of(whole.result()[1])
+        # Wherever it is, it ends here: an upstream that sends a byte now and then would hold it for ever.
+        whole.cancel()
+        raise Gone
 
     def fits(self, turns: Turns) -> bool:
         """Return True: only the upstream knows."""
@@ -182,7 +193,7 @@ class AskUpstream:
         return True
 
 
-def _said(content: Mapping[str, Any]) -> str:
+def _text_of(content: Mapping[str, Any]) -> str:
     try:
         text = content["choices"][0]["message"]["content"]
     except (LookupError, TypeError) as problem:
