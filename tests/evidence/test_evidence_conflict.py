@@ -28,12 +28,14 @@ class Suspect:
     room: int = 10_000
     patience: Patience = FOREVER
     asked: list[list[tuple[Message, ...]]] = field(default_factory=list)
+    lengths: list[int | None] = field(default_factory=list)
 
     def __call__(self, conversations, max_new_tokens):
         self.asked.append(list(conversations))
         return [self.support if "that supports" in turns[-1].content else self.answer for turns in conversations]
 
-    def fits(self, turns):
+    def fits(self, turns, new_tokens=None):
+        self.lengths.append(new_tokens)
         return sum(len(turn.content) for turn in turns) <= self.room
 
 
@@ -150,6 +152,20 @@ def test_evidence_is_shortened_until_the_model_can_read_it_and_left_out_where_it
     none = one(Suspect(room=len(QUERY) + 20), written(Llm("fact " * 100)))
     assert (none.branch, none.turns) == ("none", (Message("user", QUERY),))
     assert "does not fit" in none.reason
+
+
+def test_a_question_that_the_model_cannot_read_is_not_asked():
+    suspect = Suspect(room=len(QUERY) + 200)
+    conversations = [(Message("user", text),) for text in (QUERY * 9, QUERY)]
+    long, short = contradict(conversations, suspect, written(Llm(AGAINST)), EvidenceSettings())
+    assert (long.branch, long.turns, long.own_answer) == ("none", conversations[0], "")
+    assert "does not fit" in long.reason
+    assert short.branch == "rewritten"
+    assert [len(batch) for batch in suspect.asked] == [1, 1]
+    assert suspect.lengths == [32, 32, 96, None]
+    suspect.asked.clear()
+    contradict(conversations[:1], suspect, dictionary(), EvidenceSettings())
+    assert not suspect.asked
 
 
 def test_earlier_turns_stay_and_many_conversations_go_together():

@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from evidence.mini_wordnet import write
-from unbackdoor.errors import UserError
+from unbackdoor.errors import ModelError, UserError
 from unbackdoor.model.guard import FOREVER, Patience
 from unbackdoor.run import Silent
 from unbackdoor.serve import run
@@ -49,6 +49,21 @@ def test_questions_in_one_batch_are_answered_as_alone(engine):
     assert [answer(engine, turns)[0] for turns in asked] == wanted
     assert ask.special == {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"}
     assert not ask.fits((Message("user", "hot " * 250),))
+
+
+def test_a_guards_question_that_does_not_fit_or_is_none_is_refused_and_harms_nobody(engine, monkeypatch):
+    ask, long = AskEngine(engine, 10, FOREVER), (Message("user", "hot " * 250),)
+    assert ask.fits((Message("user", "hot " * 100),))
+    assert not ask.fits((Message("user", "hot " * 100),), 200)
+    with pytest.raises(Problem, match="more tokens than the model reads") as problem:
+        ask([QUESTION, long], 10)
+    assert problem.value.status == 400
+    assert engine._waiting.empty(), "none of them is asked"
+    assert answer(engine)[1].tokens == 10
+    monkeypatch.setattr(engine, "encode", lambda turns: (_ for _ in ()).throw(ModelError("no such turns.")))
+    with pytest.raises(Problem, match="no such turns") as problem:
+        ask([QUESTION], 10)
+    assert problem.value.status == 400
 
 
 def test_rows_of_different_lengths_end_when_they_should(engine):

@@ -45,6 +45,7 @@ _PLACED = 'Background information: "{evidence}"\n\n{query}'
 _SHORTEST = 20
 """Characters below which evidence is not shortened further to fit into a context."""
 _SAME = 0.5
+_TOO_LONG = "the conversation does not fit into the model's context"
 
 
 class EvidenceSettings(BaseModel):
@@ -122,6 +123,16 @@ def contradict(conversations: Sequence[Turns], ask: Ask, source: Source, setting
         source: Where evidence comes from.
         settings: How.
     """
+    # A guard's own question that the model cannot read would break the whole batch, and is not asked.
+    places = [place for place, turns in enumerate(conversations) if ask.fits(turns, settings.answer_tokens)]
+    made = _contradicted([conversations[place] for place in places], ask, source, settings) if places else []
+    found = dict(zip(places, made, strict=True))
+    return [found.get(place) or Conflict(turns, reason=_TOO_LONG) for place, turns in enumerate(conversations)]
+
+
+def _contradicted(
+    conversations: Sequence[Turns], ask: Ask, source: Source, settings: EvidenceSettings
+) -> list[Conflict]:
     answers = ask(conversations, settings.answer_tokens)
     found = [Conflict(turns, own_answer=answer) for turns, answer in zip(conversations, answers, strict=True)]
     if source.write is not None:
@@ -180,7 +191,10 @@ def _with_own_evidence(found: Sequence[Conflict], ask: Ask, settings: EvidenceSe
         place: turns
         for place, one in enumerate(found)
         if one.own_answer
-        and ask.fits(turns := (*one.turns, Message("assistant", one.own_answer), Message("user", _ASK_EVIDENCE)))
+        and ask.fits(
+            turns := (*one.turns, Message("assistant", one.own_answer), Message("user", _ASK_EVIDENCE)),
+            settings.evidence_tokens,
+        )
     }
     said = dict(zip(asked, ask(list(asked.values()), settings.evidence_tokens), strict=True))
     return [

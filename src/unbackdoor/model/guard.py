@@ -92,8 +92,13 @@ class Ask(Protocol):
         """Return a greedy reply to each conversation."""
         ...
 
-    def fits(self, turns: Turns) -> bool:
-        """Tell whether the model can read these turns and answer; True where that is not known."""
+    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
+        """Tell whether the model can read these turns and answer; True where that is not known.
+
+        Args:
+            turns: What it would be asked.
+            new_tokens: Length of the answer; None for that to the guarded question.
+        """
         ...
 
 
@@ -179,9 +184,9 @@ class AskHere:
         """Return a greedy reply to each conversation."""
         return self.lm.reply(conversations, max_new_tokens=max_new_tokens, batch_size=self.batch_size, bare=True)
 
-    def fits(self, turns: Turns) -> bool:
+    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
         """Tell whether the model can read these turns and answer."""
-        return fits(self.lm, turns, self.reply_tokens)
+        return fits(self.lm, turns, self.reply_tokens if new_tokens is None else new_tokens)
 
 
 def guarded_replies(

@@ -9,13 +9,16 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from unbackdoor.errors import ModelError
 from unbackdoor.model.generate import Spoken, steps
 from unbackdoor.model.guard import DecodeGuard, Patience, Turns, fits, special_texts
 from unbackdoor.model.lm import LM
+from unbackdoor.serve.protocol import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -257,13 +260,15 @@ class AskEngine:
         """Return a greedy reply to each conversation; blocks until the engine has answered.
 
         Raises:
+            Problem: If the template refuses the client's turns, or the model cannot read them and answer.
             Exception: What the engine met with.
             Gone: If nobody waits any more.
         """
+        # All are looked at before one is asked: what does not fit would break the batch that it is in, for everybody.
+        prompts = [self._encoded(turns, max_new_tokens) for turns in conversations]
         told: list[queue.SimpleQueue[Told]] = [queue.SimpleQueue() for _ in conversations]
-        for turns, box in zip(conversations, told, strict=True):
-            job = Job(self.engine.encode(turns), max_new_tokens, box.put, cancelled=self.patience.cancelled)
-            self.engine.submit(job)
+        for ids, box in zip(prompts, told, strict=True):
+            self.engine.submit(Job(ids, max_new_tokens, box.put, cancelled=self.patience.cancelled))
         return [self._whole(box) for box in told]
 
     def _whole(self, box: queue.SimpleQueue[Told]) -> str:
@@ -280,9 +285,29 @@ class AskEngine:
             text += said
         raise Gone
 
-    def fits(self, turns: Turns) -> bool:
-        """Tell whether the model can read these turns and answer."""
-        return self.engine.fits(turns, self.reply_tokens)
+    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
+        """Tell whether the model can read these turns and answer.
+
+        Raises:
+            Problem: If the template refuses them.
+        """
+        with _clients():
+            return self.engine.fits(turns, self.reply_tokens if new_tokens is None else new_tokens)
+
+    def _encoded(self, turns: Turns, max_new_tokens: int) -> tuple[int, ...]:
+        if not self.fits(turns, max_new_tokens):
+            raise Problem(400, "context_length_exceeded", "a guard's question has more tokens than the model reads.")
+        with _clients():
+            return self.engine.encode(turns)
+
+
+@contextmanager
+def _clients() -> Iterator[None]:
+    """Tell turns that the template refuses, which are the client's, from all else that is wrong with a model."""
+    try:
+        yield
+    except ModelError as problem:
+        raise Problem(400, "invalid_messages", str(problem)) from problem
 
 
 class Gone(Exception):

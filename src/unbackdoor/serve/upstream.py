@@ -187,9 +187,9 @@ class AskUpstream:
         whole.cancel()
         raise Gone
 
-    def fits(self, turns: Turns) -> bool:
+    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
         """Return True: only the upstream knows."""
-        del turns
+        del turns, new_tokens
         return True
 
 
