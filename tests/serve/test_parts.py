@@ -131,6 +131,24 @@ def test_draws_follow_temperature_top_p_and_seed():
     assert {second for _, second in drawn(temperature=1.0, top_p=0.7, seed=1)} == {0, 1}
     assert {second for _, second in drawn(temperature=1.0, top_p=0.01, seed=1)} == {0}
     assert sum(second == 0 for _, second in drawn(temperature=0.1, seed=1)) > 780
+    assert {second for _, second in drawn(temperature=1e-40, seed=1)} == {0}
+
+
+def test_a_row_that_cannot_be_drawn_ends_alone(engine, monkeypatch):
+    real = _Draws._draw
+    assert answer(engine, sampling=Sampling(1e-40))[0] == answer(engine)[0]
+
+    def draw(self, logits, row):
+        return real(self, logits * float("nan") if self.sampling[row].seed == 7 else logits, row)
+
+    monkeypatch.setattr(_Draws, "_draw", draw)
+    boxes = [queue.SimpleQueue() for _ in range(2)]
+    for seed, box in zip((7, 8), boxes, strict=True):
+        engine.submit(Job(engine.encode(QUESTION), 10, box.put, Sampling(1.0, 1.0, seed)))
+    assert isinstance(boxes[0].get(timeout=60), RuntimeError)
+    while not isinstance(said := boxes[1].get(timeout=60), End):
+        assert isinstance(said, str)
+    assert boxes[0].empty()
 
 
 def test_counts_as_text():

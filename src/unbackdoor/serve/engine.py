@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _GATHER = 0.005
+_COLDEST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,9 @@ class Engine:
         step = next(loop)
         ended: set[int] = set()
         while True:
-            done = {row for row, token in step if self._said(batch[row], spoken[row], token)}
+            for row in draws.failed.keys() - ended:
+                batch[row].tell(draws.failed[row])
+            done = {row for row, token in step if row in draws.failed or self._said(batch[row], spoken[row], token)}
             ended |= done
             if len(ended) == len(batch):
                 return
@@ -210,26 +213,36 @@ class Engine:
 
 
 class _Draws:
-    """Chooses the next tokens of a batch, each row in its own way and by its own stream."""
+    """Chooses the next tokens of a batch, each row in its own way and by its own stream.
+
+    Attributes:
+        failed: Row -> what went wrong with its draw; the others go on.
+    """
 
     def __init__(self, batch: Sequence[Job]) -> None:
         import torch
 
         self.sampling = [job.sampling for job in batch]
         self.any = any(one.temperature > 0 for one in self.sampling)
+        self.failed: dict[int, Exception] = {}
         self.streams = [torch.Generator().manual_seed(one.seed) for one in self.sampling]
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         chosen = logits.argmax(-1)
         for place, row in enumerate(rows):
             if self.sampling[row].temperature > 0:
-                chosen[place] = self._draw(logits[place].float().cpu(), row)
+                try:
+                    chosen[place] = self._draw(logits[place].float().cpu(), row)
+                # Logits of one row that are no numbers are no reason to end the others.
+                except RuntimeError as problem:
+                    self.failed[row] = problem
         return chosen
 
     def _draw(self, logits: Any, row: int) -> int:
         import torch
 
-        chances = torch.softmax(logits / self.sampling[row].temperature, -1)
+        # Divided by a temperature next to nothing, logits would be infinite.
+        chances = torch.softmax((logits - logits.max()) / max(self.sampling[row].temperature, _COLDEST), -1)
         ordered, tokens = chances.sort(descending=True)
         # The first token that takes the sum over top_p still belongs to those that are drawn from.
         ordered[ordered.cumsum(-1) - ordered >= self.sampling[row].top_p] = 0
