@@ -11,6 +11,8 @@ import time
 import httpx2
 import openai
 import pytest
+from starlette.datastructures import URL
+from starlette.requests import Request
 
 import tiny
 from evidence.mini_wordnet import write
@@ -245,6 +247,22 @@ def test_the_key_is_asked_for_where_one_is_set_and_is_not_passed_on(words):
             assert "sesame" not in "".join(found.errors)
             # ^C ends it as SIGTERM does.
             assert found.stop(signal.SIGINT) == 0
+
+
+def test_a_host_header_opens_no_path(monkeypatch):
+    # As starlette's before 1.0 say it, whatever is installed here.
+    monkeypatch.setattr(Request, "url", URL("http://x/health?/v1/models"))
+    counters = Counters()
+    service = Service(Elsewhere(Upstream(nowhere(), 1)), Guards(), "sesame", 1000, 1, 1, counters)
+
+    async def asked():
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(service.app()), base_url="http://t", headers={"host": "x/health?"}
+        ) as client:
+            return [(await client.get(path)).status_code for path in ("/v1/models", "/health")]
+
+    assert asyncio.run(asked()) == [401, 200]
+    assert 'path="/v1/models",status="401"' in counters.text()
 
 
 def test_a_dead_upstream(words):

@@ -107,7 +107,8 @@ class Service:
         """Return an endpoint that checks the key, turns problems into answers, and is counted."""
 
         async def counted(request: Request) -> Response:
-            path = request.url.path
+            # Not of the request's URL: that is made of the Host header, which the client writes.
+            path = request.scope["path"]
             try:
                 if path not in _OPEN:
                     self._check_key(request)
