@@ -186,6 +186,20 @@ def test_turns_that_did_not_change_leave_the_request_as_it_came():
             turns_of(bad)
 
 
+@pytest.mark.parametrize(
+    "part",
+    ["words", {"type": "input_text", "text": "words"}, {"type": "output_text", "text": "words"}, {"text": "words"},
+     {"type": "refusal", "refusal": "words"}, {"type": "text", "text": ["words"]}, {"type": ["text"]}, None],
+    ids=range(8),
+)  # fmt: skip
+def test_a_part_that_guards_cannot_see_is_refused(part):
+    picture, text = {"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": "q"}
+    assert turns_of({"messages": [{"role": "user", "content": [picture, text]}]})[1] == (Message("user", "q"),)
+    with pytest.raises(Problem, match="part 3 of the last message") as problem:
+        turns_of({"messages": [{"role": "user", "content": [picture, text, part]}]})
+    assert problem.value.status == 400
+
+
 def test_the_longest_reply_is_the_smaller_of_two_limits():
     content = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
     assert parse(content)[0].limit is None

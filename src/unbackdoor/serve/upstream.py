@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 KEY = "UNBACKDOOR_UPSTREAM_KEY"
 LONGEST_ANSWER = 16_000_000
 LONGEST_LINE = 1_000_000
+_MEDIA = ("image_url", "input_audio", "audio_url", "video_url", "file")
+"""Types of the parts of a message that go on unseen, beside text."""
 _CONNECT = 10.0
 _LOOK = 0.1
 """Seconds after which a guard's thread looks whether anybody waits for it still."""
@@ -205,7 +207,8 @@ def turns_of(content: Mapping[str, Any]) -> tuple[list[int], Turns]:
     """Return the places of the messages that are turns with text, and these turns.
 
     Calls of tools and their results are passed on and not shown to guards; but the last message must be the user's, or
-    a guard would be got round by whatever stands behind it.
+    a guard would be got round by whatever stands behind it, and none of its parts may be one that is neither text nor a
+    known medium, because an upstream may read it as text that no guard has seen.
 
     Raises:
         Problem: If there are no messages, or the last one is not the user's text.
@@ -223,6 +226,13 @@ def turns_of(content: Mapping[str, Any]) -> tuple[list[int], Turns]:
         turns.append(turn_of(shown, place))
     if turns[-1].role != "user":
         raise Problem(400, "invalid_messages", "the last message must be the user's.")
+    content = messages[-1]["content"]
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        if not is_text(part) and not (isinstance(part, dict) and part.get("type") in _MEDIA):
+            raise Problem(
+                400, "invalid_messages",
+                f"part {number + 1} of the last message is neither text nor one of {', '.join(_MEDIA)}.",
+            )  # fmt: skip
     return places, tuple(turns)
 
 
