@@ -36,11 +36,14 @@ def test_bad_names(text, words):
         parse_source(text)
 
 
-def test_what_a_name_alone_opens():
+def test_what_a_name_alone_opens(tmp_path, monkeypatch):
     safe = ("wordnet", "builtin:smollm2-135m")
     assert [parse_source(text).goes_out for text in safe] == [False, False]
-    out = ("endpoint:https://h/v1#m", "wordnet:/etc", "owner/name")
-    assert [parse_source(text).goes_out for text in out] == [True, True, True]
+    out = ("endpoint:https://h/v1#m", "wordnet:/etc", "owner/name", "builtin:smollm2-135m+owner/adapter")
+    assert [parse_source(text).goes_out for text in out] == [True] * 4
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wordnet").mkdir()
+    assert parse_source("wordnet").goes_out, "a folder of this name is a model"
 
 
 def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):

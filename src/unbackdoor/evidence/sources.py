@@ -59,7 +59,12 @@ class SourceSpec:
     @property
     def goes_out(self) -> bool:
         """Whether using it sends prompts to another program, or opens files that its name chooses."""
-        return not (str(self) == "wordnet" or (self.kind == "model" and self.place.startswith("builtin:")))
+        from unbackdoor.model.spec import parse_spec
+
+        if self.kind == "wordnet":
+            return bool(self.place)
+        # The built-in model with an adapter is another model.
+        return self.kind == "endpoint" or parse_spec(self.place).kind != "builtin"
 
 
 @dataclass(frozen=True)
