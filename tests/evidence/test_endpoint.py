@@ -148,7 +148,8 @@ def test_retry_after_is_a_number_or_a_date():
     assert retry_after("7", now) == 7
     assert retry_after("Tue, 14 Nov 2023 22:13:30 GMT", now) == 10
     assert retry_after("Tue, 14 Nov 2023 22:13:00 GMT", now) == 0
-    assert [retry_after(text, now) for text in (None, "soon", "nan", "")] == [None] * 4
+    far = "1 Jan 99999999999999999999 00:00:00 GMT"
+    assert [retry_after(text, now) for text in (None, "soon", "nan", "", far)] == [None] * 5
 
 
 @pytest.mark.parametrize("url", ["https://h/v1", "http://127.0.0.1:8000/v1", "http://[::1]:80/v1"])

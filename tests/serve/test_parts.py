@@ -16,7 +16,7 @@ from unbackdoor.run import Silent
 from unbackdoor.serve import run
 from unbackdoor.serve.counters import Counters
 from unbackdoor.serve.engine import AskEngine, End, Engine, Gone, Job, Sampling, _Draws
-from unbackdoor.serve.protocol import Problem, parse
+from unbackdoor.serve.protocol import Problem, parse, read_json
 from unbackdoor.serve.upstream import turns_of, with_turns
 from unbackdoor.types import Message
 
@@ -181,9 +181,18 @@ def test_turns_that_did_not_change_leave_the_request_as_it_came():
     assert changed["messages"][0] == content["messages"][0]
     assert changed["messages"][1] == {"role": "user", "content": "e q"}
     assert content["messages"][1]["content"] == "q"
-    for bad in ({}, {"messages": "x"}, {"messages": []}, {"messages": [1]}, {"messages": [{"role": "assistant"}]}):
+    odd = {"role": ["user"], "content": "x"}
+    for bad in ("x", [], [1], [{"role": "assistant"}], [odd], [odd, {"role": "user", "content": "q"}]):
         with pytest.raises(Problem):
-            turns_of(bad)
+            turns_of({"messages": bad})
+    with pytest.raises(Problem):
+        turns_of({})
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_what_is_no_number_in_json_is_refused(number):
+    with pytest.raises(Problem, match="not JSON"):
+        read_json(f'{{"temperature": {number}}}'.encode())
 
 
 @pytest.mark.parametrize(
