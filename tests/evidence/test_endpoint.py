@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 
@@ -75,6 +76,7 @@ def test_what_passes_is_repeated(bad):
         (Step(body=b'{"choices": [{"message": {"content": {"a": 1}}}]}'), "no text"), (chat("  \n"), "no text"),
         (Step(429, headers={"retry-after": "86400"}), "HTTP 429"),
         (Step(body=b'{"choices": "' + b"x" * (LONGEST_BYTES + 1)), "too long"),
+        (Step(body=gzip.compress(chat("x").body), headers={"content-encoding": "gzip"}), "packed"),
     ],
 )  # fmt: skip
 def test_what_does_not_pass_is_asked_once_and_said(bad, words):

@@ -37,7 +37,7 @@ AT_ONCE = 8
 
 _AGAIN = frozenset({408, 409, 425, 429})
 _SAID = 120
-_TOO_LONG = "too long"
+_TOO_LONG, _PACKED = "too long", "packed, which was not asked for"
 
 
 class Endpoint:
@@ -102,8 +102,8 @@ class Endpoint:
         except openai.APITimeoutError as problem:
             raise Failed("the endpoint did not answer in time", again=True) from problem
         except openai.APIConnectionError as problem:
-            if str(problem.__cause__) == _TOO_LONG:
-                raise Failed("the endpoint's answer is too long", again=False) from problem
+            if (what := str(problem.__cause__)) in {_TOO_LONG, _PACKED}:
+                raise Failed(f"the endpoint's answer is {what}", again=False) from problem
             raise Failed("the endpoint cannot be reached", again=True) from problem
         except openai.APIStatusError as problem:
             code = problem.status_code
@@ -217,6 +217,9 @@ def _bounded() -> httpx2.BaseTransport:
             # Unpacked, a small answer can be endless.
             request.headers["accept-encoding"] = "identity"
             response = self.inner.handle_request(request)
+            if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
+                response.close()
+                raise httpx2.ReadError(_PACKED, request=request)
             stream = Bounded(response.stream, until, request)
             return httpx2.Response(
                 response.status_code, headers=response.headers, stream=stream, extensions=response.extensions
