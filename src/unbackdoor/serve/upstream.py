@@ -227,7 +227,8 @@ def turns_of(content: Mapping[str, Any]) -> tuple[list[int], Turns]:
     if turns[-1].role != "user":
         raise Problem(400, "invalid_messages", "the last message must be the user's.")
     content = messages[-1]["content"]
-    for number, part in enumerate(content if isinstance(content, list) else ()):
+    parts: list[Any] = content if isinstance(content, list) else []
+    for number, part in enumerate(parts):
         if not is_text(part) and not (isinstance(part, dict) and part.get("type") in _MEDIA):
             raise Problem(
                 400, "invalid_messages",
