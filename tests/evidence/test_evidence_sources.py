@@ -57,6 +57,17 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):
         check_source("endpoint:https://h/v1#m")
 
 
+def test_the_files_of_a_local_model_are_looked_at_and_it_can_be_loaded_at_once(folder):
+    opened = []
+    source = open_source(str(folder), Asking(), opened.append)
+    assert source.load is not None
+    source.load()
+    assert len(opened) == 1
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config"):
+        check_source(str(folder))
+
+
 def test_a_dictionary_defines_and_does_not_write(tmp_path):
     source = open_source(f"wordnet:{write(tmp_path / 'own')}", Asking())
     assert source.write is None

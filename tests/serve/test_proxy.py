@@ -18,6 +18,7 @@ import tiny
 from evidence.mini_wordnet import write
 from scripted import Step, nowhere, scripted
 from serve.process import saved, serving
+from unbackdoor.errors import ModelError
 from unbackdoor.model.guard import Guards, Rewritten
 from unbackdoor.model.load import load
 from unbackdoor.serve.app import Service
@@ -247,6 +248,24 @@ def test_the_key_is_asked_for_where_one_is_set_and_is_not_passed_on(words):
             assert "sesame" not in "".join(found.errors)
             # ^C ends it as SIGTERM does.
             assert found.stop(signal.SIGINT) == 0
+
+
+def test_a_guard_that_cannot_work_is_told_to_whoever_runs_the_server(caplog):
+    class Broken:
+        def rewrite(self, conversations, ask):
+            raise ModelError("'/srv/secret/evidence' holds no weights.")
+
+    service = Service(Elsewhere(Upstream(nowhere(), 1)), Guards([("x", Broken())]), None, 1000, 5, 1, Counters())
+
+    async def asked():
+        transport = httpx2.ASGITransport(service.app())
+        async with service._lifespan(service.app()), httpx2.AsyncClient(transport=transport, base_url="http://t") as it:
+            return await it.post("/v1/chat/completions", json={"model": "m", "messages": QUESTION})
+
+    found = asyncio.run(asked())
+    assert (found.status_code, found.json()["error"]["code"]) == (503, "guard_failed")
+    assert "secret" not in found.text
+    assert "/srv/secret/evidence" in caplog.text
 
 
 def test_a_host_header_opens_no_path(monkeypatch):

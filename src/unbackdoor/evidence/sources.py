@@ -17,6 +17,7 @@ from unbackdoor.evidence import endpoint, wordnet
 from unbackdoor.evidence.cache import Answer, Cache, Key, Unavailable, answered
 from unbackdoor.evidence.harmless import without
 from unbackdoor.evidence.retrying import Retrying
+from unbackdoor.model.files import check_model
 from unbackdoor.model.guard import FOREVER, Patience, fits, special_texts
 from unbackdoor.model.quarantine import printable
 from unbackdoor.types import Message
@@ -94,11 +95,13 @@ class Source:
         spec: Its name.
         write: Answers prompts; None for a dictionary.
         define: Given words, returns word -> definition of those that are known; None for a model.
+        load: Of a local model, loads it now and not when it is first asked; None for others.
     """
 
     spec: SourceSpec
     write: Write | None = None
     define: Define | None = None
+    load: Callable[[], object] | None = None
 
 
 def parse_source(text: str) -> SourceSpec:
@@ -140,6 +143,8 @@ def check_source(text: str) -> SourceSpec:
         if find_spec("openai") is None:
             raise UserError("an endpoint needs the package openai; pip install 'unbackdoor[endpoint]'.")
         endpoint.key_for(spec.place)
+    else:
+        check_model(spec.place)
     return spec
 
 
@@ -165,7 +170,7 @@ def open_source(text: str, asking: Asking, opened: Callable[[LM], None] | None =
         )  # fmt: skip
         about = {"source": "endpoint", "url": spec.place, "model": spec.model, "temperature": asking.temperature}
         return Source(spec, write=_cached(cache, lambda: about, asked.write))
-    return Source(spec, write=_local(spec.place, asking.device, cache, opened))
+    return _local(spec, asking.device, cache, opened)
 
 
 def _folder(spec: SourceSpec) -> Path:
@@ -186,15 +191,15 @@ def _cached(cache: Cache | None, about: Callable[[], Key], write: Write) -> Writ
     return cached
 
 
-def _local(name: str, device: str, cache: Cache | None, opened: Callable[[LM], None] | None) -> Write:
-    """Return the greedy answers of a local model."""
+def _local(spec: SourceSpec, device: str, cache: Cache | None, opened: Callable[[LM], None] | None) -> Source:
+    """Return a local model, which answers greedily."""
     from functools import cache as once
 
     @once
     def model() -> LM:
         from unbackdoor.model.load import load
 
-        lm = load(name, device=device, trainable=False)
+        lm = load(spec.place, device=device, trainable=False)
         if opened is not None:
             opened(lm)
         return lm
@@ -215,4 +220,4 @@ def _local(name: str, device: str, cache: Cache | None, opened: Callable[[LM], N
             found[place] = reply or Unavailable("the evidence LLM says nothing")
         return found
 
-    return _cached(cache, about, write)
+    return Source(spec, write=_cached(cache, about, write), load=model)

@@ -35,7 +35,7 @@ class Evidence(Guard):
     conflict: EvidenceSettings = Field(EvidenceSettings(), description="how evidence is made and used")
 
     def build(self, place: Place) -> PromptGuard:
-        """Open the source; a local model is loaded at its first use."""
+        """Open the source; a local model is loaded at its first use, or at once where the place says so."""
         cache = place.cache / "evidence" if place.cache is not None and self.conflict.cached else None
         asking = Asking(
             self.conflict.temperature, self.conflict.timeout, self.conflict.repetitions, cache, place.device
@@ -51,6 +51,8 @@ class Evidence(Guard):
             place.notice(_OWN.format("the guarded model itself"))
         elif place.base is not None and self.source == place.base:
             place.notice(_OWN.format("the guarded model's base"))
+        if place.at_once and source.load is not None:
+            source.load()
         return _Working(source, self.conflict)
 
 

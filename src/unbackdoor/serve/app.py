@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from unbackdoor.errors import ModelError, UserError
+from unbackdoor.errors import UserError
 from unbackdoor.model.guard import Facts, Guards, Patience, Refusal, Turns
 from unbackdoor.model.quarantine import printable
 from unbackdoor.serve.backends import Backend, Elsewhere, Question
@@ -252,8 +252,6 @@ class _Chat:
         self.working = self.service.in_thread(lambda: guards.rewrite([turns], ask))
         try:
             (found,), (facts,) = await asyncio.wrap_future(self.working)
-        except ModelError as problem:
-            raise Problem(400, "invalid_messages", str(problem)) from problem
         except UserError as problem:
             # Such as an evidence LLM that cannot be loaded: for whoever runs the server, not for its clients.
             _LOG.error("a guard cannot work: %s", printable(str(problem), 500))

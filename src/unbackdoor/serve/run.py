@@ -56,7 +56,8 @@ def check(recipe: ServeRecipe) -> None:
     """
     from unbackdoor.evidence.endpoint import check_url
     from unbackdoor.evidence.sources import check_source
-    from unbackdoor.pipeline.preflight import check_device, check_model
+    from unbackdoor.model.files import check_model
+    from unbackdoor.pipeline.preflight import check_device
 
     missing = [name for name in ("starlette", "uvicorn", "httpx2") if find_spec(name) is None]
     if missing:
@@ -154,7 +155,7 @@ def _service(recipe: ServeRecipe, progress: Progress) -> Iterator[Service]:
         from unbackdoor.serve.backends import Elsewhere
         from unbackdoor.serve.upstream import Upstream
 
-        place = Place(recipe.upstream, device=recipe.device, cache=cache_folder(), notice=progress.notice)
+        place = Place(recipe.upstream, device=recipe.device, cache=cache_folder(), notice=progress.notice, at_once=True)
         guards = build_guards(own, place, source=recipe.evidence, own=[spec.name for spec in own])
         yield Service(Elsewhere(Upstream(recipe.upstream, recipe.timeout)), guards, *limits)
         return
@@ -186,7 +187,8 @@ def _model(recipe: ServeRecipe, own: list[GuardSpec], progress: Progress) -> Any
     lm = replace(lm, guards=(*(spec for spec in lm.guards if spec.name not in names), *own))
     if recipe.evidence is not None and not lm.guards:
         raise UserError(f"'{recipe.model}' carries no guard that would use --evidence; give --guard evidence, too.")
-    return with_guards(lm, device=recipe.device, notice=progress.notice, source=recipe.evidence, own=names)
+    notice, source = progress.notice, recipe.evidence
+    return with_guards(lm, device=recipe.device, notice=notice, source=source, own=names, at_once=True)
 
 
 def _run(recipe: ServeRecipe, service: Service, listening: socket.socket, ready: Callable[[str], None]) -> None:
