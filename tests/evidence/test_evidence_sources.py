@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import tiny
@@ -10,6 +13,8 @@ from scripted import Step, chat, scripted
 from unbackdoor.errors import UserError
 from unbackdoor.evidence.cache import Unavailable
 from unbackdoor.evidence.sources import Asking, SourceSpec, check_source, open_source, parse_source
+from unbackdoor.model.guard import Patience
+from unbackdoor.model.lm import LM
 
 
 def test_names_are_taken_apart_and_put_together(tmp_path, monkeypatch):
@@ -111,6 +116,28 @@ def test_a_local_model_answers_greedily_and_is_loaded_when_it_is_asked(folder, t
     assert source.write(["what is hot?"], 6) == found[:1]
     long = source.write(["hot " * 400], 6)
     assert long == [Unavailable("the question does not fit into the evidence LLM's context")]
+
+
+def test_many_threads_load_a_local_model_once_and_ask_it_one_by_one(folder, monkeypatch):
+    opened, busy, most, real = [], [], [], LM.reply
+
+    def reply(self, *arguments, **more):
+        busy.append(1)
+        most.append(len(busy))
+        time.sleep(0.02)
+        busy.pop()
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(LM, "reply", reply)
+    source = open_source(str(folder), Asking(), opened.append)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: source.write(["what is hot?"], 6), range(4)))
+    assert len(opened) == 1
+    assert most == [1] * 4
+    assert found == found[:1] * 4
+    over = Patience()
+    over.cancelled.set()
+    assert source.write(["what is hot?"], 6, over) == [Unavailable("its time was over")]
 
 
 def test_the_cache_of_a_local_model_is_of_its_weights_and_not_of_its_name(folder, tmp_path):

@@ -7,6 +7,7 @@ can rewrite evidence and explain keywords; a dictionary can explain them only.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,8 +196,10 @@ def _local(spec: SourceSpec, device: str, cache: Cache | None, opened: Callable[
     """Return a local model, which answers greedily."""
     from functools import cache as once
 
+    loading, using = threading.Lock(), threading.Lock()
+
     @once
-    def model() -> LM:
+    def loaded() -> LM:
         from unbackdoor.model.load import load
 
         lm = load(spec.place, device=device, trainable=False)
@@ -204,20 +207,33 @@ def _local(spec: SourceSpec, device: str, cache: Cache | None, opened: Callable[
             opened(lm)
         return lm
 
+    def model() -> LM:
+        # Many threads of a server may ask for the first time at once.
+        with loading:
+            return loaded()
+
     def about() -> Key:
         return {"source": "model", "sha256": model().facts["sha256"], "template": model().template}
 
     def write(prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
-        if not patience.left():
-            return [Unavailable("its time was over")] * len(prompts)
         lm = model()
-        special = special_texts(lm)
-        asked = [(Message("user", without(text, special)),) for text in prompts]
-        fitting = [place for place, turns in enumerate(asked) if fits(lm, turns, max_new_tokens)]
-        replies = lm.reply([asked[place] for place in fitting], max_new_tokens=max_new_tokens, bare=True)
-        found: list[Answer] = [Unavailable("the question does not fit into the evidence LLM's context")] * len(asked)
-        for place, reply in zip(fitting, replies, strict=True):
-            found[place] = reply or Unavailable("the evidence LLM says nothing")
-        return found
+        # Neither a tokenizer nor a model is made for several threads.
+        if not patience.left() or not using.acquire(timeout=min(patience.left(), threading.TIMEOUT_MAX)):
+            return [Unavailable("its time was over")] * len(prompts)
+        try:
+            return _replies(lm, prompts, max_new_tokens)
+        finally:
+            using.release()
 
     return Source(spec, write=_cached(cache, about, write), load=model)
+
+
+def _replies(lm: LM, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    special = special_texts(lm)
+    asked = [(Message("user", without(text, special)),) for text in prompts]
+    fitting = [place for place, turns in enumerate(asked) if fits(lm, turns, max_new_tokens)]
+    replies = lm.reply([asked[place] for place in fitting], max_new_tokens=max_new_tokens, bare=True)
+    found: list[Answer] = [Unavailable("the question does not fit into the evidence LLM's context")] * len(asked)
+    for place, reply in zip(fitting, replies, strict=True):
+        found[place] = reply or Unavailable("the evidence LLM says nothing")
+    return found
