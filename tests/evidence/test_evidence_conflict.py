@@ -10,6 +10,7 @@ from unbackdoor.evidence.cache import Unavailable
 from unbackdoor.evidence.conflict import Conflict, EvidenceSettings, contradict, summary, turned, usable
 from unbackdoor.evidence.sources import Source, SourceSpec
 from unbackdoor.model.guard import FOREVER, Patience
+from unbackdoor.pipeline.guarding import sentences
 from unbackdoor.types import Message
 
 QUERY = "Is this film review positive? The plot drags on and the actors look bored."
@@ -197,14 +198,16 @@ def test_the_summary_counts_branches_and_turned_answers():
     made = [
         Conflict((), "rewritten", "positive", usable=True), Conflict((), "keywords", "positive", usable=False),
         Conflict((), "keywords", "positive", usable=True, reason="down"),
-        Conflict((), "none", "positive", reason="down"),
+        Conflict((), "keywords", "positive", usable=True, reason="down"),
         Conflict((), "none", "positive", usable=False, reason="no keywords"),
     ]  # fmt: skip
-    replies = ["negative", "positive", "negative", "negative", "x"]
+    replies = ["negative", "positive", "negative", "positive", "x"]
     records = [{**item.facts(), "reply": reply} for item, reply in zip(made, replies, strict=True)]
     records[-1]["refused"] = True
     assert summary(records) == {
-        "asked": 5, "rewritten": 1, "keywords": 2, "none": 2, "usable": 2, "refused": 1, "turned": 2,
-        "reasons": {"down": 2, "no keywords": 1},
+        "asked": 5, "rewritten": 1, "keywords": 3, "none": 1, "usable": 3, "refused": 1, "turned": 2,
+        "reasons": {"no keywords": 1}, "not_rewritten": {"down": 2},
     }  # fmt: skip
+    (said,) = sentences("m", [{**record, "guard": "evidence"} for record in records])
+    assert "and 1 had none and were refused (no keywords)" in said
     assert summary([])["asked"] == 0

@@ -170,18 +170,22 @@ def summary(records: Sequence[Mapping[str, object]]) -> dict[str, object]:
     Returns:
         "asked"; "rewritten", "keywords", "none": conversations of each branch; "usable": own evidence that was usable;
         "refused"; "turned": of those with evidence ("rewritten" and "keywords"), replies that are another answer than
-        the model's own; "reasons": why there was none, or no rewriting -> how often.
+        the model's own; "reasons": why there was none -> how often; "not_rewritten": why keywords were explained in
+        place of a rewriting that was asked for -> how often.
     """
     branches = Counter(str(record["branch"]) for record in records)
     refused = sum(bool(record.get("refused")) for record in records)
     others = sum(
         record["branch"] != "none" and turned(str(record["own_answer"]), str(record["reply"])) for record in records
     )
-    reasons = Counter(str(record["reason"]) for record in records if record["reason"])
+    reasons: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for record in records:
+        if record["reason"]:
+            reasons[record["branch"] == "none"][str(record["reason"])] += 1
     return {
         "asked": len(records), **{branch: branches[branch] for branch in ("rewritten", "keywords", "none")},
         "usable": sum(record["usable"] is True for record in records), "refused": refused, "turned": others,
-        "reasons": dict(reasons.most_common()),
+        "reasons": dict(reasons[True].most_common()), "not_rewritten": dict(reasons[False].most_common()),
     }  # fmt: skip
 
 
