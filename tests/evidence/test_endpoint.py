@@ -162,10 +162,12 @@ def test_good_urls(url):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("h/v1", "no URL"), ("ftp://h/v1", "no URL"), ("https:///v1", "no URL"), ("https://h:x/v1", "no URL"),
+        ("h/v1", "no URL"), ("ftp://me:pw@h/v1", "'ftp://h/v1' is no URL"), ("me:pw@h", "'h' is no URL"),
+        ("https:///v1", "no URL"), ("https://h:x/v1", "no URL"),
         ("https://h/v1 x", "no URL"), ("https://me:pw@h/v1", "password"), ("https://h/v1?key=1", "query"),
     ],
 )  # fmt: skip
 def test_bad_urls(url, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as problem:
         check_url(url)
+    assert "pw" not in str(problem.value)

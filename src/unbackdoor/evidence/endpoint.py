@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,8 @@ AT_ONCE = 8
 
 _AGAIN = frozenset({408, 409, 425, 429})
 _SAID = 120
+_USER = re.compile(r"^(\w+:/*)?.*@")
+"""What may hold a password."""
 _TOO_LONG, _PACKED = "too long", "packed, which was not asked for"
 
 
@@ -231,19 +234,24 @@ def _bounded() -> httpx2.BaseTransport:
     return Transport()
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, *, example: str = "endpoint:https://HOST/v1#MODEL", key: str = KEY) -> None:
     """Look whether a base URL can be used.
 
+    Args:
+        url: As the person wrote it.
+        example: How it should be written.
+        key: Environment variable that holds its key.
+
     Raises:
-        UserError: If it is none, or holds a password.
+        UserError: If it is none, or holds a password; the message does not show that.
     """
-    shown = printable(url[:_SAID])
+    shown = printable(_USER.sub(r"\1", url)[:_SAID])
     try:
         parts = urlsplit(url)
         good = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         good = False
     if not good or any(mark.isspace() for mark in url):
-        raise UserError(f"'{shown}' is no URL of an endpoint; write endpoint:https://HOST/v1#MODEL.")
+        raise UserError(f"'{shown}' is no URL of an endpoint; write {example}.")
     if parts.username is not None or parts.password is not None or parts.query:
-        raise UserError(f"the endpoint's URL holds a password or a query; put the key into {KEY} instead.")
+        raise UserError(f"the endpoint's URL holds a password or a query; put the key into {key} instead.")

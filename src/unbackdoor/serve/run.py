@@ -58,6 +58,7 @@ def check(recipe: ServeRecipe) -> None:
     from unbackdoor.evidence.sources import check_source
     from unbackdoor.model.files import check_model
     from unbackdoor.pipeline.preflight import check_device
+    from unbackdoor.serve.upstream import KEY as UPSTREAM_KEY
 
     missing = [name for name in ("starlette", "uvicorn", "httpx2") if find_spec(name) is None]
     if missing:
@@ -69,7 +70,7 @@ def check(recipe: ServeRecipe) -> None:
         check_model(recipe.model)
         check_device(recipe.device)
     if recipe.upstream is not None:
-        check_url(recipe.upstream)
+        check_url(recipe.upstream, example="--upstream http://HOST/v1", key=UPSTREAM_KEY)
     if recipe.upstream is not None and not guards:
         raise UserError("--upstream without a guard does nothing; give --guard, such as --guard evidence.")
     for name, guard in guards.items() if recipe.upstream is not None else ():
