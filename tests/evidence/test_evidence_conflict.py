@@ -123,6 +123,12 @@ def test_a_dictionary_explains_and_the_suspect_is_not_asked_for_evidence():
     assert found.turns[0].content.endswith(f"\n\n{QUERY}")
 
 
+@pytest.mark.parametrize("query", ["What is a plot?", "the plot, the plot"])
+def test_a_query_of_one_word_has_that_as_its_keyword(query):
+    found = one(Suspect(), dictionary(plot="the story of a film"), query)
+    assert (found.branch, found.keywords) == ("keywords", ("plot",))
+
+
 @pytest.mark.parametrize(
     ("source", "query", "reason"),
     [

@@ -10,7 +10,8 @@ for E. Where rewriting brings nothing, or E again, the keywords are taken as wel
 Whether the evidence contradicts is seen by whether the model's answer turns (`turned`); nothing depends on it, it is
 counted. Deviations: A is the answer to the query alone, and E is asked for in a second turn behind it, so that neither
 is taken out of a text that holds both; the rewriting LLM is shown query and answer, too; at most `most_keywords` are
-explained. All that a model wrote is made harmless (harmless.py) before it goes into a prompt.
+explained, and where no word is heavier than eta the heaviest ones are (a single word weighs 1 - d, so that a query of
+one word would never have evidence). All that a model wrote is made harmless (harmless.py) before it goes into a prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from unbackdoor.data.shared_words import words
 from unbackdoor.evidence.cache import Unavailable
 from unbackdoor.evidence.harmless import harmless
 from unbackdoor.evidence.sources import Source
-from unbackdoor.evidence.textrank import TextRank, keywords
+from unbackdoor.evidence.textrank import TextRank, heaviest, keywords
 from unbackdoor.method import Text
 from unbackdoor.model.guard import Ask, Patience, Turns
 from unbackdoor.model.lm import LM
@@ -246,7 +247,9 @@ def _explained(
     chosen: dict[int, list[str]] = {}
     for place, one in enumerate(found):
         if one.branch == "none":
-            chosen[place] = keywords(_query(one.turns), settings.textrank)[: settings.most_keywords]
+            query = _query(one.turns)
+            found_words = keywords(query, settings.textrank) or heaviest(query, settings.textrank)
+            chosen[place] = found_words[: settings.most_keywords]
             if not chosen[place]:
                 result[place] = replace(one, reason=one.reason or "the query has no keywords")
     chosen = {place: terms for place, terms in chosen.items() if terms}
