@@ -231,6 +231,8 @@ def words(tmp_path):
         ({"upstream": "http://h", "guards": {"evidense": {}}}, "Did you mean 'evidence'"),
         ({"upstream": "http://h", "guards": {"evidence": {"source": "wordnet", "x": 1}}}, "no option 'x'"),
         ({"model": "./nothing/here"}, "no folder or file"),
+        ({"upstream": "http://h", "guards": {"evidence": {"source": "wordnet"}}, "name": "x"}, "name say how"),
+        ({"model": "x", "guards": {"evidence": {"source": "wordnet"}}, "evidence": "wordnet:x"}, "two sources"),
         ({"model": "builtin:smollm2-135m", "device": "tpu"}, "device"),
     ],
 )  # fmt: skip

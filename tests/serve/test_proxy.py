@@ -228,7 +228,10 @@ def test_other_paths_are_not_a_way_round_the_guard(swapped):
     for path in ("/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/../v1/completions", "/"):
         assert httpx2.post(f"{swapped.proxy.url}{path}", json={"prompt": "x"}).status_code in {404, 405}
     assert not swapped.upstream.seen
-    assert swapped.proxy.client().models.list().data is None or swapped.upstream.seen[0].path == "/v1/models"
+    listed = {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "them"}]}
+    swapped.script(Step(body=json.dumps(listed).encode()))
+    assert [model.id for model in swapped.proxy.client().models.list().data] == ["m"]
+    assert [seen.path for seen in swapped.upstream.seen] == ["/v1/models"]
 
 
 def test_the_key_is_asked_for_where_one_is_set_and_is_not_passed_on(words):

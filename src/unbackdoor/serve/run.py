@@ -48,6 +48,10 @@ class ServeRecipe(Recipe):
     grace: float = Field(30.0, ge=0, description="seconds that running answers have after SIGTERM or ^C")
 
 
+_HERE = ("name", "template", "precision", "most_tokens", "most_batch")
+"""Settings of a model in this process."""
+
+
 def check(recipe: ServeRecipe) -> None:
     """Look whether a recipe makes a server, before anything is loaded.
 
@@ -71,6 +75,9 @@ def check(recipe: ServeRecipe) -> None:
         check_device(recipe.device)
     if recipe.upstream is not None:
         check_url(recipe.upstream, example="--upstream http://HOST/v1", key=UPSTREAM_KEY)
+    idle = [name for name in _HERE if getattr(recipe, name) != ServeRecipe.model_fields[name].default]
+    if recipe.upstream is not None and idle:
+        raise UserError(f"{', '.join(idle)} say how a model in this process works, and do nothing before an upstream.")
     if recipe.upstream is not None and not guards:
         raise UserError("--upstream without a guard does nothing; give --guard, such as --guard evidence.")
     for name, guard in guards.items() if recipe.upstream is not None else ():
@@ -113,6 +120,8 @@ def _own_guards(recipe: ServeRecipe) -> dict[str, Guard]:
                     "says more."
                 )
             given["source"] = recipe.evidence
+        elif name == "evidence" and recipe.evidence not in (None, given["source"]):
+            raise UserError("--evidence and guards.evidence.source name two sources of evidence; give one of them.")
         guard = guard_called(name, given)
         found[guard.name()] = guard
     return found
