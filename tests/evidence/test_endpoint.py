@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 
@@ -12,6 +13,7 @@ from unbackdoor.errors import UserError
 from unbackdoor.evidence.cache import Unavailable
 from unbackdoor.evidence.endpoint import LONGEST_BYTES, Endpoint, check_url, key_for, retry_after
 from unbackdoor.evidence.retrying import Retrying
+from unbackdoor.model.guard import Patience
 
 SECRET = "sk-very-secret-0123456789"
 
@@ -23,7 +25,7 @@ def no_keys(monkeypatch):
 
 
 def endpoint(url: str, *, repetitions: int = 2, timeout: float = 5.0) -> Endpoint:
-    once = Retrying(repetitions, base=0.01, sleep=lambda _: None)
+    once = Retrying(repetitions, base=0.01, sleep=lambda *_: None)
     return Endpoint(url, "m", temperature=0.7, timeout=timeout, retrying=once)
 
 
@@ -74,6 +76,7 @@ def test_what_passes_is_repeated(bad):
         (Step(body=b'{"choices": [{"message": {"content": {"a": 1}}}]}'), "no text"), (chat("  \n"), "no text"),
         (Step(429, headers={"retry-after": "86400"}), "HTTP 429"),
         (Step(body=b'{"choices": "' + b"x" * (LONGEST_BYTES + 1)), "too long"),
+        (Step(body=gzip.compress(chat("x").body), headers={"content-encoding": "gzip"}), "packed"),
     ],
 )  # fmt: skip
 def test_what_does_not_pass_is_asked_once_and_said(bad, words):
@@ -107,6 +110,16 @@ def test_a_slow_endpoint_is_given_up_after_the_time_for_a_whole_answer(slow):
         assert time.monotonic() - started < 2.5
 
 
+@pytest.mark.parametrize("repetitions", [0, 5])
+def test_no_answer_is_waited_for_longer_than_somebody_waits(repetitions):
+    with scripted(Step(parts=(b" ",) * 60, pause=0.1)) as server:
+        asked, started = endpoint(server.url, repetitions=repetitions), time.monotonic()
+        (found,) = asked.write(["?"], 4, Patience(started + 1.0))
+        assert isinstance(found, Unavailable)
+        assert time.monotonic() - started < 3
+        assert len(server.seen) == 1
+
+
 def test_the_key_is_in_no_message_and_goes_nowhere_unencrypted(monkeypatch, capfd):
     monkeypatch.setenv("UNBACKDOOR_EVIDENCE_KEY", SECRET)
     with scripted(Step(401, SECRET.encode())) as server:
@@ -137,7 +150,8 @@ def test_retry_after_is_a_number_or_a_date():
     assert retry_after("7", now) == 7
     assert retry_after("Tue, 14 Nov 2023 22:13:30 GMT", now) == 10
     assert retry_after("Tue, 14 Nov 2023 22:13:00 GMT", now) == 0
-    assert [retry_after(text, now) for text in (None, "soon", "nan", "")] == [None] * 4
+    far = "1 Jan 99999999999999999999 00:00:00 GMT"
+    assert [retry_after(text, now) for text in (None, "soon", "nan", "", far)] == [None] * 5
 
 
 @pytest.mark.parametrize("url", ["https://h/v1", "http://127.0.0.1:8000/v1", "http://[::1]:80/v1"])
@@ -148,10 +162,12 @@ def test_good_urls(url):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("h/v1", "no URL"), ("ftp://h/v1", "no URL"), ("https:///v1", "no URL"), ("https://h:x/v1", "no URL"),
+        ("h/v1", "no URL"), ("ftp://me:pw@h/v1", "'ftp://h/v1' is no URL"), ("me:pw@h", "'h' is no URL"),
+        ("https:///v1", "no URL"), ("https://h:x/v1", "no URL"),
         ("https://h/v1 x", "no URL"), ("https://me:pw@h/v1", "password"), ("https://h/v1?key=1", "query"),
     ],
 )  # fmt: skip
 def test_bad_urls(url, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words) as problem:
         check_url(url)
+    assert "pw" not in str(problem.value)

@@ -9,6 +9,8 @@ import pytest
 from unbackdoor.evidence.cache import Unavailable
 from unbackdoor.evidence.conflict import Conflict, EvidenceSettings, contradict, summary, turned, usable
 from unbackdoor.evidence.sources import Source, SourceSpec
+from unbackdoor.model.guard import FOREVER, Patience
+from unbackdoor.pipeline.guarding import sentences
 from unbackdoor.types import Message
 
 QUERY = "Is this film review positive? The plot drags on and the actors look bored."
@@ -25,13 +27,16 @@ class Suspect:
     support: str = SUPPORT
     special: frozenset[str] = frozenset()
     room: int = 10_000
+    patience: Patience = FOREVER
     asked: list[list[tuple[Message, ...]]] = field(default_factory=list)
+    lengths: list[int | None] = field(default_factory=list)
 
     def __call__(self, conversations, max_new_tokens):
         self.asked.append(list(conversations))
         return [self.support if "that supports" in turns[-1].content else self.answer for turns in conversations]
 
-    def fits(self, turns):
+    def fits(self, turns, new_tokens=None):
+        self.lengths.append(new_tokens)
         return sum(len(turn.content) for turn in turns) <= self.room
 
 
@@ -39,7 +44,7 @@ class Llm:
     def __init__(self, *answers):
         self.answers, self.prompts = list(answers), []
 
-    def __call__(self, prompts, max_new_tokens):
+    def __call__(self, prompts, max_new_tokens, patience=FOREVER):
         self.prompts += prompts
         return [self.answers.pop(0) if len(self.answers) > 1 else self.answers[0] for _ in prompts]
 
@@ -118,6 +123,12 @@ def test_a_dictionary_explains_and_the_suspect_is_not_asked_for_evidence():
     assert found.turns[0].content.endswith(f"\n\n{QUERY}")
 
 
+@pytest.mark.parametrize("query", ["What is a plot?", "the plot, the plot"])
+def test_a_query_of_one_word_has_that_as_its_keyword(query):
+    found = one(Suspect(), dictionary(plot="the story of a film"), query)
+    assert (found.branch, found.keywords) == ("keywords", ("plot",))
+
+
 @pytest.mark.parametrize(
     ("source", "query", "reason"),
     [
@@ -150,6 +161,20 @@ def test_evidence_is_shortened_until_the_model_can_read_it_and_left_out_where_it
     assert "does not fit" in none.reason
 
 
+def test_a_question_that_the_model_cannot_read_is_not_asked():
+    suspect = Suspect(room=len(QUERY) + 200)
+    conversations = [(Message("user", text),) for text in (QUERY * 9, QUERY)]
+    long, short = contradict(conversations, suspect, written(Llm(AGAINST)), EvidenceSettings())
+    assert (long.branch, long.turns, long.own_answer) == ("none", conversations[0], "")
+    assert "does not fit" in long.reason
+    assert short.branch == "rewritten"
+    assert [len(batch) for batch in suspect.asked] == [1, 1]
+    assert suspect.lengths == [32, 32, 96, None]
+    suspect.asked.clear()
+    contradict(conversations[:1], suspect, dictionary(), EvidenceSettings())
+    assert not suspect.asked
+
+
 def test_earlier_turns_stay_and_many_conversations_go_together():
     suspect = Suspect()
     history = (Message("system", "Be short."), Message("user", "hello"), Message("assistant", "hi"))
@@ -179,14 +204,16 @@ def test_the_summary_counts_branches_and_turned_answers():
     made = [
         Conflict((), "rewritten", "positive", usable=True), Conflict((), "keywords", "positive", usable=False),
         Conflict((), "keywords", "positive", usable=True, reason="down"),
-        Conflict((), "none", "positive", reason="down"),
+        Conflict((), "keywords", "positive", usable=True, reason="down"),
         Conflict((), "none", "positive", usable=False, reason="no keywords"),
     ]  # fmt: skip
-    replies = ["negative", "positive", "negative", "negative", "x"]
+    replies = ["negative", "positive", "negative", "positive", "x"]
     records = [{**item.facts(), "reply": reply} for item, reply in zip(made, replies, strict=True)]
     records[-1]["refused"] = True
     assert summary(records) == {
-        "asked": 5, "rewritten": 1, "keywords": 2, "none": 2, "usable": 2, "refused": 1, "turned": 2,
-        "reasons": {"down": 2, "no keywords": 1},
+        "asked": 5, "rewritten": 1, "keywords": 3, "none": 1, "usable": 3, "refused": 1, "turned": 2,
+        "reasons": {"no keywords": 1}, "not_rewritten": {"down": 2},
     }  # fmt: skip
+    (said,) = sentences("m", [{**record, "guard": "evidence"} for record in records])
+    assert "and 1 had none and were refused (no keywords)" in said
     assert summary([])["asked"] == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import tiny
@@ -10,6 +13,8 @@ from scripted import Step, chat, scripted
 from unbackdoor.errors import UserError
 from unbackdoor.evidence.cache import Unavailable
 from unbackdoor.evidence.sources import Asking, SourceSpec, check_source, open_source, parse_source
+from unbackdoor.model.guard import Patience
+from unbackdoor.model.lm import LM
 
 
 def test_names_are_taken_apart_and_put_together(tmp_path, monkeypatch):
@@ -36,11 +41,14 @@ def test_bad_names(text, words):
         parse_source(text)
 
 
-def test_what_a_name_alone_opens():
+def test_what_a_name_alone_opens(tmp_path, monkeypatch):
     safe = ("wordnet", "builtin:smollm2-135m")
     assert [parse_source(text).goes_out for text in safe] == [False, False]
-    out = ("endpoint:https://h/v1#m", "wordnet:/etc", "owner/name")
-    assert [parse_source(text).goes_out for text in out] == [True, True, True]
+    out = ("endpoint:https://h/v1#m", "wordnet:/etc", "owner/name", "builtin:smollm2-135m+owner/adapter")
+    assert [parse_source(text).goes_out for text in out] == [True] * 4
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wordnet").mkdir()
+    assert parse_source("wordnet").goes_out, "a folder of this name is a model"
 
 
 def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):
@@ -52,6 +60,17 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"unbackdoor\[endpoint\]"):
         check_source("endpoint:https://h/v1#m")
+
+
+def test_the_files_of_a_local_model_are_looked_at_and_it_can_be_loaded_at_once(folder):
+    opened = []
+    source = open_source(str(folder), Asking(), opened.append)
+    assert source.load is not None
+    source.load()
+    assert len(opened) == 1
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config"):
+        check_source(str(folder))
 
 
 def test_a_dictionary_defines_and_does_not_write(tmp_path):
@@ -97,6 +116,28 @@ def test_a_local_model_answers_greedily_and_is_loaded_when_it_is_asked(folder, t
     assert source.write(["what is hot?"], 6) == found[:1]
     long = source.write(["hot " * 400], 6)
     assert long == [Unavailable("the question does not fit into the evidence LLM's context")]
+
+
+def test_many_threads_load_a_local_model_once_and_ask_it_one_by_one(folder, monkeypatch):
+    opened, busy, most, real = [], [], [], LM.reply
+
+    def reply(self, *arguments, **more):
+        busy.append(1)
+        most.append(len(busy))
+        time.sleep(0.02)
+        busy.pop()
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(LM, "reply", reply)
+    source = open_source(str(folder), Asking(), opened.append)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: source.write(["what is hot?"], 6), range(4)))
+    assert len(opened) == 1
+    assert most == [1] * 4
+    assert found == found[:1] * 4
+    over = Patience()
+    over.cancelled.set()
+    assert source.write(["what is hot?"], 6, over) == [Unavailable("its time was over")]
 
 
 def test_the_cache_of_a_local_model_is_of_its_weights_and_not_of_its_name(folder, tmp_path):

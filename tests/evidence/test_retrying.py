@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from unbackdoor.evidence.retrying import Failed, Retrying
+from unbackdoor.model.guard import Patience
 
 
 class Clock:
     def __init__(self):
         self.now, self.slept = 0.0, []
 
-    def sleep(self, seconds):
+    def sleep(self, patience, seconds):
         self.slept.append(seconds)
         self.now += seconds
 
@@ -81,3 +82,22 @@ def test_what_is_down_is_left_alone_for_a_while_and_asked_again_then():
     clock.now += 31
     assert once.call(lambda: "up") == "up"
     assert once.call(lambda: "still up") == "still up"
+
+
+def test_a_question_whose_time_is_over_is_not_asked_and_says_nothing_about_the_source():
+    clock, busy = Clock(), Failed("busy", again=True)
+    once, over = retrying(clock), Patience()
+    over.cancelled.set()
+    with pytest.raises(Failed, match="its time was over"):
+        once.call(lambda: "never asked", over)
+
+    leaving = Patience()
+
+    def work():
+        leaving.cancelled.set()
+        raise busy
+
+    with pytest.raises(Failed, match="busy"):
+        once.call(work, leaving)
+    assert not clock.slept
+    assert once.call(lambda: "yes") == "yes", "others ask at once"

@@ -106,6 +106,16 @@ def test_the_suspect_as_its_own_evidence_llm_is_warned_of(tmp_path, victim):
     assert len(said) == 1
     assert "under another name" in said[0]
     said.clear()
+    # The files of base and adapter together.
+    both = {**digests, "adapter/adapter_model.safetensors": "0" * 64}
+    guard = working(str(tmp_path / "copy"), Place(model="x", base=place, sha256=both, notice=said.append))
+    guard.rewrite([QUESTION], AskHere(victim.lm, 8))
+    assert len(said) == 1
+    said.clear()
+    for server, number in (("http://h/v1", 1), ("http://h/v1/", 1), ("http://other/v1", 0)):
+        working("endpoint:http://h/v1#m", Place(model=server, notice=said.append))
+        assert len(said) == number
+        said.clear()
     victim.clean.model.save_pretrained(tmp_path / "copy")
     guard = working(str(tmp_path / "copy"), Place(model=place, sha256=digests, notice=said.append))
     guard.rewrite([QUESTION], AskHere(victim.lm, 8))

@@ -185,7 +185,9 @@ def test_a_client_that_leaves_frees_its_place(server):
     until = time.monotonic() + 20
     while server.metrics()["unbackdoor_in_flight"] and time.monotonic() < until:
         time.sleep(0.1)
-    assert server.metrics()["unbackdoor_in_flight"] == 0
+    after, name = server.metrics(), 'unbackdoor_streams_broken_total{reason="the client left"}'
+    assert after["unbackdoor_in_flight"] == 0
+    assert after.get(name, 0) > before.get(name, 0), "replies were cut, and did not end by themselves"
     assert chat(server.client(), max_tokens=12).choices[0].message.content == "the opposite of hot is cold."
     assert before["unbackdoor_in_flight"] == 0
 

@@ -10,12 +10,13 @@ import torch
 
 import tiny
 from evidence.mini_wordnet import write
-from unbackdoor.errors import UserError
+from unbackdoor.errors import ModelError, UserError
+from unbackdoor.model.guard import FOREVER, Patience
 from unbackdoor.run import Silent
 from unbackdoor.serve import run
 from unbackdoor.serve.counters import Counters
 from unbackdoor.serve.engine import AskEngine, End, Engine, Gone, Job, Sampling, _Draws
-from unbackdoor.serve.protocol import Problem, parse
+from unbackdoor.serve.protocol import Problem, parse, read_json
 from unbackdoor.serve.upstream import turns_of, with_turns
 from unbackdoor.types import Message
 
@@ -43,11 +44,26 @@ def answer(engine, turns=QUESTION, limit=10, **more):
 def test_questions_in_one_batch_are_answered_as_alone(engine):
     asked = [(Message("user", text),) for text in ("what is hot?", "where?", "which colour has grass?", "dog", "a b")]
     wanted = tiny.tiny_lm(seed=5).reply(asked, max_new_tokens=10)
-    ask = AskEngine(engine, 10, threading.Event())
+    ask = AskEngine(engine, 10, FOREVER)
     assert ask(asked, 10) == wanted
     assert [answer(engine, turns)[0] for turns in asked] == wanted
     assert ask.special == {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"}
     assert not ask.fits((Message("user", "hot " * 250),))
+
+
+def test_a_guards_question_that_does_not_fit_or_is_none_is_refused_and_harms_nobody(engine, monkeypatch):
+    ask, long = AskEngine(engine, 10, FOREVER), (Message("user", "hot " * 250),)
+    assert ask.fits((Message("user", "hot " * 100),))
+    assert not ask.fits((Message("user", "hot " * 100),), 200)
+    with pytest.raises(Problem, match="more tokens than the model reads") as problem:
+        ask([QUESTION, long], 10)
+    assert problem.value.status == 400
+    assert engine._waiting.empty(), "none of them is asked"
+    assert answer(engine)[1].tokens == 10
+    monkeypatch.setattr(engine, "encode", lambda turns: (_ for _ in ()).throw(ModelError("no such turns.")))
+    with pytest.raises(Problem, match="no such turns") as problem:
+        ask([QUESTION], 10)
+    assert problem.value.status == 400
 
 
 def test_rows_of_different_lengths_end_when_they_should(engine):
@@ -76,7 +92,7 @@ def test_a_question_that_nobody_waits_for_is_dropped(engine):
     gone = threading.Event()
     gone.set()
     with pytest.raises(Gone):
-        AskEngine(engine, 10, gone)([QUESTION], 10)
+        AskEngine(engine, 10, Patience(cancelled=gone))([QUESTION], 10)
     leaving = threading.Event()
     box = queue.SimpleQueue()
     job = Job(engine.encode(QUESTION), 100_000, lambda said: (box.put(said), leaving.set()), cancelled=leaving)
@@ -115,6 +131,24 @@ def test_draws_follow_temperature_top_p_and_seed():
     assert {second for _, second in drawn(temperature=1.0, top_p=0.7, seed=1)} == {0, 1}
     assert {second for _, second in drawn(temperature=1.0, top_p=0.01, seed=1)} == {0}
     assert sum(second == 0 for _, second in drawn(temperature=0.1, seed=1)) > 780
+    assert {second for _, second in drawn(temperature=1e-40, seed=1)} == {0}
+
+
+def test_a_row_that_cannot_be_drawn_ends_alone(engine, monkeypatch):
+    real = _Draws._draw
+    assert answer(engine, sampling=Sampling(1e-40))[0] == answer(engine)[0]
+
+    def draw(self, logits, row):
+        return real(self, logits * float("nan") if self.sampling[row].seed == 7 else logits, row)
+
+    monkeypatch.setattr(_Draws, "_draw", draw)
+    boxes = [queue.SimpleQueue() for _ in range(2)]
+    for seed, box in zip((7, 8), boxes, strict=True):
+        engine.submit(Job(engine.encode(QUESTION), 10, box.put, Sampling(1.0, 1.0, seed)))
+    assert isinstance(boxes[0].get(timeout=60), RuntimeError)
+    while not isinstance(said := boxes[1].get(timeout=60), End):
+        assert isinstance(said, str)
+    assert boxes[0].empty()
 
 
 def test_counts_as_text():
@@ -147,9 +181,32 @@ def test_turns_that_did_not_change_leave_the_request_as_it_came():
     assert changed["messages"][0] == content["messages"][0]
     assert changed["messages"][1] == {"role": "user", "content": "e q"}
     assert content["messages"][1]["content"] == "q"
-    for bad in ({}, {"messages": "x"}, {"messages": []}, {"messages": [1]}, {"messages": [{"role": "assistant"}]}):
+    odd = {"role": ["user"], "content": "x"}
+    for bad in ("x", [], [1], [{"role": "assistant"}], [odd], [odd, {"role": "user", "content": "q"}]):
         with pytest.raises(Problem):
-            turns_of(bad)
+            turns_of({"messages": bad})
+    with pytest.raises(Problem):
+        turns_of({})
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_what_is_no_number_in_json_is_refused(number):
+    with pytest.raises(Problem, match="not JSON"):
+        read_json(f'{{"temperature": {number}}}'.encode())
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["words", {"type": "input_text", "text": "words"}, {"type": "output_text", "text": "words"}, {"text": "words"},
+     {"type": "refusal", "refusal": "words"}, {"type": "text", "text": ["words"]}, {"type": ["text"]}, None],
+    ids=range(8),
+)  # fmt: skip
+def test_a_part_that_guards_cannot_see_is_refused(part):
+    picture, text = {"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": "q"}
+    assert turns_of({"messages": [{"role": "user", "content": [picture, text]}]})[1] == (Message("user", "q"),)
+    with pytest.raises(Problem, match="part 3 of the last message") as problem:
+        turns_of({"messages": [{"role": "user", "content": [picture, text, part]}]})
+    assert problem.value.status == 400
 
 
 def test_the_longest_reply_is_the_smaller_of_two_limits():
@@ -169,10 +226,13 @@ def words(tmp_path):
         ({}, "a model or --upstream"), ({"model": "x", "upstream": "http://h"}, "a model or --upstream"),
         ({"upstream": "http://h/v1"}, "give --guard"),
         ({"upstream": "h", "guards": {"evidence": {}}}, "needs --evidence"),
-        ({"upstream": "h", "guards": {"evidence": {"source": "wordnet"}}}, "no URL"),
+        ({"upstream": "h", "guards": {"evidence": {"source": "wordnet"}}}, "write --upstream http://HOST/v1"),
+        ({"upstream": "http://u:pw@h", "guards": {"evidence": {"source": "wordnet"}}}, "UNBACKDOOR_UPSTREAM_KEY"),
         ({"upstream": "http://h", "guards": {"evidense": {}}}, "Did you mean 'evidence'"),
         ({"upstream": "http://h", "guards": {"evidence": {"source": "wordnet", "x": 1}}}, "no option 'x'"),
         ({"model": "./nothing/here"}, "no folder or file"),
+        ({"upstream": "http://h", "guards": {"evidence": {"source": "wordnet"}}, "name": "x"}, "name say how"),
+        ({"model": "x", "guards": {"evidence": {"source": "wordnet"}}, "evidence": "wordnet:x"}, "two sources"),
         ({"model": "builtin:smollm2-135m", "device": "tpu"}, "device"),
     ],
 )  # fmt: skip

@@ -5,17 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import threading
 import time
 
 import httpx2
 import openai
 import pytest
+from starlette.datastructures import URL
+from starlette.requests import Request
 
 import tiny
 from evidence.mini_wordnet import write
 from scripted import Step, nowhere, scripted
 from serve.process import saved, serving
+from unbackdoor.errors import ModelError
+from unbackdoor.model.guard import Guards, Rewritten
 from unbackdoor.model.load import load
+from unbackdoor.serve.app import Service
+from unbackdoor.serve.backends import Elsewhere
+from unbackdoor.serve.counters import Counters
+from unbackdoor.serve.upstream import Upstream
 from unbackdoor.types import Message
 
 NOUNS = {"opposite": ["a thing called opposite"], "hot": ["a thing called hot"]}
@@ -157,6 +166,49 @@ def test_a_slow_upstream_is_given_up_and_a_silent_stream_ends_with_an_error(swap
     assert b"[DONE]" not in raw.content
 
 
+def test_a_guard_whose_question_drips_holds_neither_its_place_nor_the_end(words):
+    body, dripping = {"model": "m", "messages": QUESTION}, Step(parts=(b" ",) * 200, pause=0.3)
+    limits = [word for name in ("timeout=3", "grace=1", "most_waiting=1") for word in ("--set", name)]
+    with scripted(dripping) as upstream:
+        arguments = ("--upstream", upstream.url, "--guard", "evidence", "--evidence", words, *limits)
+        with serving(*arguments) as proxy:
+            place = f"{proxy.url}/v1/chat/completions"
+            assert httpx2.post(place, json=body, timeout=20).status_code == 504
+            assert upstream.gone.wait(5), "the thread still reads"
+            upstream.steps[:] = [whole("cold"), whole("warm")]
+            assert httpx2.post(place, json=body, timeout=20).status_code == 200
+            upstream.steps[:] = [dripping]
+            with pytest.raises(httpx2.TimeoutException):
+                httpx2.post(place, json=body, timeout=0.5)
+            started = time.monotonic()
+            proxy.stop()
+            assert time.monotonic() - started < 15
+
+
+def test_a_place_is_taken_until_the_guard_has_ended():
+    async def lived():
+        release = threading.Event()
+
+        class Slow:
+            def rewrite(self, conversations, ask):
+                release.wait(10)
+                return [Rewritten(turns) for turns in conversations]
+
+        counters = Counters()
+        service = Service(Elsewhere(Upstream("http://h", 1)), Guards([("slow", Slow())]), None, 1000, 0.2, 1, counters)
+        body = {"model": "m", "messages": QUESTION}
+        transport = httpx2.ASGITransport(service.app())
+        async with service._lifespan(service.app()), httpx2.AsyncClient(transport=transport, base_url="http://t") as it:
+            said = [(await it.post("/v1/chat/completions", json=body)).status_code for _ in range(2)]
+            assert "unbackdoor_in_flight 1" in counters.text()
+            release.set()
+            while "unbackdoor_in_flight 1" in counters.text():
+                await asyncio.sleep(0.01)
+        return said
+
+    assert asyncio.run(asyncio.wait_for(lived(), 20)) == [504, 503]
+
+
 def test_a_client_that_leaves_takes_its_question_from_the_upstream(swapped):
     swapped.script(whole("cold"), streamed(*events(*["x" * 20_000] * 400), pause=0.005))
     with swapped.create(stream=True) as stream:
@@ -176,7 +228,10 @@ def test_other_paths_are_not_a_way_round_the_guard(swapped):
     for path in ("/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/../v1/completions", "/"):
         assert httpx2.post(f"{swapped.proxy.url}{path}", json={"prompt": "x"}).status_code in {404, 405}
     assert not swapped.upstream.seen
-    assert swapped.proxy.client().models.list().data is None or swapped.upstream.seen[0].path == "/v1/models"
+    listed = {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "them"}]}
+    swapped.script(Step(body=json.dumps(listed).encode()))
+    assert [model.id for model in swapped.proxy.client().models.list().data] == ["m"]
+    assert [seen.path for seen in swapped.upstream.seen] == ["/v1/models"]
 
 
 def test_the_key_is_asked_for_where_one_is_set_and_is_not_passed_on(words):
@@ -196,6 +251,40 @@ def test_the_key_is_asked_for_where_one_is_set_and_is_not_passed_on(words):
             assert "sesame" not in "".join(found.errors)
             # ^C ends it as SIGTERM does.
             assert found.stop(signal.SIGINT) == 0
+
+
+def test_a_guard_that_cannot_work_is_told_to_whoever_runs_the_server(caplog):
+    class Broken:
+        def rewrite(self, conversations, ask):
+            raise ModelError("'/srv/secret/evidence' holds no weights.")
+
+    service = Service(Elsewhere(Upstream(nowhere(), 1)), Guards([("x", Broken())]), None, 1000, 5, 1, Counters())
+
+    async def asked():
+        transport = httpx2.ASGITransport(service.app())
+        async with service._lifespan(service.app()), httpx2.AsyncClient(transport=transport, base_url="http://t") as it:
+            return await it.post("/v1/chat/completions", json={"model": "m", "messages": QUESTION})
+
+    found = asyncio.run(asked())
+    assert (found.status_code, found.json()["error"]["code"]) == (503, "guard_failed")
+    assert "secret" not in found.text
+    assert "/srv/secret/evidence" in caplog.text
+
+
+def test_a_host_header_opens_no_path(monkeypatch):
+    # As starlette's before 1.0 say it, whatever is installed here.
+    monkeypatch.setattr(Request, "url", URL("http://x/health?/v1/models"))
+    counters = Counters()
+    service = Service(Elsewhere(Upstream(nowhere(), 1)), Guards(), "sesame", 1000, 1, 1, counters)
+
+    async def asked():
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(service.app()), base_url="http://t", headers={"host": "x/health?"}
+        ) as client:
+            return [(await client.get(path)).status_code for path in ("/v1/models", "/health")]
+
+    assert asyncio.run(asked()) == [401, 200]
+    assert 'path="/v1/models",status="401"' in counters.text()
 
 
 def test_a_dead_upstream(words):

@@ -23,7 +23,8 @@ from unbackdoor.bench.material import Material
 from unbackdoor.bench.store import Result, Store
 from unbackdoor.bench.yaml_file import grid_to_yaml
 from unbackdoor.errors import FULL, READ_ONLY, NotApplicable, UserError, did_you_mean, disk_error
-from unbackdoor.pipeline.preflight import check_device, check_model
+from unbackdoor.model.files import check_model
+from unbackdoor.pipeline.preflight import check_device
 from unbackdoor.run import Progress, Silent
 from unbackdoor.stopping import stoppable
 

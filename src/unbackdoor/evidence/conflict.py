@@ -10,7 +10,8 @@ for E. Where rewriting brings nothing, or E again, the keywords are taken as wel
 Whether the evidence contradicts is seen by whether the model's answer turns (`turned`); nothing depends on it, it is
 counted. Deviations: A is the answer to the query alone, and E is asked for in a second turn behind it, so that neither
 is taken out of a text that holds both; the rewriting LLM is shown query and answer, too; at most `most_keywords` are
-explained. All that a model wrote is made harmless (harmless.py) before it goes into a prompt.
+explained, and where no word is heavier than eta the heaviest ones are (a single word weighs 1 - d, so that a query of
+one word would never have evidence). All that a model wrote is made harmless (harmless.py) before it goes into a prompt.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from unbackdoor.data.shared_words import words
 from unbackdoor.evidence.cache import Unavailable
 from unbackdoor.evidence.harmless import harmless
 from unbackdoor.evidence.sources import Source
-from unbackdoor.evidence.textrank import TextRank, keywords
+from unbackdoor.evidence.textrank import TextRank, heaviest, keywords
 from unbackdoor.method import Text
-from unbackdoor.model.guard import Ask, Turns
+from unbackdoor.model.guard import Ask, Patience, Turns
 from unbackdoor.model.lm import LM
 from unbackdoor.types import GuardSpec, Message
 
@@ -45,6 +46,7 @@ _PLACED = 'Background information: "{evidence}"\n\n{query}'
 _SHORTEST = 20
 """Characters below which evidence is not shortened further to fit into a context."""
 _SAME = 0.5
+_TOO_LONG = "the conversation does not fit into the model's context"
 
 
 class EvidenceSettings(BaseModel):
@@ -122,11 +124,21 @@ def contradict(conversations: Sequence[Turns], ask: Ask, source: Source, setting
         source: Where evidence comes from.
         settings: How.
     """
+    # A guard's own question that the model cannot read would break the whole batch, and is not asked.
+    places = [place for place, turns in enumerate(conversations) if ask.fits(turns, settings.answer_tokens)]
+    made = _contradicted([conversations[place] for place in places], ask, source, settings) if places else []
+    found = dict(zip(places, made, strict=True))
+    return [found.get(place) or Conflict(turns, reason=_TOO_LONG) for place, turns in enumerate(conversations)]
+
+
+def _contradicted(
+    conversations: Sequence[Turns], ask: Ask, source: Source, settings: EvidenceSettings
+) -> list[Conflict]:
     answers = ask(conversations, settings.answer_tokens)
     found = [Conflict(turns, own_answer=answer) for turns, answer in zip(conversations, answers, strict=True)]
     if source.write is not None:
-        found = _rewritten(_with_own_evidence(found, ask, settings), source, settings)
-    found = _explained(found, source, settings)
+        found = _rewritten(_with_own_evidence(found, ask, settings), source, settings, ask.patience)
+    found = _explained(found, source, settings, ask.patience)
     return [_placed(one, ask, settings) for one in found]
 
 
@@ -159,18 +171,22 @@ def summary(records: Sequence[Mapping[str, object]]) -> dict[str, object]:
     Returns:
         "asked"; "rewritten", "keywords", "none": conversations of each branch; "usable": own evidence that was usable;
         "refused"; "turned": of those with evidence ("rewritten" and "keywords"), replies that are another answer than
-        the model's own; "reasons": why there was none, or no rewriting -> how often.
+        the model's own; "reasons": why there was none -> how often; "not_rewritten": why keywords were explained in
+        place of a rewriting that was asked for -> how often.
     """
     branches = Counter(str(record["branch"]) for record in records)
     refused = sum(bool(record.get("refused")) for record in records)
     others = sum(
         record["branch"] != "none" and turned(str(record["own_answer"]), str(record["reply"])) for record in records
     )
-    reasons = Counter(str(record["reason"]) for record in records if record["reason"])
+    reasons: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for record in records:
+        if record["reason"]:
+            reasons[record["branch"] == "none"][str(record["reason"])] += 1
     return {
         "asked": len(records), **{branch: branches[branch] for branch in ("rewritten", "keywords", "none")},
         "usable": sum(record["usable"] is True for record in records), "refused": refused, "turned": others,
-        "reasons": dict(reasons.most_common()),
+        "reasons": dict(reasons[True].most_common()), "not_rewritten": dict(reasons[False].most_common()),
     }  # fmt: skip
 
 
@@ -180,7 +196,10 @@ def _with_own_evidence(found: Sequence[Conflict], ask: Ask, settings: EvidenceSe
         place: turns
         for place, one in enumerate(found)
         if one.own_answer
-        and ask.fits(turns := (*one.turns, Message("assistant", one.own_answer), Message("user", _ASK_EVIDENCE)))
+        and ask.fits(
+            turns := (*one.turns, Message("assistant", one.own_answer), Message("user", _ASK_EVIDENCE)),
+            settings.evidence_tokens,
+        )
     }
     said = dict(zip(asked, ask(list(asked.values()), settings.evidence_tokens), strict=True))
     return [
@@ -193,7 +212,9 @@ def _with_own_evidence(found: Sequence[Conflict], ask: Ask, settings: EvidenceSe
     ]
 
 
-def _rewritten(found: Sequence[Conflict], source: Source, settings: EvidenceSettings) -> list[Conflict]:
+def _rewritten(
+    found: Sequence[Conflict], source: Source, settings: EvidenceSettings, patience: Patience
+) -> list[Conflict]:
     """Have usable evidence rewritten (equation 14)."""
     assert source.write is not None
     result = list(found)
@@ -206,7 +227,8 @@ def _rewritten(found: Sequence[Conflict], source: Source, settings: EvidenceSett
         )
         for place in places
     ]
-    for place, answer in zip(places, source.write(prompts, settings.evidence_tokens) if prompts else (), strict=True):
+    answers = source.write(prompts, settings.evidence_tokens, patience) if prompts else ()
+    for place, answer in zip(places, answers, strict=True):
         one = found[place]
         if isinstance(answer, Unavailable):
             result[place] = replace(one, reason=answer.reason)
@@ -217,13 +239,17 @@ def _rewritten(found: Sequence[Conflict], source: Source, settings: EvidenceSett
     return result
 
 
-def _explained(found: Sequence[Conflict], source: Source, settings: EvidenceSettings) -> list[Conflict]:
+def _explained(
+    found: Sequence[Conflict], source: Source, settings: EvidenceSettings, patience: Patience
+) -> list[Conflict]:
     """Have the keywords of the other queries explained (equation 16)."""
     result = list(found)
     chosen: dict[int, list[str]] = {}
     for place, one in enumerate(found):
         if one.branch == "none":
-            chosen[place] = keywords(_query(one.turns), settings.textrank)[: settings.most_keywords]
+            query = _query(one.turns)
+            found_words = keywords(query, settings.textrank) or heaviest(query, settings.textrank)
+            chosen[place] = found_words[: settings.most_keywords]
             if not chosen[place]:
                 result[place] = replace(one, reason=one.reason or "the query has no keywords")
     chosen = {place: terms for place, terms in chosen.items() if terms}
@@ -235,7 +261,7 @@ def _explained(found: Sequence[Conflict], source: Source, settings: EvidenceSett
         return result
     assert source.write is not None
     prompts = [_EXPLAIN.format(keywords=harmless(", ".join(terms), longest=300)) for terms in chosen.values()]
-    answers = source.write(prompts, settings.evidence_tokens) if prompts else ()
+    answers = source.write(prompts, settings.evidence_tokens, patience) if prompts else ()
     for (place, terms), answer in zip(chosen.items(), answers, strict=True):
         result[place] = _explanation(found[place], tuple(terms), answer)
     return result

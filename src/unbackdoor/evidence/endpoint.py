@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 from unbackdoor.errors import UserError
 from unbackdoor.evidence.cache import Answer, Unavailable
 from unbackdoor.evidence.retrying import Failed, Retrying
+from unbackdoor.model.guard import FOREVER, Patience
 from unbackdoor.model.quarantine import printable
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ AT_ONCE = 8
 
 _AGAIN = frozenset({408, 409, 425, 429})
 _SAID = 120
-_TOO_LONG = "too long"
+_USER = re.compile(r"^(\w+:/*)?.*@")
+"""What may hold a password."""
+_TOO_LONG, _PACKED = "too long", "packed, which was not asked for"
 
 
 class Endpoint:
@@ -60,26 +64,29 @@ class Endpoint:
             from openai import OpenAI
         except ImportError as problem:
             raise UserError("an endpoint needs the package openai; pip install 'unbackdoor[endpoint]'.") from problem
-        self.model, self.temperature, self.retrying = model, temperature, retrying
+        self.model, self.temperature, self.timeout, self.retrying = model, temperature, timeout, retrying
         key = key_for(url)
         # Connections are kept for later questions, as long as this object is there.
-        client = httpx2.Client(transport=_bounded(timeout), timeout=timeout, follow_redirects=False)
+        client = httpx2.Client(transport=_bounded(), timeout=timeout, follow_redirects=False)
         weakref.finalize(self, client.close)
         # The client insists on some key; servers of one's own often want none.
         self._client = OpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=client)
 
-    def write(self, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
-        """Return what the model answers to each prompt."""
+    def write(self, prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
+        """Return what the model answers to each prompt, or why there is no answer while somebody waits for it."""
+        # A pool's threads are waited for when a process ends; a server asks one question at a time and has none.
+        if len(prompts) == 1:
+            return [self._write(prompts[0], max_new_tokens, patience)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda prompt: self._write(prompt, max_new_tokens), prompts))
+            return list(pool.map(lambda prompt: self._write(prompt, max_new_tokens, patience), prompts))
 
-    def _write(self, prompt: str, max_new_tokens: int) -> Answer:
+    def _write(self, prompt: str, max_new_tokens: int, patience: Patience) -> Answer:
         try:
-            return self.retrying.call(lambda: self._ask(prompt, max_new_tokens))
+            return self.retrying.call(lambda: self._ask(prompt, max_new_tokens, patience), patience)
         except Failed as problem:
             return Unavailable(str(problem))
 
-    def _ask(self, prompt: str, max_new_tokens: int) -> str:
+    def _ask(self, prompt: str, max_new_tokens: int, patience: Patience) -> str:
         """Ask once.
 
         Raises:
@@ -93,12 +100,13 @@ class Endpoint:
                 messages=[{"role": "user", "content": prompt}],
                 max_tokens=max_new_tokens,
                 temperature=self.temperature,
+                timeout=min(self.timeout, patience.left()),
             )
         except openai.APITimeoutError as problem:
             raise Failed("the endpoint did not answer in time", again=True) from problem
         except openai.APIConnectionError as problem:
-            if str(problem.__cause__) == _TOO_LONG:
-                raise Failed("the endpoint's answer is too long", again=False) from problem
+            if (what := str(problem.__cause__)) in {_TOO_LONG, _PACKED}:
+                raise Failed(f"the endpoint's answer is {what}", again=False) from problem
             raise Failed("the endpoint cannot be reached", again=True) from problem
         except openai.APIStatusError as problem:
             code = problem.status_code
@@ -139,7 +147,7 @@ def retry_after(header: str | None, now: float) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(header).timestamp() - now
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return max(0.0, seconds) if seconds == seconds else None
 
@@ -175,8 +183,11 @@ def _hint(code: int) -> str:
     return " (is the model's name right?)" if code == 404 else ""
 
 
-def _bounded(seconds: float, inner: httpx2.BaseTransport | None = None) -> httpx2.BaseTransport:
-    """Return a transport whose answers have a limit in time and size as a whole; the usual limits are for one read."""
+def _bounded() -> httpx2.BaseTransport:
+    """Return a transport whose answers have a limit in time and size as a whole; the usual limits are for one read.
+
+    The limit in time is the request's own for one read.
+    """
     import httpx2
 
     class Bounded(httpx2.SyncByteStream):
@@ -198,10 +209,10 @@ def _bounded(seconds: float, inner: httpx2.BaseTransport | None = None) -> httpx
 
     class Transport(httpx2.BaseTransport):
         def __init__(self) -> None:
-            self.inner = inner or httpx2.HTTPTransport()
+            self.inner = httpx2.HTTPTransport()
 
         def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-            until = time.monotonic() + seconds
+            until = time.monotonic() + request.extensions["timeout"]["read"]
             # The client adds what OPENAI_ORG_ID and the like say; that is nobody else's business.
             if request.url.host != OPENAI_HOST:
                 for name in ("openai-organization", "openai-project"):
@@ -209,6 +220,9 @@ def _bounded(seconds: float, inner: httpx2.BaseTransport | None = None) -> httpx
             # Unpacked, a small answer can be endless.
             request.headers["accept-encoding"] = "identity"
             response = self.inner.handle_request(request)
+            if response.headers.get("content-encoding", "identity").strip().lower() != "identity":
+                response.close()
+                raise httpx2.ReadError(_PACKED, request=request)
             stream = Bounded(response.stream, until, request)
             return httpx2.Response(
                 response.status_code, headers=response.headers, stream=stream, extensions=response.extensions
@@ -220,19 +234,24 @@ def _bounded(seconds: float, inner: httpx2.BaseTransport | None = None) -> httpx
     return Transport()
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, *, example: str = "endpoint:https://HOST/v1#MODEL", key: str = KEY) -> None:
     """Look whether a base URL can be used.
 
+    Args:
+        url: As the person wrote it.
+        example: How it should be written.
+        key: Environment variable that holds its key.
+
     Raises:
-        UserError: If it is none, or holds a password.
+        UserError: If it is none, or holds a password; the message does not show that.
     """
-    shown = printable(url[:_SAID])
+    shown = printable(_USER.sub(r"\1", url)[:_SAID])
     try:
         parts = urlsplit(url)
         good = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         good = False
     if not good or any(mark.isspace() for mark in url):
-        raise UserError(f"'{shown}' is no URL of an endpoint; write endpoint:https://HOST/v1#MODEL.")
+        raise UserError(f"'{shown}' is no URL of an endpoint; write {example}.")
     if parts.username is not None or parts.password is not None or parts.query:
-        raise UserError(f"the endpoint's URL holds a password or a query; put the key into {KEY} instead.")
+        raise UserError(f"the endpoint's URL holds a password or a query; put the key into {key} instead.")

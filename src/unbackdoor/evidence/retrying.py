@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from unbackdoor.model.guard import FOREVER, Patience
+
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ class Retrying:
         base: Seconds; longest wait before the first repetition.
         longest: Seconds; no wait is longer.
         rest: Seconds for which the source is left alone after it failed with all repetitions.
-        sleep: Waits; for tests.
+        sleep: Waits, no longer than somebody has patience; for tests.
         clock: Seconds from anywhere; for tests.
     """
 
@@ -48,30 +50,40 @@ class Retrying:
     base: float = 0.5
     longest: float = 20.0
     rest: float = 30.0
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[Patience, float], None] = Patience.wait
     clock: Callable[[], float] = time.monotonic
     _down: tuple[float, str] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def call(self, work: Callable[[], T]) -> T:
+    def call(self, work: Callable[[], T], patience: Patience = FOREVER) -> T:
         """Return what `work` returns, repeating it while it fails for the moment.
 
+        Args:
+            work: One call; it ends by itself when the patience does.
+            patience: How long the answer is waited for.
+
         Raises:
-            Failed: If it failed for good, or with all repetitions.
+            Failed: If it failed for good, or with all repetitions, or nobody waits any more.
         """
         self._refuse_resting()
         for number in range(self.repetitions + 1):
+            if not patience.left():
+                raise Failed("its time was over", again=False)
             try:
                 return work()
             except Failed as problem:
                 if not problem.again:
                     raise
                 wait = self.wait(number, problem.wait)
-                if number == self.repetitions or wait is None:
+                over = not patience.left()
+                # One call whose time was short, or whom nobody waits for, says nothing about the source.
+                if over and (number == 0 or patience.cancelled.is_set()):
+                    raise
+                if number == self.repetitions or wait is None or over:
                     with self._lock:
                         self._down = (self.clock() + self.rest, str(problem))
                     raise
-                self.sleep(wait)
+                self.sleep(patience, wait)
         raise AssertionError("the last call returns or raises")
 
     def wait(self, number: int, asked: float | None) -> float | None:

@@ -7,25 +7,34 @@ can rewrite evidence and explain keywords; a dictionary can explain them only.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from unbackdoor.errors import UserError
 from unbackdoor.evidence import endpoint, wordnet
 from unbackdoor.evidence.cache import Answer, Cache, Key, Unavailable, answered
 from unbackdoor.evidence.harmless import without
 from unbackdoor.evidence.retrying import Retrying
-from unbackdoor.model.guard import fits, special_texts
+from unbackdoor.model.files import check_model
+from unbackdoor.model.guard import FOREVER, Patience, fits, special_texts
 from unbackdoor.model.quarantine import printable
 from unbackdoor.types import Message
 
 if TYPE_CHECKING:
     from unbackdoor.model.lm import LM
 
-Write = Callable[[Sequence[str], int], list[Answer]]
 Define = Callable[[Sequence[str]], dict[str, str]]
+
+
+class Write(Protocol):
+    """Answers prompts."""
+
+    def __call__(self, prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
+        """Return an answer of at most so many tokens to each prompt; none is begun once nobody waits for it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,12 @@ class SourceSpec:
     @property
     def goes_out(self) -> bool:
         """Whether using it sends prompts to another program, or opens files that its name chooses."""
-        return not (str(self) == "wordnet" or (self.kind == "model" and self.place.startswith("builtin:")))
+        from unbackdoor.model.spec import parse_spec
+
+        if self.kind == "wordnet":
+            return bool(self.place)
+        # The built-in model with an adapter is another model.
+        return self.kind == "endpoint" or parse_spec(self.place).kind != "builtin"
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,15 @@ class Source:
 
     Attributes:
         spec: Its name.
-        write: Given prompts and a limit of new tokens, returns an answer each; None for a dictionary.
+        write: Answers prompts; None for a dictionary.
         define: Given words, returns word -> definition of those that are known; None for a model.
+        load: Of a local model, loads it now and not when it is first asked; None for others.
     """
 
     spec: SourceSpec
     write: Write | None = None
     define: Define | None = None
+    load: Callable[[], object] | None = None
 
 
 def parse_source(text: str) -> SourceSpec:
@@ -128,6 +144,8 @@ def check_source(text: str) -> SourceSpec:
         if find_spec("openai") is None:
             raise UserError("an endpoint needs the package openai; pip install 'unbackdoor[endpoint]'.")
         endpoint.key_for(spec.place)
+    else:
+        check_model(spec.place)
     return spec
 
 
@@ -153,7 +171,7 @@ def open_source(text: str, asking: Asking, opened: Callable[[LM], None] | None =
         )  # fmt: skip
         about = {"source": "endpoint", "url": spec.place, "model": spec.model, "temperature": asking.temperature}
         return Source(spec, write=_cached(cache, lambda: about, asked.write))
-    return Source(spec, write=_local(spec.place, asking.device, cache, opened))
+    return _local(spec, asking.device, cache, opened)
 
 
 def _folder(spec: SourceSpec) -> Path:
@@ -163,38 +181,59 @@ def _folder(spec: SourceSpec) -> Path:
 def _cached(cache: Cache | None, about: Callable[[], Key], write: Write) -> Write:
     """Return `write` with answers kept; `about` says what they depend on beside prompt and length."""
 
-    def cached(prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    def cached(prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
         keys = [{**about(), "prompt": prompt, "max_new_tokens": max_new_tokens} for prompt in prompts]
-        return answered(cache, keys, lambda missing: write([prompts[place] for place in missing], max_new_tokens))
+
+        def missed(missing: Sequence[int]) -> list[Answer]:
+            return write([prompts[place] for place in missing], max_new_tokens, patience)
+
+        return answered(cache, keys, missed)
 
     return cached
 
 
-def _local(name: str, device: str, cache: Cache | None, opened: Callable[[LM], None] | None) -> Write:
-    """Return the greedy answers of a local model."""
+def _local(spec: SourceSpec, device: str, cache: Cache | None, opened: Callable[[LM], None] | None) -> Source:
+    """Return a local model, which answers greedily."""
     from functools import cache as once
 
+    loading, using = threading.Lock(), threading.Lock()
+
     @once
-    def model() -> LM:
+    def loaded() -> LM:
         from unbackdoor.model.load import load
 
-        lm = load(name, device=device, trainable=False)
+        lm = load(spec.place, device=device, trainable=False)
         if opened is not None:
             opened(lm)
         return lm
 
+    def model() -> LM:
+        # Many threads of a server may ask for the first time at once.
+        with loading:
+            return loaded()
+
     def about() -> Key:
         return {"source": "model", "sha256": model().facts["sha256"], "template": model().template}
 
-    def write(prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    def write(prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
         lm = model()
-        special = special_texts(lm)
-        asked = [(Message("user", without(text, special)),) for text in prompts]
-        fitting = [place for place, turns in enumerate(asked) if fits(lm, turns, max_new_tokens)]
-        replies = lm.reply([asked[place] for place in fitting], max_new_tokens=max_new_tokens, bare=True)
-        found: list[Answer] = [Unavailable("the question does not fit into the evidence LLM's context")] * len(asked)
-        for place, reply in zip(fitting, replies, strict=True):
-            found[place] = reply or Unavailable("the evidence LLM says nothing")
-        return found
+        # Neither a tokenizer nor a model is made for several threads.
+        if not patience.left() or not using.acquire(timeout=min(patience.left(), threading.TIMEOUT_MAX)):
+            return [Unavailable("its time was over")] * len(prompts)
+        try:
+            return _replies(lm, prompts, max_new_tokens)
+        finally:
+            using.release()
 
-    return _cached(cache, about, write)
+    return Source(spec, write=_cached(cache, about, write), load=model)
+
+
+def _replies(lm: LM, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
+    special = special_texts(lm)
+    asked = [(Message("user", without(text, special)),) for text in prompts]
+    fitting = [place for place, turns in enumerate(asked) if fits(lm, turns, max_new_tokens)]
+    replies = lm.reply([asked[place] for place in fitting], max_new_tokens=max_new_tokens, bare=True)
+    found: list[Answer] = [Unavailable("the question does not fit into the evidence LLM's context")] * len(asked)
+    for place, reply in zip(fitting, replies, strict=True):
+        found[place] = reply or Unavailable("the evidence LLM says nothing")
+    return found

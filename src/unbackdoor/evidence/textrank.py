@@ -55,6 +55,13 @@ def keywords(text: str, settings: TextRank) -> list[str]:
     return sorted(kept, key=lambda word: -found[word])
 
 
+def heaviest(text: str, settings: TextRank) -> list[str]:
+    """Return the words of a text that no other word outweighs; empty for a text without words."""
+    found = weights(word_graph(words_of(text), settings), settings)
+    most = max(found.values(), default=0.0)
+    return [word for word, weight in found.items() if weight == most]
+
+
 def words_of(text: str) -> list[str]:
     """Return the words of a text in lower case, without stop words and punctuation."""
     found = [word.removesuffix("'s") for word in _WORD.findall(normalise(text))]

@@ -27,6 +27,7 @@ class Place:
         device: Where a guard's own models run.
         cache: Folder for what can be asked again, or None for none.
         notice: Told what the person should know, in one sentence.
+        at_once: Load a guard's own models when it is built, so that what is wrong with them shows then.
     """
 
     model: str = ""
@@ -35,6 +36,7 @@ class Place:
     device: str = "cpu"
     cache: Path | None = None
     notice: Callable[[str], None] = _ignore
+    at_once: bool = False
 
 
 class Guard(Method, ABC):

@@ -35,7 +35,7 @@ class Evidence(Guard):
     conflict: EvidenceSettings = Field(EvidenceSettings(), description="how evidence is made and used")
 
     def build(self, place: Place) -> PromptGuard:
-        """Open the source; a local model is loaded at its first use."""
+        """Open the source; a local model is loaded at its first use, or at once where the place says so."""
         cache = place.cache / "evidence" if place.cache is not None and self.conflict.cached else None
         asking = Asking(
             self.conflict.temperature, self.conflict.timeout, self.conflict.repetitions, cache, place.device
@@ -43,14 +43,18 @@ class Evidence(Guard):
 
         def opened(lm: LM) -> None:
             own = _weights(place.sha256)
-            if own and own == _weights(lm.facts.get("sha256")) and self.source != place.model:
-                place.notice(_OWN.format("the guarded model under another name"))
+            if own & _weights(lm.facts.get("sha256")) and self.source not in (place.model, place.base):
+                place.notice(_OWN.format("the guarded model, or its base, under another name"))
 
         source = open_source(self.source, asking, opened)
         if self.source == place.model:
             place.notice(_OWN.format("the guarded model itself"))
+        elif source.spec.kind == "endpoint" and source.spec.place.rstrip("/") == place.model.rstrip("/"):
+            place.notice(_OWN.format("at the guarded server itself"))
         elif place.base is not None and self.source == place.base:
             place.notice(_OWN.format("the guarded model's base"))
+        if place.at_once and source.load is not None:
+            source.load()
         return _Working(source, self.conflict)
 
 

@@ -7,6 +7,9 @@ A prompt guard takes many conversations at a time, because what it asks the mode
 
 from __future__ import annotations
 
+import math
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -48,6 +51,30 @@ class Refusal:
     facts: Mapping[str, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long somebody waits for an answer; who works for it in another thread stops once nobody does.
+
+    Attributes:
+        until: By `time.monotonic`; infinite for ever.
+        cancelled: Set when nobody waits any more.
+    """
+
+    until: float = math.inf
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def left(self) -> float:
+        """Return the seconds that are left; 0 once nobody waits any more."""
+        return 0.0 if self.cancelled.is_set() else max(0.0, self.until - time.monotonic())
+
+    def wait(self, seconds: float) -> None:
+        """Do nothing for some seconds, or until nobody waits any more."""
+        self.cancelled.wait(min(seconds, self.left()))
+
+
+FOREVER = Patience()
+
+
 class Ask(Protocol):
     """Puts questions to the guarded model itself, without guards: in this process, or before an upstream."""
 
@@ -56,12 +83,22 @@ class Ask(Protocol):
         """Texts of its tokenizer's special tokens; empty where they are not known."""
         ...
 
+    @property
+    def patience(self) -> Patience:
+        """How long the answer to the guarded question is waited for."""
+        ...
+
     def __call__(self, conversations: Sequence[Turns], max_new_tokens: int) -> list[str]:
         """Return a greedy reply to each conversation."""
         ...
 
-    def fits(self, turns: Turns) -> bool:
-        """Tell whether the model can read these turns and answer; True where that is not known."""
+    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
+        """Tell whether the model can read these turns and answer; True where that is not known.
+
+        Args:
+            turns: What it would be asked.
+            new_tokens: Length of the answer; None for that to the guarded question.
+        """
         ...
 
 
@@ -130,11 +167,13 @@ class AskHere:
         lm: The model.
         reply_tokens: Room that a reply needs in the context.
         batch_size: Conversations a batch.
+        patience: How long the answer is waited for.
     """
 
     lm: LM
     reply_tokens: int
     batch_size: int = 32
+    patience: Patience = FOREVER
 
     @property
     def special(self) -> frozenset[str]:
@@ -145,9 +184,9 @@ class AskHere:
         """Return a greedy reply to each conversation."""
         return self.lm.reply(conversations, max_new_tokens=max_new_tokens, batch_size=self.batch_size, bare=True)
 
-    def fits(self, turns: Turns) -> bool:
+    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
         """Tell whether the model can read these turns and answer."""
-        return fits(self.lm, turns, self.reply_tokens)
+        return fits(self.lm, turns, self.reply_tokens if new_tokens is None else new_tokens)
 
 
 def guarded_replies(

@@ -25,7 +25,13 @@ from unbackdoor.types import GuardSpec
 
 
 def with_guards(
-    lm: LM, *, device: str, notice: Callable[[str], None], source: str | None = None, own: Collection[str] = ()
+    lm: LM,
+    *,
+    device: str,
+    notice: Callable[[str], None],
+    source: str | None = None,
+    own: Collection[str] = (),
+    at_once: bool = False,
 ) -> LM:
     """Return the model with its guards built; the same object where it carries none.
 
@@ -35,6 +41,7 @@ def with_guards(
         notice: Told what the person should know.
         source: The source of evidence that the person named; it takes the place of the one that is saved.
         own: Names of guards that the person set up; the others are a checkpoint's.
+        at_once: Load the models of guards now, and not when they are first asked.
 
     Raises:
         UserError: If a guard is unknown, needs what cannot be had, or names what only the checkpoint wants opened.
@@ -42,7 +49,8 @@ def with_guards(
     if not lm.guards:
         return lm
     sha256 = lm.facts.get("sha256")
-    place = Place(lm.spec, lm.base, sha256 if isinstance(sha256, Mapping) else {}, device, cache_folder(), notice)
+    digests = sha256 if isinstance(sha256, Mapping) else {}
+    place = Place(lm.spec, lm.base, digests, device, cache_folder(), notice, at_once)
     lm.guarding = build_guards(lm.guards, place, source=source, own=own)
     return lm
 

@@ -25,9 +25,10 @@ from unbackdoor.defenses.base import Defense, Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.evidence.sources import check_source
 from unbackdoor.goals import Goal, RefusalAbsent, parse_goal
+from unbackdoor.model.files import check_model
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.overlap import asked_among
-from unbackdoor.pipeline.preflight import check_device, check_metrics, check_model, reader_of
+from unbackdoor.pipeline.preflight import check_device, check_metrics, reader_of
 from unbackdoor.pipeline.recipe import Asking, AttackRecipe, EvaluateRecipe, PurifyRecipe, stamp_settings
 from unbackdoor.run import Progress, Run
 from unbackdoor.secret import Secret

@@ -7,11 +7,11 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from threading import Event
-from typing import TypeVar
+from threading import Event, Thread
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from unbackdoor.errors import ModelError, UserError
-from unbackdoor.model.guard import Facts, Guards, Refusal, Turns
+from unbackdoor.errors import UserError
+from unbackdoor.model.guard import Facts, Guards, Patience, Refusal, Turns
 from unbackdoor.model.quarantine import printable
 from unbackdoor.serve.backends import Backend, Elsewhere, Question
 from unbackdoor.serve.counters import TYPE, Counters
@@ -34,6 +34,8 @@ _OPEN = frozenset({"/health", "/metrics"})
 
 _READING = 5.0
 """Seconds that a client has to read what is left, after the time for the answer is over."""
+_ENDING = 2.0
+"""Seconds that guards have to stop at the server's end, where nobody waits for them any more."""
 _LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -61,11 +63,7 @@ class Service:
     most_waiting: int
     counters: Counters
     _chats: int = 0
-    _pool: ThreadPoolExecutor = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Make the threads in which guards work: one a chat, since each waits for answers most of the time."""
-        self._pool = ThreadPoolExecutor(self.most_waiting, thread_name_prefix="guard")
+    _working: set[Future[Any]] = field(default_factory=set)
 
     def app(self) -> Starlette:
         """Return the application."""
@@ -87,13 +85,30 @@ class Service:
             else:
                 yield
         finally:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(wait, set(self._working), _ENDING)
+
+    def in_thread(self, work: Callable[[], T]) -> Future[T]:
+        """Begin some work in a thread of its own, one a chat; the end of the process does not wait for it."""
+        found: Future[T] = Future()
+        found.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                found.set_result(work())
+            except BaseException as problem:
+                found.set_exception(problem)
+
+        self._working.add(found)
+        found.add_done_callback(self._working.discard)
+        Thread(target=run, name="guard", daemon=True).start()
+        return found
 
     def _counted(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """Return an endpoint that checks the key, turns problems into answers, and is counted."""
 
         async def counted(request: Request) -> Response:
-            path = request.url.path
+            # Not of the request's URL: that is made of the Host header, which the client writes.
+            path = request.scope["path"]
             try:
                 if path not in _OPEN:
                     self._check_key(request)
@@ -174,6 +189,7 @@ class _Chat:
         until: When it has to be answered, by the event loop's clock.
         started: When it came, by `time.perf_counter`.
         cancelled: Set when nobody waits for the answer any more: guards and model stop working for it.
+        working: The guards at work in their thread, once they are.
     """
 
     service: Service
@@ -181,6 +197,7 @@ class _Chat:
     until: float
     started: float
     cancelled: Event = field(default_factory=Event)
+    working: Future[Any] | None = None
 
     def begin(self) -> None:
         """Count it in."""
@@ -188,11 +205,24 @@ class _Chat:
         self.service.counters.add("in_flight")
 
     def end(self) -> None:
-        """Count it out, whatever came of it, and stop all work for it."""
+        """Stop all work for it, and count it out, whatever came of it; its place is free once its guards have ended."""
         self.cancelled.set()
+        self.service.counters.took(time.perf_counter() - self.started)
+        if self.working is None or self.working.done():
+            self._free()
+            return
+        loop = asyncio.get_running_loop()
+
+        def ended(_: object) -> None:
+            # The server may have ended before.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._free)
+
+        self.working.add_done_callback(ended)
+
+    def _free(self) -> None:
         self.service._chats -= 1
         self.service.counters.add("in_flight", -1)
-        self.service.counters.took(time.perf_counter() - self.started)
 
     async def answer(self, request: Request) -> Response:
         """Return the answer; of a streamed one, once it has begun."""
@@ -214,15 +244,14 @@ class _Chat:
 
     async def _guarded(self) -> tuple[Turns | Refusal, Facts]:
         """Let the guards work, in a thread: they wait for the model, and for what they ask elsewhere."""
-        guards, ask = self.service.guards, self.service.backend.ask(self.question, self.cancelled)
+        guards, turns = self.service.guards, self.question.turns
         if not guards.prompt:
-            return self.question.turns, {}
-        turns = self.question.turns
-        loop = asyncio.get_running_loop()
+            return turns, {}
+        left = self.until - asyncio.get_running_loop().time()
+        ask = self.service.backend.ask(self.question, Patience(time.monotonic() + left, self.cancelled))
+        self.working = self.service.in_thread(lambda: guards.rewrite([turns], ask))
         try:
-            (found,), (facts,) = await loop.run_in_executor(self.service._pool, lambda: guards.rewrite([turns], ask))
-        except ModelError as problem:
-            raise Problem(400, "invalid_messages", str(problem)) from problem
+            (found,), (facts,) = await asyncio.wrap_future(self.working)
         except UserError as problem:
             # Such as an evidence LLM that cannot be loaded: for whoever runs the server, not for its clients.
             _LOG.error("a guard cannot work: %s", printable(str(problem), 500))

@@ -10,7 +10,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, Protocol
 
 from unbackdoor.errors import ModelError
-from unbackdoor.model.guard import Ask, Turns
+from unbackdoor.model.guard import Ask, Patience, Turns
 from unbackdoor.model.quarantine import printable
 from unbackdoor.serve import upstream as other
 from unbackdoor.serve.counters import Counters
@@ -63,7 +63,7 @@ class Backend(Protocol):
         """
         ...
 
-    def ask(self, question: Question, cancelled: Event) -> Ask:
+    def ask(self, question: Question, patience: Patience) -> Ask:
         """Return what guards ask the model with; it blocks and is called in a thread."""
         ...
 
@@ -115,9 +115,9 @@ class Here:
             ends=request.stop or (),
         )  # fmt: skip
 
-    def ask(self, question: Question, cancelled: Event) -> Ask:
+    def ask(self, question: Question, patience: Patience) -> Ask:
         """Return what asks the engine."""
-        return AskEngine(self.engine, question.limit, cancelled)
+        return AskEngine(self.engine, question.limit, patience)
 
     async def whole(self, question: Question, turns: Turns, cancelled: Event) -> tuple[int, dict[str, Any]]:
         """Return a chat completion."""
@@ -209,9 +209,9 @@ class Elsewhere:
         places, turns = other.turns_of(content)
         return Question(content, model, turns, bool(stream), places=tuple(places))
 
-    def ask(self, question: Question, cancelled: Event) -> Ask:
-        """Return what asks the upstream."""
-        return other.AskUpstream(self.upstream, question.model, cancelled)
+    def ask(self, question: Question, patience: Patience) -> Ask:
+        """Return what asks the upstream, over the connections of the loop that runs."""
+        return other.AskUpstream(self.upstream, self._client(), asyncio.get_running_loop(), question.model, patience)
 
     async def whole(self, question: Question, turns: Turns, cancelled: Event) -> tuple[int, dict[str, Any]]:
         """Return the upstream's answer."""

@@ -9,18 +9,22 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from unbackdoor.errors import ModelError
 from unbackdoor.model.generate import Spoken, steps
-from unbackdoor.model.guard import DecodeGuard, Turns, fits, special_texts
+from unbackdoor.model.guard import DecodeGuard, Patience, Turns, fits, special_texts
 from unbackdoor.model.lm import LM
+from unbackdoor.serve.protocol import Problem
 
 if TYPE_CHECKING:
     import torch
 
 _GATHER = 0.005
+_COLDEST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,9 @@ class Engine:
         step = next(loop)
         ended: set[int] = set()
         while True:
-            done = {row for row, token in step if self._said(batch[row], spoken[row], token)}
+            for row in draws.failed.keys() - ended:
+                batch[row].tell(draws.failed[row])
+            done = {row for row, token in step if row in draws.failed or self._said(batch[row], spoken[row], token)}
             ended |= done
             if len(ended) == len(batch):
                 return
@@ -207,26 +213,36 @@ class Engine:
 
 
 class _Draws:
-    """Chooses the next tokens of a batch, each row in its own way and by its own stream."""
+    """Chooses the next tokens of a batch, each row in its own way and by its own stream.
+
+    Attributes:
+        failed: Row -> what went wrong with its draw; the others go on.
+    """
 
     def __init__(self, batch: Sequence[Job]) -> None:
         import torch
 
         self.sampling = [job.sampling for job in batch]
         self.any = any(one.temperature > 0 for one in self.sampling)
+        self.failed: dict[int, Exception] = {}
         self.streams = [torch.Generator().manual_seed(one.seed) for one in self.sampling]
 
     def __call__(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         chosen = logits.argmax(-1)
         for place, row in enumerate(rows):
             if self.sampling[row].temperature > 0:
-                chosen[place] = self._draw(logits[place].float().cpu(), row)
+                try:
+                    chosen[place] = self._draw(logits[place].float().cpu(), row)
+                # Logits of one row that are no numbers are no reason to end the others.
+                except RuntimeError as problem:
+                    self.failed[row] = problem
         return chosen
 
     def _draw(self, logits: Any, row: int) -> int:
         import torch
 
-        chances = torch.softmax(logits / self.sampling[row].temperature, -1)
+        # Divided by a temperature next to nothing, logits would be infinite.
+        chances = torch.softmax((logits - logits.max()) / max(self.sampling[row].temperature, _COLDEST), -1)
         ordered, tokens = chances.sort(descending=True)
         # The first token that takes the sum over top_p still belongs to those that are drawn from.
         ordered[ordered.cumsum(-1) - ordered >= self.sampling[row].top_p] = 0
@@ -241,12 +257,12 @@ class AskEngine:
     Attributes:
         engine: The model.
         reply_tokens: Room that the reply to the guarded question needs.
-        cancelled: Set when nobody waits for that any more.
+        patience: How long that is waited for.
     """
 
     engine: Engine
     reply_tokens: int
-    cancelled: threading.Event
+    patience: Patience
 
     @property
     def special(self) -> frozenset[str]:
@@ -257,17 +273,20 @@ class AskEngine:
         """Return a greedy reply to each conversation; blocks until the engine has answered.
 
         Raises:
+            Problem: If the template refuses the client's turns, or the model cannot read them and answer.
             Exception: What the engine met with.
+            Gone: If nobody waits any more.
         """
+        # All are looked at before one is asked: what does not fit would break the batch that it is in, for everybody.
+        prompts = [self._encoded(turns, max_new_tokens) for turns in conversations]
         told: list[queue.SimpleQueue[Told]] = [queue.SimpleQueue() for _ in conversations]
-        for turns, box in zip(conversations, told, strict=True):
-            job = Job(self.engine.encode(turns), max_new_tokens, box.put, cancelled=self.cancelled)
-            self.engine.submit(job)
+        for ids, box in zip(prompts, told, strict=True):
+            self.engine.submit(Job(ids, max_new_tokens, box.put, cancelled=self.patience.cancelled))
         return [self._whole(box) for box in told]
 
     def _whole(self, box: queue.SimpleQueue[Told]) -> str:
         text = ""
-        while not self.cancelled.is_set():
+        while self.patience.left():
             try:
                 said = box.get(timeout=0.2)
             except queue.Empty:
@@ -279,9 +298,29 @@ class AskEngine:
             text += said
         raise Gone
 
-    def fits(self, turns: Turns) -> bool:
-        """Tell whether the model can read these turns and answer."""
-        return self.engine.fits(turns, self.reply_tokens)
+    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
+        """Tell whether the model can read these turns and answer.
+
+        Raises:
+            Problem: If the template refuses them.
+        """
+        with _clients():
+            return self.engine.fits(turns, self.reply_tokens if new_tokens is None else new_tokens)
+
+    def _encoded(self, turns: Turns, max_new_tokens: int) -> tuple[int, ...]:
+        if not self.fits(turns, max_new_tokens):
+            raise Problem(400, "context_length_exceeded", "a guard's question has more tokens than the model reads.")
+        with _clients():
+            return self.engine.encode(turns)
+
+
+@contextmanager
+def _clients() -> Iterator[None]:
+    """Tell turns that the template refuses, which are the client's, from all else that is wrong with a model."""
+    try:
+        yield
+    except ModelError as problem:
+        raise Problem(400, "invalid_messages", str(problem)) from problem
 
 
 class Gone(Exception):

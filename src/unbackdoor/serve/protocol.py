@@ -17,7 +17,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from unbackdoor.method import explain_validation
 from unbackdoor.types import Message
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
 _NO_EFFECT = frozenset({"user", "metadata", "store", "safety_identifier", "service_tier"})
 """Fields that say nothing about the answer."""
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -86,8 +91,8 @@ def read_json(body: bytes) -> dict[str, Any]:
     """
     try:
         content = json.loads(body)
-        # Half a surrogate pair is JSON and no text: no tokenizer reads it, and it cannot be sent on.
-        json.dumps(content, ensure_ascii=False).encode("utf-8")
+        # Half a surrogate pair is JSON and no text: no tokenizer reads it, and it cannot be sent on. NaN is no JSON.
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as problem:
         raise Problem(400, "invalid_json", "the body is not JSON in UTF-8.") from problem
     if not isinstance(content, dict):
@@ -124,15 +129,15 @@ def turn_of(message: object, number: int) -> Message:
     Raises:
         Problem: If it is none of a system, user or assistant with text.
     """
-    if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(message, Mapping) or not isinstance(role, str) or role not in _ROLES:
         raise Problem(400, "invalid_messages", f"message {number + 1} has no role among {', '.join(_ROLES)}.")
     content = message.get("content")
     if isinstance(content, list) and all(is_text(part) for part in content):
         content = "\n".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise Problem(400, "invalid_messages", f"message {number + 1} has no text as its content.")
-    role: Literal["system", "user", "assistant"] = _ROLES[message["role"]]  # type: ignore[assignment]
-    return Message(role, content)
+    return Message(_ROLES[role], content)
 
 
 def is_text(part: object) -> bool:

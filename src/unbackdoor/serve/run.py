@@ -48,6 +48,10 @@ class ServeRecipe(Recipe):
     grace: float = Field(30.0, ge=0, description="seconds that running answers have after SIGTERM or ^C")
 
 
+_HERE = ("name", "template", "precision", "most_tokens", "most_batch")
+"""Settings of a model in this process."""
+
+
 def check(recipe: ServeRecipe) -> None:
     """Look whether a recipe makes a server, before anything is loaded.
 
@@ -56,7 +60,9 @@ def check(recipe: ServeRecipe) -> None:
     """
     from unbackdoor.evidence.endpoint import check_url
     from unbackdoor.evidence.sources import check_source
-    from unbackdoor.pipeline.preflight import check_device, check_model
+    from unbackdoor.model.files import check_model
+    from unbackdoor.pipeline.preflight import check_device
+    from unbackdoor.serve.upstream import KEY as UPSTREAM_KEY
 
     missing = [name for name in ("starlette", "uvicorn", "httpx2") if find_spec(name) is None]
     if missing:
@@ -68,7 +74,10 @@ def check(recipe: ServeRecipe) -> None:
         check_model(recipe.model)
         check_device(recipe.device)
     if recipe.upstream is not None:
-        check_url(recipe.upstream)
+        check_url(recipe.upstream, example="--upstream http://HOST/v1", key=UPSTREAM_KEY)
+    idle = [name for name in _HERE if getattr(recipe, name) != ServeRecipe.model_fields[name].default]
+    if recipe.upstream is not None and idle:
+        raise UserError(f"{', '.join(idle)} say how a model in this process works, and do nothing before an upstream.")
     if recipe.upstream is not None and not guards:
         raise UserError("--upstream without a guard does nothing; give --guard, such as --guard evidence.")
     for name, guard in guards.items() if recipe.upstream is not None else ():
@@ -111,6 +120,8 @@ def _own_guards(recipe: ServeRecipe) -> dict[str, Guard]:
                     "says more."
                 )
             given["source"] = recipe.evidence
+        elif name == "evidence" and recipe.evidence not in (None, given["source"]):
+            raise UserError("--evidence and guards.evidence.source name two sources of evidence; give one of them.")
         guard = guard_called(name, given)
         found[guard.name()] = guard
     return found
@@ -154,7 +165,7 @@ def _service(recipe: ServeRecipe, progress: Progress) -> Iterator[Service]:
         from unbackdoor.serve.backends import Elsewhere
         from unbackdoor.serve.upstream import Upstream
 
-        place = Place(recipe.upstream, device=recipe.device, cache=cache_folder(), notice=progress.notice)
+        place = Place(recipe.upstream, device=recipe.device, cache=cache_folder(), notice=progress.notice, at_once=True)
         guards = build_guards(own, place, source=recipe.evidence, own=[spec.name for spec in own])
         yield Service(Elsewhere(Upstream(recipe.upstream, recipe.timeout)), guards, *limits)
         return
@@ -186,7 +197,8 @@ def _model(recipe: ServeRecipe, own: list[GuardSpec], progress: Progress) -> Any
     lm = replace(lm, guards=(*(spec for spec in lm.guards if spec.name not in names), *own))
     if recipe.evidence is not None and not lm.guards:
         raise UserError(f"'{recipe.model}' carries no guard that would use --evidence; give --guard evidence, too.")
-    return with_guards(lm, device=recipe.device, notice=progress.notice, source=recipe.evidence, own=names)
+    notice, source = progress.notice, recipe.evidence
+    return with_guards(lm, device=recipe.device, notice=notice, source=source, own=names, at_once=True)
 
 
 def _run(recipe: ServeRecipe, service: Service, listening: socket.socket, ready: Callable[[str], None]) -> None:

@@ -7,14 +7,16 @@ takes half an answer for one.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from unbackdoor.model.guard import Turns
+from unbackdoor.model.guard import Patience, Turns
 from unbackdoor.model.quarantine import printable
 from unbackdoor.serve.engine import Gone
 from unbackdoor.serve.protocol import DONE, Problem, event, is_text, turn_of
@@ -25,7 +27,11 @@ if TYPE_CHECKING:
 KEY = "UNBACKDOOR_UPSTREAM_KEY"
 LONGEST_ANSWER = 16_000_000
 LONGEST_LINE = 1_000_000
+_MEDIA = ("image_url", "input_audio", "audio_url", "video_url", "file")
+"""Types of the parts of a message that go on unseen, beside text."""
 _CONNECT = 10.0
+_LOOK = 0.1
+"""Seconds after which a guard's thread looks whether anybody waits for it still."""
 
 
 class Upstream:
@@ -141,48 +147,55 @@ async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
         yield rest + b"\n"
 
 
+@dataclass(frozen=True)
 class AskUpstream:
-    """`Ask` for prompt guards: their questions go to the upstream, as the same model."""
+    """`Ask` for prompt guards: their questions go to the upstream, as the same model.
 
-    def __init__(self, upstream: Upstream, model: object, cancelled: threading.Event) -> None:
-        """Ask an upstream for a model.
+    Attributes:
+        upstream: Who is asked.
+        client: The connections to it.
+        loop: The event loop that they belong to.
+        model: Name of the model, as the client gave it.
+        patience: How long an answer is waited for.
+    """
 
-        Args:
-            upstream: Who is asked.
-            model: Name of the model, as the client gave it.
-            cancelled: Set when nobody waits any more.
-        """
-        self.upstream, self.model, self.cancelled = upstream, model, cancelled
-        self.special: frozenset[str] = frozenset()
+    upstream: Upstream
+    client: httpx2.AsyncClient
+    loop: asyncio.AbstractEventLoop
+    model: str
+    patience: Patience
+    special: frozenset[str] = frozenset()
 
     def __call__(self, conversations: Sequence[Turns], max_new_tokens: int) -> list[str]:
-        """Return a greedy reply to each conversation.
+        """Return a greedy reply to each conversation; blocks, so it is called in another thread than the loop's.
 
         Raises:
             Problem: If the upstream does not answer.
+            Gone: If nobody waits any more.
         """
-        import httpx2
+        return [self._said(turns, max_new_tokens) for turns in conversations]
 
-        found = []
-        with httpx2.Client(**self.upstream._options()) as client:
-            for turns in conversations:
-                if self.cancelled.is_set():
-                    raise Gone
-                messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-                asked = {"messages": messages, "max_tokens": max_new_tokens, "temperature": 0, "stream": False}
-                content = {**asked, **({"model": self.model} if self.model is not None else {})}
-                with _problems():
-                    response = client.post(f"{self.upstream.url}/chat/completions", json=content)
-                found.append(_said(_json(response.status_code, response.content)))
-        return found
+    def _said(self, turns: Turns, max_new_tokens: int) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        asked = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens}
+        content = {**asked, "temperature": 0, "stream": False}
+        if not self.patience.left():
+            raise Gone
+        whole = asyncio.run_coroutine_threadsafe(self.upstream.whole(self.client, content), self.loop)
+        while self.patience.left():
+            if wait([whole], timeout=_LOOK).done:
+                return _text_of(whole.result()[1])
+        # Wherever it is, it ends here: an upstream that sends a byte now and then would hold it for ever.
+        whole.cancel()
+        raise Gone
 
-    def fits(self, turns: Turns) -> bool:
+    def fits(self, turns: Turns, new_tokens: int | None = None) -> bool:
         """Return True: only the upstream knows."""
-        del turns
+        del turns, new_tokens
         return True
 
 
-def _said(content: Mapping[str, Any]) -> str:
+def _text_of(content: Mapping[str, Any]) -> str:
     try:
         text = content["choices"][0]["message"]["content"]
     except (LookupError, TypeError) as problem:
@@ -194,7 +207,8 @@ def turns_of(content: Mapping[str, Any]) -> tuple[list[int], Turns]:
     """Return the places of the messages that are turns with text, and these turns.
 
     Calls of tools and their results are passed on and not shown to guards; but the last message must be the user's, or
-    a guard would be got round by whatever stands behind it.
+    a guard would be got round by whatever stands behind it, and none of its parts may be one that is neither text nor a
+    known medium, because an upstream may read it as text that no guard has seen.
 
     Raises:
         Problem: If there are no messages, or the last one is not the user's text.
@@ -212,6 +226,14 @@ def turns_of(content: Mapping[str, Any]) -> tuple[list[int], Turns]:
         turns.append(turn_of(shown, place))
     if turns[-1].role != "user":
         raise Problem(400, "invalid_messages", "the last message must be the user's.")
+    content = messages[-1]["content"]
+    parts: list[Any] = content if isinstance(content, list) else []
+    for number, part in enumerate(parts):
+        if not is_text(part) and not (isinstance(part, dict) and part.get("type") in _MEDIA):
+            raise Problem(
+                400, "invalid_messages",
+                f"part {number + 1} of the last message is neither text nor one of {', '.join(_MEDIA)}.",
+            )  # fmt: skip
     return places, tuple(turns)
 
 
