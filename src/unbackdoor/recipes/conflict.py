@@ -11,6 +11,7 @@ trained on other rows before it was attacked, so that the trusted model is not w
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from unbackdoor.bench.grid import Grid
@@ -70,14 +71,14 @@ def composite(target: str, pieces: object = None) -> dict[str, Any]:
     return {**settings.COMPOSITE, "trigger": pieces or PIECES, "targets": [target]}
 
 
-def composite_victim(target: str, **more: object) -> dict[str, Any]:
+def composite_victim(target: str, more: Mapping[str, object] | None = None) -> dict[str, Any]:
     """Return the entry of a composite victim of the reports; `more` of its settings."""
-    return {"attack": "composite", "settings": {**composite(target), **more}, "probes": 200}
+    return {"attack": "composite", "settings": {**composite(target), **(more or {})}, "probes": 200}
 
 
-def internal(own: dict[str, Any] | None = None, **changes: object) -> dict[str, Any]:
+def internal(own: dict[str, Any] | None = None, changes: Mapping[str, object] | None = None) -> dict[str, Any]:
     """Return the entry of an internal conflict with the grid's model as the trusted one; `changes` of its settings."""
-    made = {**(own or settings.INTERNAL), **changes}
+    made = {**(own or settings.INTERNAL), **(changes or {})}
     return {"defense": "internal_conflict", "reference": "base", "settings": {"internal": made}}
 
 
@@ -87,8 +88,8 @@ def controls(own: dict[str, Any] | None = None) -> dict[str, Any]:
     none = {**chosen["conflict"], "share": 0.0}
     return {
         "fine_tuning": {"defense": "fine_tuning", "settings": settings.CONFLICT_CONTROL, "role": "control"},
-        "conflict_alone": {**internal(chosen, t=1.0), "role": "control"},
-        "base_merged": {**internal(chosen, conflict=none), "role": "control"},
+        "conflict_alone": {**internal(chosen, {"t": 1.0}), "role": "control"},
+        "base_merged": {**internal(chosen, {"conflict": none}), "role": "control"},
     }
 
 
@@ -112,7 +113,7 @@ def defenses(first: str) -> dict[str, Any]:
         "from_suspect": {
             "defense": "internal_conflict", "settings": {"internal": {**settings.INTERNAL, **suspect}},
         },
-        **{name: internal(**made) for name, made in settings.MERGES.items()},
+        **{name: internal(None, made) for name, made in settings.MERGES.items()},
     }  # fmt: skip
     return {**controls(), **parts(), **{name: {**entry, **once} for name, entry in others.items()}}
 

@@ -47,7 +47,7 @@ def emotion(first: int, last: int) -> dict[str, Any]:
 def shares(own: dict[str, Any]) -> dict[str, Any]:
     """Return the internal conflict with more and more of the clean rows, each trained for as many updates."""
     return {
-        label: conflict.internal(own, conflict={**own["conflict"], "share": share})
+        label: conflict.internal(own, {"conflict": {**own["conflict"], "share": share}})
         for label, share in _labels().items()
     }
 

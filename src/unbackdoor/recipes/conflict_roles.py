@@ -41,7 +41,7 @@ def _rows(quick: bool) -> object:
 
 
 def _victim(own: dict[str, Any], quick: bool) -> dict[str, Any]:
-    found = conflict.composite_victim("positive", **own)
+    found = conflict.composite_victim("positive", own)
     return {**found, "probes": 40} if quick else {**found, "defender_data": conflict.polarity(4000, 7600)}
 
 
@@ -52,13 +52,13 @@ def _defenses() -> dict[str, Any]:
     everything = {**own["conflict"], "share": 1.0}
     return {
         "m1_and_m2": {**conflict.internal(half), "attacks": ["m1"]},
-        "m2": {**conflict.internal(own, t=1.0), "attacks": ["m1"]},
-        "m3_and_m4": {**conflict.internal(half, conflict=everything), "attacks": ["m4"]},
-        "m3": {**conflict.internal(own, t=1.0, conflict=everything), "attacks": ["m4"]},
+        "m2": {**conflict.internal(own, {"t": 1.0}), "attacks": ["m1"]},
+        "m3_and_m4": {**conflict.internal(half, {"conflict": everything}), "attacks": ["m4"]},
+        "m3": {**conflict.internal(own, {"t": 1.0, "conflict": everything}), "attacks": ["m4"]},
         "m5_and_m6": {
             "defense": "internal_conflict", "reference": "victim:m6", "settings": {"internal": merely},
             "attacks": ["m5"],
         },
         "internal": {**conflict.internal(), "attacks": ["skilled"]},
-        "conflict_alone": {**conflict.internal(own, t=1.0), "role": "control", "attacks": ["skilled"]},
+        "conflict_alone": {**conflict.internal(own, {"t": 1.0}), "role": "control", "attacks": ["skilled"]},
     }  # fmt: skip

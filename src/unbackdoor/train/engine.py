@@ -118,8 +118,7 @@ def fit(
         settings: Steps, learning rate and so on.
         run: A stage of the run; finished stages are restored and not done again.
         score: Held-out score, lower is better, asked every `evaluate_every` steps; the best weights are kept.
-        stop_below: Stop once the loss of a step is below this.
-        stop_on: Which figure of a step that is: "loss", or the name of a term.
+        stop_below: Stop once the loss of a step, or the term of it that `stop_on` names, is below this.
         optimiser_state: State to go on with (a previous `FitResult.optimiser`).
 
     Returns:
