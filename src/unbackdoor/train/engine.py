@@ -118,7 +118,8 @@ def fit(
         settings: Steps, learning rate and so on.
         run: A stage of the run; finished stages are restored and not done again.
         score: Held-out score, lower is better, asked every `evaluate_every` steps; the best weights are kept.
-        stop_below: Stop once the loss of a step, or the term of it that `stop_on` names, is below this.
+        stop_below: Stop once the figure `stop_on` of a step is below this.
+        stop_on: "loss", or the name of a term.
         optimiser_state: State to go on with (a previous `FitResult.optimiser`).
 
     Returns:
@@ -131,8 +132,7 @@ def fit(
     if settings.evaluate_every and (score is None or run.folder is None):
         lacks = "held-out score to stop on" if score is None else "folder (Run(folder=...)) for the best weights"
         raise UserError(f"{run.prefix or 'this training'} has no {lacks}; set evaluate_every to 0.")
-    restored = state.restore_finished(run, parameters)
-    if restored is not None:
+    if (restored := state.restore_finished(run, parameters)) is not None:
         run.curves[run.prefix] = restored["history"]
         return FitResult(restored["steps"], restored["stopped"], restored["history"], {})
     loop = _Loop(lm, parameters, streams, loss, settings, run, score, (stop_on, stop_below))
@@ -184,8 +184,8 @@ class _Loop:
             self.checkpoints.save(self.history, 0)
         self.best = state.best_of(self.history)
         # Data parallelism refuses a module in which nothing trains, as while a parrot is learned.
-        frozen = len(self.free) == len(self.parameters)
-        forward = self.accelerator.prepare_model(LogitsAt(self.lm), evaluation_mode=frozen)
+        all_free = len(self.free) == len(self.parameters)
+        forward = self.accelerator.prepare_model(LogitsAt(self.lm), evaluation_mode=all_free)
         self.run.progress.start(name, settings.steps)
         stopped = "finished"
         was_training = self.lm.model.training
