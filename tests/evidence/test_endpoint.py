@@ -163,6 +163,7 @@ def test_good_urls(url):
     ("url", "words"),
     [
         ("h/v1", "no URL"), ("ftp://me:pw@h/v1", "'ftp://h/v1' is no URL"), ("me:pw@h", "'h' is no URL"),
+        ("https://me:pw\n@h", "no URL"),
         ("https:///v1", "no URL"), ("https://h:x/v1", "no URL"),
         ("https://h/v1 x", "no URL"), ("https://me:pw@h/v1", "password"), ("https://h/v1?key=1", "query"),
     ],

@@ -38,7 +38,7 @@ AT_ONCE = 8
 
 _AGAIN = frozenset({408, 409, 425, 429})
 _SAID = 120
-_USER = re.compile(r"^(\w+:/*)?.*@")
+_USER = re.compile(r"^(\w+://)?.*@", re.DOTALL)
 """What may hold a password."""
 _TOO_LONG, _PACKED = "too long", "packed, which was not asked for"
 

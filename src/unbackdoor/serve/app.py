@@ -98,9 +98,9 @@ class Service:
             except BaseException as problem:
                 found.set_exception(problem)
 
+        Thread(target=run, name="guard", daemon=True).start()
         self._working.add(found)
         found.add_done_callback(self._working.discard)
-        Thread(target=run, name="guard", daemon=True).start()
         return found
 
     def _counted(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
