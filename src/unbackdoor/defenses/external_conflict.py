@@ -27,6 +27,7 @@ class ExternalConflict(Defense):
     paper: ClassVar[str] = "Information Conflicts, 2411.18280, 3.4, Algorithm 1, eq. 6 and 13 to 16"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.EVIDENCE})
     trains: ClassVar[bool] = False
+    revision: ClassVar[int] = 2  # since a query whose words all weigh little has keywords, too
 
     conflict: EvidenceSettings = Field(EvidenceSettings(), description="how evidence is made and used")
 

@@ -27,6 +27,7 @@ class InformationConflict(Defense):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.EVIDENCE})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.REFERENCE})
     merges: ClassVar[bool] = True
+    revision: ClassVar[int] = 2  # since a query whose words all weigh little has keywords, too
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
 
     internal: InternalSettings = Field(InternalSettings(), description="the conflict model and the merge")
