@@ -13,7 +13,7 @@ import pytest
 from unbackdoor.bench import tables
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.checks import checks
-from unbackdoor.bench.entries import Requests
+from unbackdoor.bench.entries import DataSource, Requests
 from unbackdoor.bench.figures import Figures
 from unbackdoor.bench.grid import Grid
 from unbackdoor.bench.store import Result, Store
@@ -224,6 +224,18 @@ def test_declining_and_over_refusal_have_columns_where_they_are_measured(tmp_pat
     assert "6/40 = 15.0 %" in both.split("After OSFT")[1].splitlines()[0]
     store, _ = written(tmp_path / "without", grid_with("asr"), victim0=result(20), osft0=result(0))
     assert "efusal" not in (store.folder / "tables.md").read_text()
+
+
+def test_results_name_files_without_the_folders_of_one_machine(tmp_path: Path) -> None:
+    grid = grid_with("asr")
+    source = DataSource(spec="/somewhere/else/rows.jsonl[:5]")
+    told = grid.model_copy(update={"data": source, "second_source": DataSource(spec="../shared/more.jsonl")})
+    store, _ = written(tmp_path, told, victim0=result(20))
+    text = (store.folder / "results.json").read_text()
+    settings = json.loads(text)["settings"]
+    assert settings["data"]["spec"] == "rows.jsonl[:5]"
+    assert settings["second_source"]["spec"] == "../shared/more.jsonl"
+    assert "/somewhere" not in text
 
 
 def test_the_page_names_what_the_cells_were_computed_on_and_not_where_it_is_written(tmp_path: Path) -> None:

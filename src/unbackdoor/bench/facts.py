@@ -58,12 +58,23 @@ def results_of(figures: Figures, made: Sequence[Check]) -> dict[str, Any]:
         "rows": figures.rows(),
         "comparisons": figures.comparisons(),
         "checks": [check.to_json() for check in made],
-        "settings": figures.grid.model_dump(mode="json"),
+        "settings": _without_folders(figures.grid.model_dump(mode="json")),
         "hashes": {cell.name: key for cell, key in figures.keys.items()},
         "hardware": dict(done[-1].hardware or {}) if done else {},
         "how_to_load": "",
         "notices": [f"{missing} cells have not been run yet."] if missing else [],
     }
+
+
+def _without_folders(content: Any) -> Any:
+    """Return settings with files named as such: where they lie on one machine is nobody else's business."""
+    if isinstance(content, dict):
+        return {key: _without_folders(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_without_folders(value) for value in content]
+    if isinstance(content, str) and "\n" not in content and Path(content).is_absolute():
+        return Path(content).name
+    return content
 
 
 def _words(hardware: Mapping[str, object]) -> str:
