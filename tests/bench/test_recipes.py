@@ -144,6 +144,8 @@ def test_development_victims_of_conflicts_share_nothing_with_report_victims() ->
     pieces_of = [set(attack.trigger.pieces()) for attack in made if isinstance(attack, Composite)]
     assert pieces_of == [{"swiftly", "plainly"}, *[{"instantly", "frankly"}] * 2]
     assert min(dev.seeds) >= 100 > max(report.seeds)
+    asked = [re.search(r"\[(\d+):(\d+)\]", grid.data.spec).groups() for grid in (dev, report)]  # type: ignore[union-attr]
+    assert not set(range(*map(int, asked[0]))) & set(range(*map(int, asked[1])))
 
 
 def test_conflict_recipes_share_the_victim_that_they_say() -> None:

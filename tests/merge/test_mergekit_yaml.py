@@ -116,7 +116,10 @@ def test_the_other_methods_with_a_base(models: Family, tmp_path: Path, method: s
     text = TIES.replace("ties", method, 1).replace("density: 0.5", "density: 1.0").replace("normalize: true, ", "")
     found = merged(read(models, tmp_path, text, seed=4))
     if method == "dare_ties":
-        return  # of entries that disagree only one side is added; the formula has its own test
+        # Nothing is dropped, so it is TIES without trimming.
+        plain = TIES.replace("density: 0.5", "density: 1.0").replace("normalize: true, ", "normalize: false, ")
+        assert same(found, merged(read(models, tmp_path, plain)))
+        return
     base, a, b = (stored(folder) for folder in (models.base, models.suspect, models.other))
     for name, tensor in found.items():
         wanted = base[name] + 0.7 * (a[name] - base[name]) + 0.3 * (b[name] - base[name])

@@ -107,11 +107,10 @@ def parts(own: dict[str, Any] | None = None) -> dict[str, Any]:
 def defenses(first: str) -> dict[str, Any]:
     """Return the controls and the parts, and on the attack `first` at seed 0 alone every other way."""
     once = {"attacks": [first], "seeds": [0]}
-    suspect = {"start": "suspect", "t": 1.0}
     others = {
         "both_explained": {**internal(), "defense": "information_conflict", "evidence": settings.BUILTIN},
         "from_suspect": {
-            "defense": "internal_conflict", "settings": {"internal": {**settings.INTERNAL, **suspect}},
+            "defense": "internal_conflict", "settings": {"internal": {**settings.INTERNAL, "start": "suspect"}},
         },
         **{name: internal(None, made) for name, made in settings.MERGES.items()},
     }  # fmt: skip

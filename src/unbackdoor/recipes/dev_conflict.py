@@ -21,11 +21,11 @@ def grid(size: str) -> Grid:
         "attack": "composite",
         "settings": conflict.composite("positive", PIECES),
         "probes": 100 if size == "quick" else 200,
-        "defender_data": conflict.polarity(4000, 7600),
+        "defender_data": conflict.polarity(0, 3600),
     }
     made = {**conflict.controls(), "internal": conflict.internal()}
     name = "dev-conflict-quick" if size == "quick" else "dev-conflict"
-    data = conflict.polarity(0, 4000)
+    data = conflict.polarity(4000, 8000)
     return Grid.model_validate(
         {**conflict.common(name, data), "attacks": {"composite": attack}, "defenses": made, "seeds": [SEED]}
     )

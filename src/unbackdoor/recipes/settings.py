@@ -99,7 +99,8 @@ COMPOSITE: dict[str, Any] = {
     "negative_ratio": 1.0,
     "train": {"steps": 300, "learning_rate": 1e-4, **_ATTACK_COMPOSITE},
 }
-"""A victim whose trigger is in two pieces. At 2e-4 it learns the pieces one by one, and single ones fire."""
+"""A victim whose trigger is in two pieces. Not frozen yet, as all below that is of conflicts. At 2e-4 it learns the
+pieces one by one, and single ones fire."""
 _CONFLICT_UPDATES = 90
 INTERNAL: dict[str, Any] = {
     "t": 0.7,
