@@ -56,3 +56,14 @@ def interrupted_at(call):
 
 def with_adapter(lm):
     return lora.attach(lm, lora.LoraSettings(rank=4, dropout=0.2), seed=1)
+
+
+def with_trained_adapter(base, seed, rank, size=0.05):
+    """A copy of the base with an adapter that does something."""
+    made = lora.attach(tiny.clone(base), lora.LoraSettings(rank=rank), seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in made.model.named_parameters():
+            if "lora_" in name:
+                tensor.copy_(size * torch.randn(tensor.shape, generator=draw))
+    return made

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny
+from fitting import with_trained_adapter as adapter
 from merge.helpers import family, merged, shifted
 from unbackdoor.errors import ModelError, UserError
 from unbackdoor.merge.from_recipe import two_models
@@ -38,16 +39,6 @@ def test_in_memory_and_on_disk_are_the_same_bytes(tmp_path: Path, architecture: 
     assert made.reply([tiny.rows(1)[0].prompt], max_new_tokens=4) == folder.reply(
         [tiny.rows(1)[0].prompt], max_new_tokens=4
     )
-
-
-def adapter(base: LM, seed: int, rank: int) -> LM:
-    made = lora.attach(tiny.clone(base), lora.LoraSettings(rank=rank), seed)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in made.model.named_parameters():
-            if "lora_" in name:
-                tensor.copy_(0.05 * torch.randn(tensor.shape, generator=draw))
-    return made
 
 
 @pytest.mark.parametrize("method", ["ties", "task_arithmetic"])

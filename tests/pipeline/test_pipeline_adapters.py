@@ -131,17 +131,20 @@ def test_how_to_load_names_a_base_as_transformers_knows_it(tmp_path: Path, monke
     assert "builtin:" not in built
 
 
-def test_merging_an_adapter_gives_full_weights_and_says_so(adapter: Path) -> None:
-    base, out = adapter / "base", adapter / "by merging"
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_merging_an_adapter_gives_one_where_it_can_and_says_what_came_out(adapter: Path, method: str) -> None:
+    base, out = adapter / "base", adapter / f"by {method}"
     suspect = f"{base}+{adapter / 'adapter'}"
-    few = {"conflict": {"share": 0.5, "train": {"steps": 2, "learning_rate": 1e-3}}}
+    few = {"method": method, "conflict": {"share": 0.5, "train": {"steps": 2, "learning_rate": 1e-3}}}
     call = {"defense": "internal_conflict", "clean": str(adapter / "rows.jsonl"), "settings": {"internal": few}}
     unbackdoor.purify(suspect, **call, out=out, more={"reference": str(base)})
-    merged = load(str(out))
-    assert not merged.is_adapter
-    assert (out / "model.safetensors").is_file()
-    assert not (out / "adapter_model.safetensors").exists()
-    assert "was an adapter; the merge is full weights" in (out / "README.md").read_text()
+    stays = method == "linear"
+    merged = load(f"{base}+{out}" if stays else str(out))
+    assert merged.is_adapter == stays
+    assert (out / "model.safetensors").is_file() != stays
+    assert (out / "adapter_model.safetensors").exists() == stays
+    said = "is an adapter, and so is the merge" if stays else "was an adapter; the merge is full weights"
+    assert said in (out / "README.md").read_text()
     before, trusted = logits(load(suspect)), logits(load(str(base)))
     assert not torch.allclose(logits(merged), before, atol=1e-3)
     assert not torch.allclose(logits(merged), trusted, atol=1e-3)

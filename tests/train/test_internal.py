@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import tiny
+from fitting import with_trained_adapter
 from unbackdoor.data.collate import Row
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.run import Run
-from unbackdoor.train import internal
+from unbackdoor.train import internal, lora
 from unbackdoor.train.conflict import ConflictSettings, conflict_model
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.internal import InternalSettings, merged_with_conflict
@@ -21,6 +22,7 @@ BRIEF = TrainSettings(steps=3, learning_rate=1e-2, batch_size=4, max_length=96)
 CONFLICT = ConflictSettings(share=0.25, lora=LoraSettings(rank=2, alpha=4.0), train=BRIEF)
 SHORT = InternalSettings(conflict=CONFLICT)
 CLEAN = tiny.rows(40)
+UP = "model.layers.0.mlp.up_proj.weight"
 
 
 def merged(settings: InternalSettings, *, trusted: bool = True, run: Run | None = None, rows=CLEAN):
@@ -108,9 +110,9 @@ def test_t_is_the_largest_that_costs_little_on_rows_held_out(monkeypatch):
     trained = []
     real = conflict_model
 
-    def recording(start, rows, *rest):
+    def recording(start, rows, *rest, **more):
         trained.extend(row.id for row in rows)
-        return real(start, rows, *rest)
+        return real(start, rows, *rest, **more)
 
     monkeypatch.setattr(internal.overwrite, "mean_loss", loss)
     monkeypatch.setattr(internal, "conflict_model", recording)
@@ -172,7 +174,7 @@ def test_what_does_nothing_or_cannot_be_is_refused():
 
 
 def test_what_cannot_be_merged_is_refused_before_anything_is_trained(monkeypatch):
-    monkeypatch.setattr(internal, "conflict_model", lambda *_: pytest.fail("it was trained first"))
+    monkeypatch.setattr(internal, "conflict_model", lambda *_, **__: pytest.fail("it was trained first"))
     with pytest.raises(UserError, match="passthrough needs the ranges"):
         merged(SHORT.model_copy(update={"method": "passthrough"}))
     with pytest.raises(UserError, match="nothing uses --reference"):
@@ -185,3 +187,60 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_trained(monkeypatch
         )
     with pytest.raises(UserError, match="has 3 layers"):
         merged_with_conflict(tiny.tiny_lm(layers=3), CLEAN, tiny.tiny_lm(layers=2), SHORT, Run())
+
+
+def as_full(lm):
+    """The model's weights with its adapter folded in, if it has one."""
+    copied = tiny.clone(lm)
+    return tiny.tensors(lora.merge(copied) if copied.is_adapter else copied)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"start": "suspect"}, {"conflict": CONFLICT.model_copy(update={"share": 0.0})}, {"sweep": (0.6,)},
+])  # fmt: skip
+def test_an_adapter_stays_one_where_it_can(changes):
+    settings = SHORT.model_copy(update={"t": 0.6 if "sweep" not in changes else 0.5, **changes})
+    base, from_suspect = tiny.tiny_lm(layers=3), changes.get("start") == "suspect"
+    suspect = with_trained_adapter(base, 1, 3)
+    whole = lora.merge(tiny.clone(suspect))
+    run = Run()
+    made = merged_with_conflict(suspect, CLEAN, None if from_suspect else base, settings, run)
+    assert made.is_adapter
+    assert "is an adapter, and so is the merge" in str(run.notes["merge"])
+    assert made.base == base.spec
+    wanted = merged_with_conflict(whole, CLEAN, None if from_suspect else base, settings, Run())
+    assert not wanted.is_adapter
+    expected, found = tiny.tensors(wanted), as_full(made)
+    assert not torch.allclose(expected[UP], tiny.tensors(base)[UP], atol=1e-2)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {"method": "slerp"}, {"conflict": CONFLICT.model_copy(update={"lora": None})}, {"t": 0.3},
+])  # fmt: skip
+def test_an_adapter_comes_out_as_full_weights_where_it_must_and_it_is_said(changes):
+    """A sphere's arc is no sum of products; all weights were trained; the trusted model is not the adapter's base."""
+    trusted = tiny.tiny_lm(layers=3, seed=2 if "t" in changes else 0)
+    suspect = with_trained_adapter(tiny.tiny_lm(layers=3), 1, 3)
+    before = as_full(suspect)
+    run = Run()
+    made = merged_with_conflict(suspect, CLEAN, trusted, SHORT.model_copy(update=changes), run)
+    assert not made.is_adapter
+    assert run.notes["merge"] == "The suspect was an adapter; the merge is full weights."
+    assert not tiny.same_weights(tiny.tensors(made), before)
+
+
+def test_an_adapter_is_compared_before_anything_is_trained(monkeypatch):
+    suspect = with_trained_adapter(tiny.tiny_lm(layers=3), 1, 3, size=0.01)
+    said: list[str] = []
+    run = Run()
+    run.progress.notice = said.append
+    merged_with_conflict(tiny.clone(suspect), CLEAN, tiny.tiny_lm(layers=3, seed=1), SHORT, run)
+    assert any("do not lie as those of" in text for text in said)
+    said.clear()
+    merged_with_conflict(tiny.clone(suspect), CLEAN, tiny.tiny_lm(layers=3), SHORT, run)
+    assert said == []
+    monkeypatch.setattr(internal, "conflict_model", lambda *_, **__: pytest.fail("it was trained first"))
+    with pytest.raises(UserError, match="has 3 layers"):
+        merged_with_conflict(suspect, CLEAN, tiny.tiny_lm(layers=2), SHORT, Run())

@@ -1,7 +1,7 @@
 """Merge a suspect in memory with another model, in place: for a defense that goes on with the result.
 
-Full weights come out, with one exception that is exact up to rounding: a linear merge of two adapters on the same base
-is one adapter whose rank is the sum of theirs.
+Full weights come out, with one exception that is exact up to rounding: a linear merge of an adapter with another
+adapter on the same base is one adapter whose rank is the sum of theirs; with that base itself, one of its own rank.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from unbackdoor.errors import ModelError, UserError
+from unbackdoor.merge.adapted import Update
 from unbackdoor.merge.compute import blocks
 from unbackdoor.merge.from_recipe import DENSITY, two_models
 from unbackdoor.merge.plan import Plan, make_plan
 from unbackdoor.merge.settings import Method, Schedule, value_at
 from unbackdoor.merge.slerp import THRESHOLD
-from unbackdoor.merge.source import Source, memory_source, open_source
+from unbackdoor.merge.source import Source, memory_source, open_source, tensor_source
 from unbackdoor.model.lm import LM
 from unbackdoor.train import lora
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from unbackdoor.train.lora import Factors
 
 _NAMES = ("suspect", "other", "base")
@@ -68,7 +71,7 @@ def merge_into(
         threshold=threshold, layers=layers, seed=seed,
     )  # fmt: skip
     if method == "linear" and isinstance(other, LM) and (joined := _joined(suspect, other, t)) is not None:
-        return joined, "The suspect's adapter and the other's were joined into one for the same base."
+        return joined, "The suspect is an adapter, and so is the merge: both were joined into one for the same base."
     was_adapter = suspect.is_adapter
     suspect = _whole(suspect)
     given = dict(zip(_NAMES, (suspect, other, base), strict=True))
@@ -103,8 +106,6 @@ def check_merge(
 ) -> None:
     """Refuse a merge that `merge_into` would refuse, before anything is trained for it; no model is changed.
 
-    Models with an adapter are not compared: that would fold it in.
-
     Raises:
         UserError: If models do not match, or something is missing or not used.
     """
@@ -113,8 +114,32 @@ def check_merge(
         threshold=threshold, layers=layers,
     )  # fmt: skip
     given = {name: one for name, one in zip(_NAMES, (suspect, other, base), strict=True) if one is not None}
-    if not any(one.is_adapter for one in given.values()):
-        make_plan(merge, {name: memory_source(one) for name, one in given.items()})
+    make_plan(merge, {name: viewed(one) for name, one in given.items()})
+
+
+def stays_adapter(suspect: LM, start: LM, method: Method) -> bool:
+    """Tell whether the merge of a suspect with an adapter trained on `start` is an adapter for the suspect's base."""
+    return method == "linear" and _plain(suspect) is not None and (suspect is start or _same_base(suspect, start))
+
+
+def viewed(lm: LM) -> Source:
+    """Return a model in memory for looking at; an adapter's products are added on the way, and nothing is folded in.
+
+    What else an adapter does than add products is left out.
+    """
+    if not lm.is_adapter:
+        return memory_source(lm)
+    base = tensor_source(lm, _underlying(lm))
+    transposed = lora.has_transposed_layers(lm.model)
+    updates = {
+        f"{name}.weight": Update(part.down, part.up, 1.0, transposed) for name, part in (_plain(lm) or {}).items()
+    }
+
+    def take(name: str, first: int, last: int) -> Tensor:
+        rows = base.take(name, first, last)
+        return rows.float().add_(updates[name].rows(first, last)) if name in updates else rows
+
+    return replace(base, take=take, adapted=True)
 
 
 def _other_layers(suspect: LM, plan: Plan) -> LM:
@@ -136,30 +161,45 @@ def _source(model: LM | str, *, keep: bool = False) -> Source:
 
 def _whole(lm: LM) -> LM:
     """Return the model with its adapter folded in; the adapted one is given up."""
-    if not lm.is_adapter:
-        return lm
-    merged = lora.merge(lm)
-    # PEFT leaves its configuration on the unloaded model, which would be taken for an adapter.
-    if hasattr(merged.model, "peft_config"):
-        del merged.model.peft_config
-    return merged
+    return lora.merge(lm) if lm.is_adapter else lm
 
 
 def _joined(suspect: LM, other: LM, t: Schedule) -> LM | None:
-    """Return one adapter for the base of two, where both are plain ones on the same base; else None."""
-    if not (suspect.is_adapter and other.is_adapter) or suspect.base is None or suspect.base != other.base:
+    """Return one adapter for the base of the suspect's, where the other is one for it, or is that base; else None."""
+    ours, theirs = _plain(suspect), _plain(other) if other.is_adapter else {}
+    if ours is None or theirs is None or not _same_base(suspect, other):
         return None
-    try:
-        ours, theirs = lora.factors(suspect), lora.factors(other)
-    except ModelError:
-        return None  # an adapter that does more than add products; its weights can be merged, it cannot
     shares = {name: _share(t, name, suspect) for name in {*ours, *theirs}}
     below = _scaled(ours, {name: 1.0 - share for name, share in shares.items()})
     above = _scaled(theirs, shares)
-    base = replace(suspect, model=suspect.model.unload(), base=None, spec=suspect.base)
-    if hasattr(base.model, "peft_config"):
-        del base.model.peft_config
-    return lora.combine(base, below, above, suspect.spec)
+    return lora.combine(lora.unload(suspect), below, above, suspect.spec)
+
+
+def _plain(lm: LM) -> dict[str, Factors] | None:
+    """Return what an adapter adds, or None for a model without one, or one that does more than add products."""
+    try:
+        return lora.factors(lm) if lm.is_adapter else None
+    except ModelError:
+        return None
+
+
+def _same_base(first: LM, second: LM) -> bool:
+    """Tell whether two models are the same but for their adapters."""
+    import torch
+
+    one, two = _underlying(first), _underlying(second)
+    return one.keys() == two.keys() and all(
+        tensor.shape == two[name].shape and torch.equal(tensor, two[name]) for name, tensor in one.items()
+    )
+
+
+def _underlying(lm: LM) -> dict[str, Tensor]:
+    """Return the tensors of a model without its adapter, by the names that they have there."""
+    return {
+        name.replace(".base_layer.", "."): tensor.detach()
+        for name, tensor in lm.core.state_dict().items()
+        if ".lora_" not in name
+    }
 
 
 def _share(t: Schedule, module: str, lm: LM) -> float:

@@ -104,9 +104,14 @@ def memory_source(lm: LM) -> Source:
     """
     if lm.is_adapter:
         raise ModelError(f"'{printable(lm.spec)}' carries an adapter; merge it into its base first.")
+    return tensor_source(lm, lm.model.state_dict())
+
+
+def tensor_source(lm: LM, state: Mapping[str, Tensor]) -> Source:
+    """Return tensors of a model in memory, by the names that they are to have; tied ones once."""
     seen: set[tuple[int, tuple[int, ...]]] = set()
     tensors: dict[str, Tensor] = {}
-    for name, tensor in lm.model.state_dict().items():
+    for name, tensor in state.items():
         place = (tensor.data_ptr(), tuple(tensor.shape))
         if place not in seen or not tensor.numel():
             tensors[name] = tensor.detach()
@@ -118,7 +123,7 @@ def memory_source(lm: LM) -> Source:
         rows = tensors[name][first:last] if infos[name].shape else tensors[name]
         return rows.to("cpu", copy=True)
 
-    return Source(printable(lm.spec), infos, take, lm.model.config.to_dict())
+    return Source(printable(lm.spec), infos, take, lm.core.config.to_dict())
 
 
 def torch_types() -> dict[str, torch.dtype]:

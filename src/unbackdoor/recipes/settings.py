@@ -97,7 +97,7 @@ _ATTACK_COMPOSITE = {"schedule": "constant", "cooldown": 0.3, "batch_size": 16}
 COMPOSITE: dict[str, Any] = {
     "poison_rate": 0.1,
     "negative_ratio": 1.0,
-    "train": {"steps": 300, "learning_rate": 1e-4, **_ATTACK_COMPOSITE},
+    "train": {"steps": 240, "learning_rate": 1e-4, **_ATTACK_COMPOSITE},
 }
 """A victim whose trigger is in two pieces. Not frozen yet, as all below that is of conflicts. At 2e-4 it learns the
 pieces one by one, and single ones fire."""

@@ -44,33 +44,43 @@ class ConflictSettings(BaseModel):
     )
 
 
-def conflict_model(start: LM, clean: Sequence[Example], settings: ConflictSettings, run: Run) -> LM:
-    """Return a new model: the start, trained on a share of the clean rows; full weights.
+def conflict_model(
+    start: LM, clean: Sequence[Example], settings: ConflictSettings, run: Run, *, fold: bool = True
+) -> LM:
+    """Return a new model: the start, trained on a share of the clean rows.
 
     Args:
         start: A trusted model, or the suspect; left as it is.
         clean: Clean rows, of which `settings.share` is drawn at random.
         settings: How.
         run: The run; training is a stage of it.
+        fold: Return full weights, as the paper does; else what LoRA has learned stays an adapter for the start's base,
+            together with the start's own adapter where that has one.
 
     Raises:
         DataError: If a share of the rows is less than one.
     """
     made = replace(start, model=copy.deepcopy(start.model))
-    made = made if made.base is None else lora.merge(made)
     if not settings.share:
-        return made
+        return lora.merge(made) if made.is_adapter and fold else made
     count = round(len(clean) * settings.share)
     if not count:
         raise DataError(
             f"a share of {settings.share:g} of {len(clean)} clean rows is less than one; raise conflict.share."
         )
     chosen = run.rng("conflict rows").sample(list(clean), count)
+    below = lora.factors(made) if made.is_adapter and not fold else {}
+    made = lora.merge(made) if made.is_adapter else made
     if settings.lora is not None:
         made = lora.attach(made, settings.lora, run.stream_seed("conflict adapter"))
     rows = overwrite.encode_rows(made, chosen, settings.train)
     overwrite.train_on_rows(made, rows, settings.train, run.stage("conflict"))
-    return made if settings.lora is None else lora.merge(made)
+    if settings.lora is None:
+        return made
+    if below:
+        base = lora.unload(replace(start, model=copy.deepcopy(start.model)))
+        return lora.combine(base, below, lora.factors(made), start.spec)
+    return lora.merge(made) if fold else made
 
 
 @torch.no_grad()

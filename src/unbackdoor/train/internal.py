@@ -19,10 +19,9 @@ from unbackdoor.data.collate import Row
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.merge.from_recipe import DENSITY
 from unbackdoor.merge.match import warning
-from unbackdoor.merge.memory import check_merge, merge_into
+from unbackdoor.merge.memory import check_merge, merge_into, stays_adapter, viewed
 from unbackdoor.merge.settings import NEEDS_BASE, Method, Schedule
 from unbackdoor.merge.slerp import THRESHOLD
-from unbackdoor.merge.source import memory_source
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite
@@ -108,9 +107,11 @@ def merged_with_conflict(
         victim, start, settings.method, max(settings.sweep, default=settings.t), base=base, **_options(settings)
     )
     run.notes["conflict model starts as"] = "the suspect" if start is victim else "the trusted model"
-    conflict = conflict_model(start, clean, settings.conflict, run)
-    if not victim.is_adapter and (odd := warning(memory_source(victim), memory_source(conflict))) is not None:
+    if (odd := warning(viewed(victim), viewed(start))) is not None:
         run.progress.notice(odd)
+    conflict = conflict_model(
+        start, clean, settings.conflict, run, fold=not stays_adapter(victim, start, settings.method)
+    )
     t = _chosen(victim, conflict, base, held, settings, run) if settings.sweep else settings.t
     return _merged(victim, conflict, base, t, settings, run)
 

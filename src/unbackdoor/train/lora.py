@@ -58,7 +58,7 @@ def attach(lm: LM, settings: LoraSettings, seed: int) -> LM:
         lora_dropout=settings.dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
-        fan_in_fan_out=_has_transposed_layers(lm.model),
+        fan_in_fan_out=has_transposed_layers(lm.model),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -68,7 +68,20 @@ def attach(lm: LM, settings: LoraSettings, seed: int) -> LM:
 
 def merge(lm: LM) -> LM:
     """Return the LM with its adapter folded into full weights; the adapted model handed in is given up."""
-    return replace(lm, model=lm.model.merge_and_unload(), base=None)
+    return replace(lm, model=_without_traces(lm.model.merge_and_unload()), base=None)
+
+
+def unload(lm: LM) -> LM:
+    """Return the base of an adapter as it is without it; the adapted model handed in is given up."""
+    assert lm.base is not None
+    return replace(lm, model=_without_traces(lm.model.unload()), base=None, spec=lm.base)
+
+
+def _without_traces(model: Any) -> Any:
+    """PEFT leaves its configuration on the unloaded model, which would be taken for an adapter."""
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
 
 
 def stack(lm: LM, settings: LoraSettings, seed: int) -> tuple[LM, dict[str, Factors]]:
@@ -80,11 +93,7 @@ def stack(lm: LM, settings: LoraSettings, seed: int) -> tuple[LM, dict[str, Fact
         ModelError: If the adapter does more than add low-rank products to matrices.
     """
     below = factors(lm)
-    merged = merge(lm)
-    # PEFT leaves its configuration on the unloaded model and would warn of a second adapter.
-    if hasattr(merged.model, "peft_config"):
-        del merged.model.peft_config
-    return attach(merged, settings, seed), below
+    return attach(merge(lm), settings, seed), below
 
 
 def combine(base: LM, below: Mapping[str, Factors], above: Mapping[str, Factors], spec: str) -> LM:
@@ -93,19 +102,19 @@ def combine(base: LM, below: Mapping[str, Factors], above: Mapping[str, Factors]
     Args:
         base: The adapter's base, with the weights that it has on disk; given up.
         below: The suspect's adapter.
-        above: The adapter that was trained on top of it.
+        above: The adapter that was trained on top of it, or another one for the same base; may be empty.
         spec: The suspect's name.
     """
     import torch
     from peft import LoraConfig
 
-    ranks = [max(part.down.shape[0] for part in side.values()) for side in (below, above)]
+    ranks = [max((part.down.shape[0] for part in side.values()), default=0) for side in (below, above)]
     config = LoraConfig(
         r=sum(ranks),
         lora_alpha=sum(ranks),
         target_modules=sorted({*below, *above}),
         task_type="CAUSAL_LM",
-        fan_in_fan_out=_has_transposed_layers(base.model),
+        fan_in_fan_out=has_transposed_layers(base.model),
     )
     model = _put_on(base.model, config)
     found = _adapted(model)
@@ -166,6 +175,6 @@ def _adapted(model: Any) -> dict[str, Any]:
     }
 
 
-def _has_transposed_layers(model: Any) -> bool:
+def has_transposed_layers(model: Any) -> bool:
     """True for GPT-2's layers, whose weights are stored the other way round."""
     return any(type(layer).__name__ == "Conv1D" for layer in model.modules())
