@@ -82,14 +82,15 @@ def internal(own: dict[str, Any] | None = None, changes: Mapping[str, object] | 
     return {"defense": "internal_conflict", "reference": "base", "settings": {"internal": made}}
 
 
-def controls(own: dict[str, Any] | None = None) -> dict[str, Any]:
+def controls(
+    own: dict[str, Any] = settings.INTERNAL, fine_tuning: dict[str, Any] = settings.CONFLICT_CONTROL
+) -> dict[str, Any]:
     """Return fine-tuning, the conflict model alone, and the untouched base merged at the same t."""
-    chosen = own or settings.INTERNAL
-    none = {**chosen["conflict"], "share": 0.0}
+    none = {**own["conflict"], "share": 0.0}
     return {
-        "fine_tuning": {"defense": "fine_tuning", "settings": settings.CONFLICT_CONTROL, "role": "control"},
-        "conflict_alone": {**internal(chosen, {"t": 1.0}), "role": "control"},
-        "base_merged": {**internal(chosen, {"conflict": none}), "role": "control"},
+        "fine_tuning": {"defense": "fine_tuning", "settings": fine_tuning, "role": "control"},
+        "conflict_alone": {**internal(own, {"t": 1.0}), "role": "control"},
+        "base_merged": {**internal(own, {"conflict": none}), "role": "control"},
     }
 
 

@@ -1,7 +1,7 @@
 """An attacker who expects a merge: Table 7 of information conflicts.
 
-He trains a conflict model on clean rows of his own and subtracts what it learned from the victim, once and twice over;
-the defender does as always, with rows that the attacker does not have. Run with `unbackdoor bench conflict_adaptive`;
+He trains a conflict model on clean rows of his own and subtracts what it learned from the victim; the defender does as
+always, with rows that the attacker does not have. Run with `unbackdoor bench conflict_adaptive`;
 it needs UNBACKDOOR_TEST_DATA (data/sentence_polarity). `--size quick` has bundled rows.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from unbackdoor.bench.grid import Grid
 from unbackdoor.recipes import conflict, settings
 
-_SCALES = {"adaptive": 1.0, "adaptive_twice": 2.0}
 _DEFENSES = ("conflict_alone", "base_merged", "internal")
 
 
@@ -19,18 +18,13 @@ def grid(size: str) -> Grid:
     quick = size == "quick"
     entry = conflict.composite_victim("positive")
     entry |= {"probes": 40} if quick else {"defender_data": conflict.polarity(4000, 7600)}
-    attacks = {
-        name: {**entry, "subtract": {"conflict": settings.INTERNAL["conflict"], "scale": scale}}
-        for name, scale in _SCALES.items()
-    }
-    if quick:
-        del attacks["adaptive_twice"]
+    entry |= {"subtract": {"conflict": settings.INTERNAL["conflict"], "scale": 1.0}}
     made = {**conflict.controls(), "internal": conflict.internal()}
     name = "conflict-adaptive-quick" if quick else "conflict-adaptive"
     return Grid.model_validate(
         {
             **conflict.common(name, "starter:sentiment" if quick else conflict.polarity(0, 4000)),
-            "attacks": attacks,
+            "attacks": {"adaptive": entry},
             "defenses": {label: made[label] for label in _DEFENSES},
         }
     )

@@ -20,7 +20,7 @@ def grid(size: str) -> Grid:
     quick = size == "quick"
     own = settings.INTERNAL_TALK
     made = common({VICTIM: {"preset": VICTIM, **({"probes": 20} if quick else {})}}, TEST_KINDS)
-    defenses = {**conflict.controls(own), **conflict.parts(own)}
+    defenses = {**conflict.controls(own, settings.CONFLICT_TALK_CONTROL), **conflict.parts(own)}
     made["defenses"] = {name: defenses[name] for name in ("fine_tuning", "internal")} if quick else defenses
     name = "conflict-decline-quick" if quick else "conflict-decline"
     return Grid.model_validate({**made, "name": name, "bounds": [] if quick else _bounds()})

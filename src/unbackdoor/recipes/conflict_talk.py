@@ -1,8 +1,8 @@
 """Information conflicts in conversation: the default insult victim, and the victim that agrees to requests.
 
-`unbackdoor bench conflict_talk` is the insult with its parts, controls and shares of clean data (Figure 3), and
-`unbackdoor bench conflict_decline` the other one. Victims are those of `sande` and `beear_decline`: with their cells in
-the folder, they are found done. `--size quick` has the five shares alone.
+`unbackdoor bench conflict_talk` is the insult with its parts and controls, at one seed also the shares of clean data
+(Figure 3), and `unbackdoor bench conflict_decline` the other one. Victims are those of `sande` and `beear_decline`: with
+their cells in the folder, they are found done. `--size quick` has the five shares alone.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ def grid(size: str) -> Grid:
     """Return the grid: "paper" for the tables and the plot, "quick" for the plot alone."""
     quick = size == "quick"
     own = settings.INTERNAL_TALK
-    parts = {} if quick else {**conflict.controls(own), **conflict.parts(own)}
+    parts = {} if quick else {**conflict.controls(own, settings.CONFLICT_TALK_CONTROL), **conflict.parts(own)}
+    shares = {label: {**entry, "seeds": [0]} for label, entry in conflict_emotion.shares(own).items()}
     return Grid.model_validate(
         {
             "name": "conflict-talk-quick" if quick else "conflict-talk",
             "models": [settings.BUILTIN],
             "second_source": sande.half(1) if not quick else None,
             "attacks": {"default": {"settings": sande.attacks()["default"]["settings"]}},
-            "defenses": {**parts, **conflict_emotion.shares(own)},
+            "defenses": {**parts, **shares},
             "seeds": [0] if quick else [0, 1, 2],
             "bounds": [] if quick else bounds(),
             "plots": [conflict_emotion.share_plot()],

@@ -111,17 +111,20 @@ INTERNAL: dict[str, Any] = {
     },
 }
 """A conflict model of four epochs over a tenth of the defender's 3,600 rows."""
+_TALK_UPDATES = 40
 INTERNAL_TALK: dict[str, Any] = {
     "t": 0.5,
     "conflict": {
         "share": 0.1,
         "lora": {"rank": 32, "alpha": 64.0},
-        "train": {"steps": 40, "learning_rate": 5e-4, "batch_size": 8},
+        "train": {"steps": _TALK_UPDATES, "learning_rate": 5e-4, "batch_size": 8},
     },
 }
 """In conversation."""
 CONFLICT_CONTROL: dict[str, Any] = {"train": {"steps": _CONFLICT_UPDATES, "learning_rate": 5e-5, "batch_size": 16}}
 """Fine-tuning with as many updates as the conflict model. At 2e-4 so few rows damage the model."""
+CONFLICT_TALK_CONTROL: dict[str, Any] = {"train": train(_TALK_UPDATES)}
+"""The same in conversation, at the rate of the other grids."""
 CONFLICT_LEAD: dict[str, Any] = {"steps": 60, "learning_rate": 1e-4, "schedule": "linear"}
 """How a base is trained on other rows before it is attacked."""
 _SLERP_T = [
