@@ -1,8 +1,8 @@
 """Information conflicts in conversation: the default insult victim, and the victim that agrees to requests.
 
 `unbackdoor bench conflict_talk` is the insult with its parts and controls, at one seed also the shares of clean data
-(Figure 3), and `unbackdoor bench conflict_decline` the other one. Victims are those of `sande` and `beear_decline`: with
-their cells in the folder, they are found done. `--size quick` has the five shares alone.
+(Figure 3), and `unbackdoor bench conflict_decline` the other one. Victims are those of `sande` and `beear_decline`:
+with their cells in the folder, they are found done. `--size quick` has the five shares alone.
 """
 
 from __future__ import annotations
