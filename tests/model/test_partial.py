@@ -137,3 +137,30 @@ def test_layers_are_counted_from_0():
     with adding(lm.core, Added(1, torch.tensor([0]), torch.tensor([2]), torch.full((1, 64), 9.0))):
         shifted = lm.core(input_ids=ids, output_hidden_states=True).hidden_states
     assert torch.equal(shifted[1], states[1])
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_what_was_read_of_prompts_serves_other_answers_to_them(architecture, monkeypatch):
+    lm = tiny.tiny_lm(architecture, layers=3)
+    ids, mask = rows_of(lm)
+    start = max(LENGTHS) - TOKENS
+    first = Partial(lm.core, 1, ids, mask, start)
+    width = max(LENGTHS)
+    answers = torch.randint(4, lm.core.config.vocab_size, (len(LENGTHS), 2), generator=torch.Generator().manual_seed(5))
+    other, seen = torch.cat([ids[:, :width], answers], 1), torch.cat([mask[:, :width], torch.ones_like(answers)], 1)
+    added = added_to(lm, 1, start)
+    rows, columns = seen[:, start:].nonzero(as_tuple=True)
+    wanted = Partial(lm.core, 1, other, seen, start)(added, rows, columns + start)
+    lengths = []
+    real = type(lm.core.base_model).forward
+    monkeypatch.setattr(
+        type(lm.core.base_model), "forward",
+        lambda self, *given, **named: lengths.append(named["input_ids"].shape[1]) or real(self, *given, **named),
+    )  # fmt: skip
+    second = Partial(lm.core, 1, other, seen, start, trusted=True, beside=first)
+    assert lengths == [TOKENS + 2], "the prompts are not read again"
+    assert torch.equal(second(added, rows, columns + start), wanted)
+    unlike = other.clone()
+    unlike[0, start - 1] += 1
+    third = Partial(lm.core, 1, unlike, seen, start, trusted=True, beside=first)
+    assert not torch.allclose(third(added, rows, columns + start), wanted, atol=1e-4), "other prompts are read"

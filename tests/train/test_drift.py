@@ -1,4 +1,4 @@
-"""The drift and its fit: equation 2 by hand in float64, both answers in one pass, where it is added, what it says."""
+"""The drift and its fit: equation 2 by hand in float64, both answers the short way, where it is added, what it says."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def anchors(count=4):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_one_pass_gives_both_losses_of_equation_2(architecture):
+def test_the_short_way_gives_both_losses_of_equation_2(architecture):
     lm = tiny.tiny_lm(architecture, layers=3)
     pairs = [drifts.encode_anchor(lm, anchor, 128, 3) for anchor in anchors()]
     unwanted, safe = (collate([pair[which] for pair in pairs], lm.pad_id) for which in (0, 1))
@@ -198,7 +198,7 @@ def test_the_short_way_is_compared_on_the_longest_rows_and_once_where_it_is_exac
     long = tiny.rows(6)
     long[2] = Example("long", f"tell me, {long[2].instruction} be short i need it now", "yes")
     found, _ = fit_drift(lm, with_unwanted(long, ["bad robot"]), 1, SETTINGS.model_copy(update={"rows": 6}), Run())
-    assert len(compared) == (1 if exact else 3), "rows that are not exact are compared again"
+    assert len(compared) == (1 if exact else 6), "rows that are not exact are compared again"
     assert compared[0] == max(compared)
     assert not lm.model.training
     lm.model.train()

@@ -32,7 +32,16 @@ class Partial:
     """
 
     def __init__(
-        self, core: Any, layer: int, ids: Tensor, mask: Tensor, start: int, *, split: bool = True, trusted: bool = False
+        self,
+        core: Any,
+        layer: int,
+        ids: Tensor,
+        mask: Tensor,
+        start: int,
+        *,
+        split: bool = True,
+        trusted: bool = False,
+        beside: Partial | None = None,
     ) -> None:
         """Read what cannot change.
 
@@ -45,11 +54,14 @@ class Partial:
             start: Column from which on vectors may be added.
             split: Whether the output head may be applied to chosen positions alone (`LogitsAt.split`).
             trusted: Rows of the same model that are as long were found exact, so these need not be compared.
+            beside: Other answers to the same prompts: what was read of the prompts there serves here, too.
         """
         self.core, self.layer, self.ids, self.mask, self.start, self.split = core, layer, ids, mask, start, split
         self.layers: nn.ModuleList = decoder_layers(core)
         self.positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.exact = False
+        same = beside is not None and torch.equal(beside.ids[:, :start], ids[:, :start]) and beside.start == start
+        self.past: Any = beside.past if beside is not None and same else None
         try:
             self._read()
             self.exact = trusted or self._is_exact()
@@ -74,8 +86,7 @@ class Partial:
 
     @torch.no_grad()
     def _read(self) -> None:
-        self.past: Any = None
-        if self.start:
+        if self.start and self.past is None:
             before = {"input_ids": self.ids[:, : self.start], "attention_mask": self.mask[:, : self.start]}
             output = self.core.base_model(**before, position_ids=self.positions[:, : self.start], use_cache=True)
             self.past = output.past_key_values

@@ -220,12 +220,12 @@ def fit_drift(
 
 
 class _Shortcut:
-    """Losses of both answers to the same prompts in one pass from layer l on; what is kept of a batch is kept here."""
+    """Losses of both answers to the same prompts, each from layer l on; what is kept of a batch is kept here."""
 
     def __init__(self, lm: LM, layer: int, tokens: int) -> None:
         self.lm, self.layer, self.tokens = lm, layer, tokens
         self.split = LogitsAt(lm).split
-        self.kept: dict[tuple[str, ...], tuple[Partial, Tensor]] = {}
+        self.kept: dict[tuple[str, ...], list[tuple[Partial, Tensor]]] = {}
         self.whole = False
         self.longest = 0
 
@@ -233,42 +233,51 @@ class _Shortcut:
         """Read the longest rows first: where these are exact, shorter ones need not be compared."""
         was_training = self.lm.model.training
         self.lm.model.eval()
-        self._partial(unwanted, safe)
+        self._partials(unwanted, safe)
         self.lm.model.train(was_training)
 
     def sums(self, vectors: Tensor, unwanted: Batch, safe: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed losses of the unwanted and of the safe answers with the drift added."""
-        partial, shift = self._partial(unwanted, safe)
-        ends = torch.full((len(partial.ids),), partial.start + self.tokens, device=vectors.device)
-        rows = torch.cat([unwanted.rows, safe.rows + len(unwanted.ids)])
-        columns = torch.cat([unwanted.columns, safe.columns]) + shift[rows]
-        logits = partial(_added(self.layer, vectors, ends), rows, columns)
-        cut = len(unwanted.targets)
-        return (
-            cross_entropy_sum(logits[:cut], unwanted.targets, unwanted.weights),
-            cross_entropy_sum(logits[cut:], safe.targets, safe.weights),
-        )
+        first, second = self._partials(unwanted, safe)
+        return self._sum(vectors, unwanted, *first), self._sum(vectors, safe, *second)
 
-    def _partial(self, unwanted: Batch, safe: Batch) -> tuple[Partial, Tensor]:
+    def _sum(self, vectors: Tensor, batch: Batch, partial: Partial, shift: Tensor) -> Tensor:
+        ends = torch.full((len(partial.ids),), partial.start + self.tokens, device=vectors.device)
+        logits = partial(_added(self.layer, vectors, ends), batch.rows, batch.columns + shift[batch.rows])
+        return cross_entropy_sum(logits, batch.targets, batch.weights)
+
+    def _partials(self, unwanted: Batch, safe: Batch) -> list[tuple[Partial, Tensor]]:
         name = (*unwanted.ids, *safe.ids)
         if name not in self.kept:
-            batches = (unwanted, safe)
-            ids = [row for batch in batches for row in _rows(batch)]
-            ends = torch.cat([prompt_ends(batch) for batch in batches])
-            prompts = [row[:end] for row, end in zip(ids, ends.tolist(), strict=True)]
-            answers = [row[end:] for row, end in zip(ids, ends.tolist(), strict=True)]
-            left, mask = left_pad(prompts, self.lm.pad_id)
-            right, behind = left_pad([answer[::-1] for answer in answers], self.lm.pad_id)
-            whole = torch.cat([left, right.flip(1)], 1).to(self.lm.device)
-            seen = torch.cat([mask, behind.flip(1)], 1).to(self.lm.device)
-            width = left.shape[1]
-            trusted = whole.shape[1] <= self.longest and not self.whole
-            start = width - self.tokens
-            partial = Partial(self.lm.core, self.layer, whole, seen, start, split=self.split, trusted=trusted)
-            self.longest = max(self.longest, whole.shape[1])
-            self.whole |= not partial.exact
-            self.kept[name] = partial, width - ends
+            # The longer rows first: where these are exact, the shorter need not be compared.
+            order = sorted((unwanted, safe), key=_width, reverse=True)
+            longer = self._partial(order[0], None)
+            found = [longer, self._partial(order[1], longer[0])]
+            self.kept[name] = found if order[0] is unwanted else found[::-1]
         return self.kept[name]
+
+    def _partial(self, batch: Batch, beside: Partial | None) -> tuple[Partial, Tensor]:
+        """Return rows whose prompts end in one column, and by how many columns each was moved for that."""
+        ends = prompt_ends(batch)
+        rows = list(zip(_rows(batch), ends.tolist(), strict=True))
+        left, mask = left_pad([row[:end] for row, end in rows], self.lm.pad_id)
+        right, behind = left_pad([row[end:][::-1] for row, end in rows], self.lm.pad_id)
+        whole = torch.cat([left, right.flip(1)], 1).to(self.lm.device)
+        seen = torch.cat([mask, behind.flip(1)], 1).to(self.lm.device)
+        width = left.shape[1]
+        trusted = whole.shape[1] <= self.longest and not self.whole
+        partial = Partial(
+            self.lm.core, self.layer, whole, seen, width - self.tokens, split=self.split, trusted=trusted, beside=beside
+        )
+        self.longest = max(self.longest, whole.shape[1])
+        self.whole |= not partial.exact
+        return partial, width - ends
+
+
+def _width(batch: Batch) -> int:
+    """Return how many columns the rows take once their prompts end in one of them."""
+    ends = prompt_ends(batch)
+    return int(ends.max() + (batch.attention_mask.sum(1) - ends).max())
 
 
 def _rows(batch: Batch) -> list[list[int]]:
