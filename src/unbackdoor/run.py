@@ -11,10 +11,13 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from unbackdoor.types import content_hash
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +83,7 @@ class Run:
         notes: Filled by methods: facts about this execution to be recorded beside the result; shared by all sub-runs.
         trackers: Names of accelerate trackers ("tensorboard", "wandb") that log the curves too.
         logs: The folder that trackers write into; needed with `trackers`.
+        shared: The folder of stages that other runs would do alike, or None to share none.
     """
 
     seed: int = 0
@@ -92,6 +96,7 @@ class Run:
     notes: dict[str, object] = field(default_factory=dict)
     trackers: tuple[str, ...] = ()
     logs: Path | None = None
+    shared: Path | None = None
 
     def rng(self, name: str) -> random.Random:
         """Return the random stream called `name`, always from its beginning."""
@@ -114,6 +119,27 @@ class Run:
         path = f"{self.prefix}/{name}" if self.prefix else name
         folder = None if self.folder is None else self.folder / name
         return replace(self, prefix=path, folder=folder)
+
+    @contextmanager
+    def shared_stage(self, name: str, decides: Callable[[], object]) -> Iterator[Run]:
+        """Hold a stage that other runs of a grid would do alike: one does it, the others wait and find it finished.
+
+        Args:
+            name: The stage.
+            decides: Returns all that its outcome depends on beside its random streams, in types of JSON; asked only
+                where stages are shared.
+        """
+        stage = self.stage(name)
+        if self.shared is None:
+            yield stage
+            return
+        import fcntl
+
+        folder = self.shared / f"{name}-{content_hash([stage.stream_seed(''), decides()])}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "a", encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield replace(stage, folder=folder)
 
     def observe(self, model: object) -> None:
         """Show the model in its present state to the caller."""

@@ -16,6 +16,7 @@ from unbackdoor.bench.material import Material
 from unbackdoor.bench.yaml_file import grid_from_data
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.run import Silent
+from unbackdoor.train import engine
 
 FEW = {"steps": 2, "learning_rate": 1e-3, "batch_size": 4, "max_length": 128}
 
@@ -118,3 +119,33 @@ def test_merging_and_evidence_in_a_grid(plan: Plan, tmp_path: Path) -> None:
     data["defenses"]["whole"]["evidence"] = f"wordnet:{tmp_path}"
     with pytest.raises(UserError, match=r"defenses\.whole\.evidence"):
         run_grid(grid_from_data(data, "grid"), tmp_path / "other")
+
+
+def test_cells_with_the_same_conflict_model_train_it_once(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"conflict": {"share": 0.5, "lora": {"rank": 2}, "train": FEW}}
+    other = {"conflict": {**few["conflict"], "share": 0.25}}
+    shapes = {"half": {**few, "t": 0.5}, "most": {**few, "t": 0.8}, "sphere": {**few, "method": "slerp"}, "less": other}
+    entries = {
+        name: {"defense": "internal_conflict", "settings": {"internal": own}, "reference": "base"}
+        for name, own in shapes.items()
+    }
+    data = plan(defenses=entries, references={"untouched": False})
+    grid = grid_from_data(data, "grid")
+    guessed = {cell.defense: seconds for cell, seconds in guesses(grid).items() if cell.defense}
+    assert guessed["half"] > guessed["most"] == guessed["sphere"] < guessed["less"]
+    ran: list[str] = []
+    real = engine._Loop.run_steps
+    monkeypatch.setattr(engine._Loop, "run_steps", lambda self, state: ran.append(self.run.prefix) or real(self, state))
+    out = tmp_path / "grid"
+    assert run_grid(grid, out, only=["half", "most", "sphere", "victim/before"]).done == 4
+    assert ran.count("purify/conflict") == 1
+    assert len(list((out / "shared").glob("*/conflict-*"))) == 1
+    assert run_grid(grid, out).done == 5
+    assert ran.count("purify/conflict") == 2
+    assert not (out / "shared").exists(), "every cell is finished"
+    cells = [json.loads(path.read_text()) for path in (out / "cells").glob("*.json")]
+    curves = [cell["curves"]["purify/conflict"] for cell in cells if cell["curves"].get("purify/conflict")]
+    assert len(curves) == 4
+    assert sum(curve == curves[0] for curve in curves) in (1, 3)

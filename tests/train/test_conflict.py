@@ -9,7 +9,7 @@ import tiny
 from fitting import with_adapter
 from unbackdoor.errors import DataError
 from unbackdoor.run import Run
-from unbackdoor.train import conflict, overwrite
+from unbackdoor.train import conflict, engine, overwrite
 from unbackdoor.train.conflict import ConflictSettings, conflict_model
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.lora import LoraSettings
@@ -79,3 +79,27 @@ def test_what_it_learned_can_be_taken_from_a_victim():
         torch.testing.assert_close(weight, before[name] - 0.5 * (taught[name] - start[name]))
     assert tiny.same_weights(start, tiny.tensors(base))
     assert not tiny.same_weights(before, found)
+
+
+def test_runs_that_share_a_folder_train_a_conflict_model_once(tmp_path, monkeypatch):
+    trained = []
+    real = engine._Loop.run_steps
+    monkeypatch.setattr(engine._Loop, "run_steps", lambda self, state: trained.append(1) or real(self, state))
+    first = tiny.tensors(conflict_model(tiny.tiny_lm(), CLEAN, SHORT, Run()))
+    runs = [Run(folder=tmp_path / name, shared=tmp_path / "shared") for name in ("a", "b")]
+    for run in runs:
+        found = tiny.tensors(conflict_model(tiny.tiny_lm(), CLEAN, SHORT, run.stage("purify")))
+        assert set(run.curves) == {"purify/conflict"}
+    assert len(trained) == 2, "once alone, and once for both"
+    again = tiny.tensors(conflict_model(tiny.tiny_lm(), CLEAN, SHORT, Run().stage("purify")))
+    assert tiny.same_weights(found, again)
+    assert not tiny.same_weights(found, first), "another stage has other streams"
+    other = SHORT.model_copy(update={"train": BRIEF.model_copy(update={"learning_rate": 1e-3})})
+    unlike = [
+        (tiny.tiny_lm(seed=1), CLEAN, SHORT, runs[0]), (tiny.tiny_lm(), CLEAN[:30], SHORT, runs[0]),
+        (tiny.tiny_lm(), CLEAN, other, runs[0]), (tiny.tiny_lm(), CLEAN, SHORT, Run(seed=1, shared=runs[0].shared)),
+    ]  # fmt: skip
+    trained.clear()
+    for start, rows, settings, run in unlike:
+        conflict_model(start, rows, settings, run.stage("purify"))
+    assert len(trained) == len(unlike), "with another start, other rows, settings or seed it is another model"

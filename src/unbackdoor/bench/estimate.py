@@ -15,6 +15,7 @@ from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.plan import FULL, PROGRAM, UNTIL_GOOD, with_texts
 from unbackdoor.pipeline.steps import attack_called, defense_called
 from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.internal import InternalSettings
 
 _BUILTIN_PARAMETERS = 135e6
 _TOKENS_A_ROW = 80
@@ -44,14 +45,14 @@ def memory(grid: Grid) -> int:
 
 def guesses(grid: Grid) -> dict[Cell, float]:
     """Return the seconds that every cell would take if the constants of this module were right."""
-    planted: set[tuple[str, str, int, bool]] = set()
+    made: set[tuple[object, ...]] = set()
     asked: set[tuple[str, str, str, int]] = set()
     found = {}
     for cell in grid.cells():
         # The victim of an attack under two labels is one cell.
         same = (cell.model, cell.subject, _identity(grid.attacks[cell.attack], "probes"), cell.seed)
         shared = cell.stage == "before" and same in asked
-        found[cell] = 0.0 if shared else _guess(grid, cell, planted)
+        found[cell] = 0.0 if shared else _guess(grid, cell, made)
         asked |= {same} if cell.stage == "before" else set()
     return found
 
@@ -70,15 +71,16 @@ def _ratio(guessed: Mapping[Cell, float], measured: Mapping[Cell, float], cells:
     return sum(measured[cell] for cell in cells) / expected if expected else 1.0
 
 
-def _guess(grid: Grid, cell: Cell, planted: set[tuple[str, str, int, bool]]) -> float:
+def _guess(grid: Grid, cell: Cell, made: set[tuple[object, ...]]) -> float:
+    """Return the seconds of a cell; `made` holds what earlier cells leave to it, and is added to."""
     size = _parameters(cell.model)
     seconds = _LOADING_SECONDS + _asking(grid, cell, size)
     attack = grid.attacks[cell.attack]
     needed = {False, True} if cell.subject == "twin" else {False}
     for twin in needed:
         victim = (cell.model, _identity(attack), cell.seed, twin)
-        if victim not in planted:
-            planted.add(victim)
+        if victim not in made:
+            made.add(victim)
             seconds += _training(attack_called(attack.attack, attack.settings, attack.preset), size)
             for more in (attack.lead, attack.subtract.conflict if attack.subtract else None):
                 seconds += _training(more, size) if more else 0.0
@@ -89,6 +91,12 @@ def _guess(grid: Grid, cell: Cell, planted: set[tuple[str, str, int, bool]]) -> 
         changes = with_texts({name: getattr(method, name) for name in type(method).model_fields}, len(targets))
         method = method.model_copy(update=dict(changes))
         seconds += _defending(grid, cell, method, size)
+        if (internal := getattr(method, "internal", None)) is not None:
+            start = (internal.start, entry.reference, internal.conflict.model_dump_json())
+            conflict = (cell.model, cell.subject, cell.attack, cell.seed, *start)
+            # Cells with the same conflict model share it.
+            seconds += 0.0 if conflict in made else _training(internal.conflict, size)
+            made.add(conflict)
     if cell.is_revival and grid.revival is not None:
         settings = grid.revival.settings
         plan: BaseModel = settings
@@ -124,10 +132,14 @@ def _training(method: BaseModel, size: float) -> float:
         value = getattr(method, name)
         rounds = int(getattr(method, "rounds", 1))
         if isinstance(value, TrainSettings):
-            rows = value.steps * value.batch_size * value.accumulation * rounds
-            seconds += 6 * size * rows * _TOKENS_A_ROW / _TRAIN_SPEED
+            rows = value.steps * value.batch_size * value.accumulation * rounds * (getattr(method, "share", 1) > 0)
+            # Of an adapter's weights alone gradients are needed, not of the model's.
+            each = 4 if getattr(method, "lora", None) is not None else 6
+            seconds += each * size * rows * _TOKENS_A_ROW / _TRAIN_SPEED
             if getattr(method, "own_share", 0):
                 seconds += 2 * size * rows * _TOKENS_A_ROW / _SCORE_SPEED
+        elif isinstance(value, InternalSettings):
+            pass  # its conflict model is shared by cells, and counted with them
         elif isinstance(value, BaseModel):
             # A soft prompt or a drift: frozen weights, nothing behind the target, and an end once it is good enough.
             share = UNTIL_GOOD if getattr(value, "stop_below", 0) else 1.0

@@ -312,7 +312,10 @@ def _spec_of(model: str, folder: Path) -> str:
 
 
 def _run(cell: Cell, key: str, stage: str, shop: Workshop) -> Run:
-    run = Run(seed=cell.seed, folder=shop.store.work(key), device=shop.device, progress=shop.progress)
+    run = Run(
+        seed=cell.seed, folder=shop.store.work(key), device=shop.device, progress=shop.progress,
+        shared=shop.store.shared / shop.material.computed_on,
+    )  # fmt: skip
     return run.stage(stage) if stage else run
 
 

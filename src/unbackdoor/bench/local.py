@@ -220,7 +220,9 @@ def _needed_purified(shop: Workshop, keys: dict[Cell, str]) -> set[str]:
 
 
 def _tidy(shop: Workshop, keys: dict[Cell, str]) -> None:
-    """Remove purified models that no revival needs any more."""
+    """Remove what no cell needs any more: purified models, and all that cells share where every one is finished."""
+    if all(shop.store.has(key) for key in keys.values()):
+        shop.store.remove(shop.store.shared)
     if shop.material.grid.keep_models:
         return
     needed = _needed_purified(shop, keys)

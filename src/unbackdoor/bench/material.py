@@ -221,6 +221,11 @@ class Material:
             "revive", self.purify_key(cell), cell.stage, settings, self._hash("revival", self.revival_rows()), cell.seed
         )
 
+    @property
+    def computed_on(self) -> str:
+        """The hash of what any training depends on beside its model, rows and settings: versions, kind of device."""
+        return config_hash("computed on", self.device.partition(":")[0], self.grid.template, self.grid.precision)
+
     def revival_rows(self) -> tuple[Example, ...]:
         """Return the rows of a revival: the attacker's, which no purification has seen."""
         return self.splits.attacker

@@ -6,6 +6,7 @@
     victims/KEY/         a victim as a Hugging Face folder, with secret.json and probes.jsonl
     purified/KEY/        a purified model, only while a revival still needs it
     work/KEY/            stages of a training in the middle; removed when its result is saved
+    shared/KEY/          stages that several cells would do alike; removed when all cells are finished
     locks/KEY            who works on what
 
 Several processes may share one folder. A lock is held through the operating system (flock), which gives it back
@@ -178,6 +179,11 @@ class Store:
     def work(self, key: str) -> Path:
         """Return the folder for the stages of a training."""
         return self.folder / "work" / key
+
+    @property
+    def shared(self) -> Path:
+        """The folder of stages that several cells would do alike."""
+        return self.folder / "shared"
 
     def planting_error(self, key: str) -> str | None:
         """Return why a victim could not be planted, or None."""

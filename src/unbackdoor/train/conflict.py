@@ -10,8 +10,9 @@ the suspect half-way back there; from the suspect it is the suspect, fine-tuned,
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -74,13 +75,24 @@ def conflict_model(
     if settings.lora is not None:
         made = lora.attach(made, settings.lora, run.stream_seed("conflict adapter"))
     rows = overwrite.encode_rows(made, chosen, settings.train)
-    overwrite.train_on_rows(made, rows, settings.train, run.stage("conflict"))
+    # Several merges of a grid take the same conflict model.
+    with run.shared_stage("conflict", lambda: [_digest(start), settings.model_dump(), *map(asdict, rows)]) as stage:
+        overwrite.train_on_rows(made, rows, settings.train, stage)
     if settings.lora is None:
         return made
     if below:
         base = lora.unload(replace(start, model=copy.deepcopy(start.model)))
         return lora.combine(base, below, lora.factors(made), start.spec)
     return lora.merge(made) if fold else made
+
+
+def _digest(lm: LM) -> str:
+    """Return a hash of all weights."""
+    found = hashlib.sha256()
+    for name, tensor in lm.model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 @torch.no_grad()
