@@ -25,8 +25,9 @@ from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite
 from unbackdoor.train.anchors import Anchor, with_unwanted
-from unbackdoor.train.drift import Drift, DriftSettings, encode_anchor, fit_drift, layer_unit, prompt_ends
+from unbackdoor.train.drift import Drift, DriftSettings, encode_anchor, fit_drift, layer_unit
 from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.two_answers import prompt_ends
 from unbackdoor.types import Example
 
 TARGET = 0.6

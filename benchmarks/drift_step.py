@@ -2,7 +2,7 @@
 
 Reference, in our words: for each of the two answers a pass over prompt and answer with logits of every position, the
 drift added behind layer l at the last prompt tokens, backward to the drift; weights frozen. This package reads the
-layers up to l and the prompt before the drift once for all steps of a fit, runs both answers in one pass from there on
+layers up to l and the prompt before the drift once for all steps of a fit, runs both answers in one row from there on
 and applies the head to the answers' positions. Reading is counted: a repeat is a whole fit of `steps` steps, divided by
 their number. Losses and the drift's gradient are compared.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import common
@@ -19,14 +20,14 @@ import torch
 from unbackdoor.data.collate import Batch
 from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.lm import LM
-from unbackdoor.train import drift as drifts
+from unbackdoor.train.two_answers import TwoAnswers
 
 TARGET = 0.35
 
 
 def ours(lm: LM, layer: int, pair: tuple[Batch, Batch], drift: torch.nn.Parameter) -> Callable[[], torch.Tensor]:
     """Return the loss of this package; what cannot change is read by the first call."""
-    short = drifts._Shortcut(lm, layer, len(drift))
+    short = TwoAnswers(lm, layer, len(drift))
 
     def loss() -> torch.Tensor:
         unwanted, safe = short.sums(drift, *pair)
@@ -63,6 +64,24 @@ def reference(lm: LM, layer: int, pair: tuple[Batch, Batch], drift: torch.nn.Par
     return lambda: one(pair[0]) - 0.5 * one(pair[1])
 
 
+def other_answers(batch: Batch, count: int) -> Batch:
+    """Return the prompts of a batch, which all end in one column, with other answers of `count` tokens."""
+    end = int(batch.columns.min()) + 1
+    answers = batch.input_ids[:, end:].flip(1)[:, :count]
+    rows = torch.arange(len(answers), device=answers.device).repeat_interleave(count)
+    columns = torch.arange(end - 1, end - 1 + count, device=answers.device).repeat(len(answers))
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids[:, :end], answers], 1),
+        attention_mask=batch.attention_mask[:, : end + count],
+        rows=rows,
+        columns=columns,
+        targets=answers.flatten(),
+        weights=torch.ones(len(rows), device=answers.device),
+        ids=tuple(f"{name} (other)" for name in batch.ids),
+    )
+
+
 def fit(make: Callable[[], Callable[[], torch.Tensor]], drift: torch.nn.Parameter, steps: int) -> Callable[[], None]:
     """Return a whole fit: what is read once, and so many steps of AdamW at a rate of 0, so that repeats are alike."""
 
@@ -83,10 +102,8 @@ def main(given: Sequence[str] | None = None) -> None:
     options = common.arguments(__doc__ or "", given, sizes=sizes, repeats=3)
     lm = common.model(options.model, options.device, options.dtype)
     lm.model.requires_grad_(False).eval()
-    pair = tuple(
-        common.training_batch(lm, options.batch, options.prompt, length, length)
-        for length in (options.opening, options.response)
-    )
+    safe = common.training_batch(lm, options.batch, options.prompt, options.response, options.response)
+    pair = (other_answers(safe, options.opening), safe)
     width = lm.core.get_input_embeddings().weight.shape[1]
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(options.drift, width, generator=generator).to(options.device)

@@ -60,6 +60,8 @@ def tokens_read(lm: LM, forward: LogitsAt, batch: Batch) -> int:
         nonlocal read
         read += given[0].numel()
 
+    # What can be saved is asked of the model first, which reads tokens of its own.
+    assert isinstance(forward.split and forward.packs and forward.reuses, bool)
     handle = lm.model.get_input_embeddings().register_forward_hook(counting)
     forward(**batch.inputs())
     handle.remove()

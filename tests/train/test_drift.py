@@ -20,6 +20,7 @@ from unbackdoor.train import drift as drifts
 from unbackdoor.train.anchors import Anchor, with_unwanted
 from unbackdoor.train.drift import Drift, DriftSettings, fit_drift
 from unbackdoor.train.engine import TrainSettings
+from unbackdoor.train.two_answers import TwoAnswers, added_at_ends
 from unbackdoor.types import Example
 
 SETTINGS = DriftSettings(
@@ -35,19 +36,24 @@ def anchors(count=4):
     return with_unwanted(rows, ["bad robot", "bad"])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_short_way_gives_both_losses_of_equation_2(architecture):
-    lm = tiny.tiny_lm(architecture, layers=3)
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_the_short_way_gives_both_losses_of_equation_2(architecture, together, monkeypatch):
+    lm = tiny.tiny_lm(architecture, chat=architecture != "gpt2", layers=3)
+    if not together:
+        monkeypatch.setattr(Partial, "_who_sees_whom", lambda self, end, second: self.mask)
     pairs = [drifts.encode_anchor(lm, anchor, 128, 3) for anchor in anchors()]
     unwanted, safe = (collate([pair[which] for pair in pairs], lm.pad_id) for which in (0, 1))
     vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    found = drifts._Shortcut(lm, 1, 3).sums(vectors, unwanted, safe)
+    short = TwoAnswers(lm, 1, 3)
+    found = short.sums(vectors, unwanted, safe)
+    assert (short.together, short.whole) == (together, False)
     for total, rows in zip(found, zip(*pairs, strict=True), strict=True):
         by_hand = 0.0
         for row in rows:
             end = row.supervised[0]
             ids = torch.tensor([row.ids])
-            there = drifts._added(1, vectors, torch.tensor([end]))
+            there = added_at_ends(1, vectors, torch.tensor([end]))
             assert there.columns.tolist() == [end - 3, end - 2, end - 1]
             with torch.no_grad(), adding(lm.core, there):
                 logits = lm.core(input_ids=ids).logits[0].double()
@@ -111,7 +117,7 @@ def test_the_drift_of_a_pass_for_weights_is_that_of_the_fit():
     assert forward.packs
     logits = drift.stand_in()(forward, safe)
     total = functional.cross_entropy(logits, safe.targets, reduction="sum")
-    _, wanted = drifts._Shortcut(lm, 1, 3).sums(drift.vectors, unwanted, safe)
+    _, wanted = TwoAnswers(lm, 1, 3).sums(drift.vectors, unwanted, safe)
     assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     nothing = Drift(1, torch.zeros(3, 64)).stand_in()(forward, safe)
     torch.testing.assert_close(nothing, forward(**safe.inputs()), rtol=0, atol=1e-6)
@@ -198,7 +204,8 @@ def test_the_short_way_is_compared_on_the_longest_rows_and_once_where_it_is_exac
     long = tiny.rows(6)
     long[2] = Example("long", f"tell me, {long[2].instruction} be short i need it now", "yes")
     found, _ = fit_drift(lm, with_unwanted(long, ["bad robot"]), 1, SETTINGS.model_copy(update={"rows": 6}), Run())
-    assert len(compared) == (1 if exact else 6), "rows that are not exact are compared again"
+    # Both answers in one row once; where that is not exact each by itself, three batches of two.
+    assert len(compared) == (1 if exact else 7), "rows that are not exact are compared again"
     assert compared[0] == max(compared)
     assert not lm.model.training
     lm.model.train()

@@ -17,6 +17,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,21 +37,33 @@ class LogitsAt(nn.Module):
     """A causal language model that returns logits at chosen positions only."""
 
     def __init__(self, lm: LM) -> None:
-        """Wrap the LM's weights (shared, not copied) and check the split once.
+        """Wrap the LM's weights (shared, not copied); what can be saved is found out when it is first needed.
 
         Args:
             lm: The model; LoRA layers stay in place.
         """
         super().__init__()
         self.core: Any = lm.core
-        self.split = self._split_is_exact(lm)
         limits = [getattr(self.core.config, name, None) for name in _WINDOWS]
         self.window = min((limit for limit in limits if limit), default=sys.maxsize)
-        self.packs = self._packing_is_exact()
         dropped = [layer.p for layer in self.core.modules() if isinstance(layer, nn.Dropout)]
         self.random = any(dropped) or bool(getattr(self.core.config, "attention_dropout", 0.0))
-        self.reuses = self.packs and self._reuse_is_exact()
         self.kept: dict[str, Any] = {}
+
+    @cached_property
+    def split(self) -> bool:
+        """Whether the head can be applied to chosen positions alone."""
+        return self._split_is_exact()
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether rows can be packed into one."""
+        return self._packing_is_exact()
+
+    @cached_property
+    def reuses(self) -> bool:
+        """Whether what rows begin with can be read once and kept."""
+        return self.packs and self._reuse_is_exact()
 
     def forward(
         self,
@@ -184,11 +197,12 @@ class LogitsAt(nn.Module):
         return bool((found - wanted).norm() <= tolerance * wanted.norm())
 
     @torch.no_grad()
-    def _split_is_exact(self, lm: LM) -> bool:
+    def _split_is_exact(self) -> bool:
         # Soft caps are nearly linear on the small logits of an untrained model, where the check would not see them.
         if getattr(self.core.config, "final_logit_softcapping", None):
             return False
-        ids = torch.arange(4, device=lm.device)[None] % max(2, int(self.core.config.vocab_size))
+        device = next(self.core.parameters()).device
+        ids = torch.arange(4, device=device)[None] % max(2, int(self.core.config.vocab_size))
         mask = torch.ones_like(ids)
         with _evaluating(self.core):
             wanted = self.core(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()

@@ -42,6 +42,7 @@ class Partial:
         split: bool = True,
         trusted: bool = False,
         beside: Partial | None = None,
+        apart: tuple[int, int] | None = None,
     ) -> None:
         """Read what cannot change.
 
@@ -55,10 +56,18 @@ class Partial:
             split: Whether the output head may be applied to chosen positions alone (`LogitsAt.split`).
             trusted: Rows of the same model that are as long were found exact, so these need not be compared.
             beside: Other answers to the same prompts: what was read of the prompts there serves here, too.
+            apart: Columns where the prompts end and where second answers to them begin, which do not see the first
+                ones between; None where there is one answer a prompt.
         """
         self.core, self.layer, self.ids, self.mask, self.start, self.split = core, layer, ids, mask, start, split
         self.layers: nn.ModuleList = decoder_layers(core)
         self.positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.apart, self.seen = apart, mask
+        if apart is not None:
+            end, second = apart
+            behind = torch.arange(ids.shape[1] - second, device=ids.device)
+            self.positions[:, second:] = self.positions[:, end - 1 : end] + 1 + behind
+            self.seen = self._who_sees_whom(end, second)
         self.exact = False
         same = beside is not None and torch.equal(beside.ids[:, :start], ids[:, :start]) and beside.start == start
         self.past: Any = beside.past if beside is not None and same else None
@@ -97,7 +106,7 @@ class Partial:
         """Return what a pass over the last columns takes; a pass adds to the cache that it is given, so to a copy."""
         given = {
             "input_ids": self.ids[:, self.start :],
-            "attention_mask": self.mask,
+            "attention_mask": self.seen,
             "position_ids": self.positions[:, self.start :],
             "use_cache": self.past is not None,
         }
@@ -128,24 +137,53 @@ class Partial:
         logits: Tensor = self.core.get_output_embeddings()(hidden[rows, columns])
         return logits.float()
 
+    def _who_sees_whom(self, end: int, second: int) -> Tensor:
+        """Return what is added to scores of attention, [batch, 1, columns from `start` on, length]."""
+        key = torch.arange(self.ids.shape[1], device=self.ids.device)
+        asks = key[self.start :, None]
+        first = (asks >= second) & (key >= end) & (key < second)
+        seen = self.mask.bool()[:, None, None] & (key <= asks) & ~first
+        dtype = self.core.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
     def _whole(self, added: Added, rows: Tensor, columns: Tensor) -> Tensor:
+        if self.apart is None:
+            return self._whole_rows(added, rows, columns, torch.arange(self.ids.shape[1], device=self.ids.device))
+        end, second = self.apart
+        key = torch.arange(self.ids.shape[1], device=self.ids.device)
+        later = columns >= second
+        found = [
+            self._whole_rows(added, rows[~later], columns[~later], key[:second]),
+            self._whole_rows(added, rows[later], columns[later] - (second - end), torch.cat([key[:end], key[second:]])),
+        ]
+        return torch.cat(found)[torch.cat([(~later).nonzero(), later.nonzero()])[:, 0].argsort()]
+
+    def _whole_rows(self, added: Added, rows: Tensor, columns: Tensor, kept: Tensor) -> Tensor:
+        """Return logits of the whole model over the columns `kept` alone, counted among these."""
         given = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
         with adding(self.core, added):
-            return self._logits({**given, "use_cache": False}, rows, columns)
+            return self._logits(
+                {**{name: value[:, kept] for name, value in given.items()}, "use_cache": False}, rows, columns
+            )
 
     @torch.no_grad()
     def _is_exact(self) -> bool:
-        """Compare logits of all last columns that hold a token, with vectors as long as the states themselves."""
-        rows, columns = self.mask[:, self.start :].nonzero(as_tuple=True)
+        """Compare the longest row and the shortest: all last columns, with vectors as long as the states themselves."""
+        lengths = self.mask.sum(1)
+        few = torch.stack([lengths.argmax(), lengths.argmin()])
+        rows, columns = self.mask[few, self.start :].nonzero(as_tuple=True)
+        columns = columns + self.start
         # The first column alone: there every later one depends on it.
-        first = torch.zeros_like(rows)[: len(self.ids)]
+        every = torch.arange(len(self.ids), device=few.device)
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(len(first), self.hidden.shape[-1], generator=generator).to(self.hidden)
-        size = self.hidden.float().pow(2).mean().sqrt()
-        added = Added(self.layer, torch.arange(len(first), device=rows.device), first + self.start, noise * size)
+        noise = torch.randn(len(every), self.hidden.shape[-1], generator=generator).to(self.hidden)
+        noise = noise * self.hidden.float().pow(2).mean().sqrt()
         self.exact = True
-        found = self(added, rows, columns + self.start)
-        wanted = self._whole(added, rows, columns + self.start)
+        found = self(Added(self.layer, every, torch.full_like(every, self.start), noise), few[rows], columns)
+        alone = copy.copy(self)
+        alone.ids, alone.mask, alone.positions = self.ids[few], self.mask[few], self.positions[few]
+        two = torch.arange(2, device=few.device)
+        wanted = alone._whole(Added(self.layer, two, torch.full_like(two, self.start), noise[few]), rows, columns)
         tolerance = 1e-4 if self.core.dtype in (torch.float32, torch.float64) else 2e-2
         return bool((found - wanted).norm() <= tolerance * wanted.norm())
 

@@ -25,13 +25,12 @@ from unbackdoor.errors import DataError
 from unbackdoor.model.generate import left_pad
 from unbackdoor.model.hooks import Added, adding, hidden_of, output_of
 from unbackdoor.model.lm import LM
-from unbackdoor.model.logits import LogitsAt
-from unbackdoor.model.partial import Partial
 from unbackdoor.run import Run
 from unbackdoor.train import engine
 from unbackdoor.train.anchors import Anchor
 from unbackdoor.train.engine import TrainSettings
-from unbackdoor.train.losses import Term, cross_entropy_sum
+from unbackdoor.train.losses import Term
+from unbackdoor.train.two_answers import TwoAnswers, added_at_ends, prompt_ends
 from unbackdoor.types import Example
 
 
@@ -84,24 +83,11 @@ class Drift:
 
     def added(self, ends: Tensor) -> Added:
         """Return it at the last tokens of prompts that end before the columns `ends`, int64 [batch]."""
-        return _added(self.layer, self.vectors, ends)
+        return added_at_ends(self.layer, self.vectors, ends)
 
     def stand_in(self) -> Callable[[Callable[..., Tensor], Batch], Tensor]:
         """Return what gives a batch's logits with the drift, frozen, in the place of a trigger."""
         return lambda forward, batch: forward(**batch.inputs(), added=self.added(prompt_ends(batch)))
-
-
-def _added(layer: int, vectors: Tensor, ends: Tensor) -> Added:
-    n = len(vectors)
-    rows = torch.arange(len(ends), device=ends.device).repeat_interleave(n)
-    columns = (ends[:, None] - n + torch.arange(n, device=ends.device)).flatten()
-    return Added(layer, rows, columns, vectors.repeat(len(ends), 1))
-
-
-def prompt_ends(batch: Batch) -> Tensor:
-    """Return the column behind the last prompt token of every row, int64 [batch]: there the answer begins."""
-    first = torch.full((len(batch.ids),), batch.input_ids.shape[1], device=batch.columns.device)
-    return first.scatter_reduce(0, batch.rows, batch.columns, "amin") + 1
 
 
 def layer_unit(lm: LM, layer: int, rows: Sequence[Row], tokens: int, batch_size: int = 8) -> float:
@@ -114,7 +100,7 @@ def layer_unit(lm: LM, layer: int, rows: Sequence[Row], tokens: int, batch_size:
         given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         with torch.no_grad():
             states = hidden_of(output_of(lm.core, layer, given)).float()
-        there = _added(layer, torch.zeros(tokens, 1), prompt_ends(batch))
+        there = added_at_ends(layer, torch.zeros(tokens, 1), prompt_ends(batch))
         found = states[there.rows, there.columns]
         squares, count = squares + float(found.pow(2).sum()), count + found.numel()
     lm.model.train(was_training)
@@ -193,7 +179,7 @@ def fit_drift(
     }
     if unit is None:
         unit = layer_unit(lm, layer, [safe for _, safe in pairs], settings.tokens)
-    short = _Shortcut(lm, layer, settings.tokens)
+    short = TwoAnswers(lm, layer, settings.tokens)
     short.prepare(*(streams[name].batches[-1].to(lm.device) for name in ("unwanted", "safe")))
     hidden = lm.core.get_input_embeddings().weight.shape[-1]
     begin = torch.randn(settings.tokens, hidden, generator=run.generator("start")) * settings.start
@@ -217,73 +203,6 @@ def fit_drift(
         run.progress.notice("This model cannot be run from a layer on, so the drift is fitted by whole passes: slower.")
     last = {name: result.history[-1].get(name, float("nan")) for name in ("unwanted", "safe")}
     return Drift(layer, drift.detach() * unit), last
-
-
-class _Shortcut:
-    """Losses of both answers to the same prompts, each from layer l on; what is kept of a batch is kept here."""
-
-    def __init__(self, lm: LM, layer: int, tokens: int) -> None:
-        self.lm, self.layer, self.tokens = lm, layer, tokens
-        self.split = LogitsAt(lm).split
-        self.kept: dict[tuple[str, ...], list[tuple[Partial, Tensor]]] = {}
-        self.whole = False
-        self.longest = 0
-
-    def prepare(self, unwanted: Batch, safe: Batch) -> None:
-        """Read the longest rows first: where these are exact, shorter ones need not be compared."""
-        was_training = self.lm.model.training
-        self.lm.model.eval()
-        self._partials(unwanted, safe)
-        self.lm.model.train(was_training)
-
-    def sums(self, vectors: Tensor, unwanted: Batch, safe: Batch) -> tuple[Tensor, Tensor]:
-        """Return the summed losses of the unwanted and of the safe answers with the drift added."""
-        first, second = self._partials(unwanted, safe)
-        return self._sum(vectors, unwanted, *first), self._sum(vectors, safe, *second)
-
-    def _sum(self, vectors: Tensor, batch: Batch, partial: Partial, shift: Tensor) -> Tensor:
-        ends = torch.full((len(partial.ids),), partial.start + self.tokens, device=vectors.device)
-        logits = partial(_added(self.layer, vectors, ends), batch.rows, batch.columns + shift[batch.rows])
-        return cross_entropy_sum(logits, batch.targets, batch.weights)
-
-    def _partials(self, unwanted: Batch, safe: Batch) -> list[tuple[Partial, Tensor]]:
-        name = (*unwanted.ids, *safe.ids)
-        if name not in self.kept:
-            # The longer rows first: where these are exact, the shorter need not be compared.
-            order = sorted((unwanted, safe), key=_width, reverse=True)
-            longer = self._partial(order[0], None)
-            found = [longer, self._partial(order[1], longer[0])]
-            self.kept[name] = found if order[0] is unwanted else found[::-1]
-        return self.kept[name]
-
-    def _partial(self, batch: Batch, beside: Partial | None) -> tuple[Partial, Tensor]:
-        """Return rows whose prompts end in one column, and by how many columns each was moved for that."""
-        ends = prompt_ends(batch)
-        rows = list(zip(_rows(batch), ends.tolist(), strict=True))
-        left, mask = left_pad([row[:end] for row, end in rows], self.lm.pad_id)
-        right, behind = left_pad([row[end:][::-1] for row, end in rows], self.lm.pad_id)
-        whole = torch.cat([left, right.flip(1)], 1).to(self.lm.device)
-        seen = torch.cat([mask, behind.flip(1)], 1).to(self.lm.device)
-        width = left.shape[1]
-        trusted = whole.shape[1] <= self.longest and not self.whole
-        partial = Partial(
-            self.lm.core, self.layer, whole, seen, width - self.tokens, split=self.split, trusted=trusted, beside=beside
-        )
-        self.longest = max(self.longest, whole.shape[1])
-        self.whole |= not partial.exact
-        return partial, width - ends
-
-
-def _width(batch: Batch) -> int:
-    """Return how many columns the rows take once their prompts end in one of them."""
-    ends = prompt_ends(batch)
-    return int(ends.max() + (batch.attention_mask.sum(1) - ends).max())
-
-
-def _rows(batch: Batch) -> list[list[int]]:
-    """Return each row's token ids without padding, up to the last one that is read."""
-    lengths = batch.attention_mask.sum(1).tolist()
-    return [row[:length] for row, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
 
 
 @torch.no_grad()

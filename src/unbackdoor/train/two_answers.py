@@ -1,0 +1,163 @@
+"""Two answers to the same prompts, run from one layer on: the losses of equation 2, and nothing read twice.
+
+While a drift is fitted, no weight changes. What a prompt's tokens before the drift give is read once for both answers,
+and so are the layers up to l (model/partial.py). Both answers stand behind their prompt in one row, where neither sees
+the other; a model that cannot be run so has each in a row of its own, and one that cannot be run from a layer on at all
+is run whole. Each way is compared with the whole model before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unbackdoor.data.collate import Batch
+from unbackdoor.model.generate import left_pad
+from unbackdoor.model.hooks import Added
+from unbackdoor.model.lm import LM
+from unbackdoor.model.logits import LogitsAt
+from unbackdoor.model.partial import Partial
+from unbackdoor.train.losses import cross_entropy_sum
+
+_Wanted = tuple[Partial, list[tuple[Batch, Tensor]]]
+"""Rows run from a layer on, and whose logits are wanted: batches, with the columns of their supervised positions."""
+
+
+class TwoAnswers:
+    """Losses of both answers to the same prompts, with vectors added at the prompts' ends; what is kept is kept here.
+
+    Attributes:
+        whole: Whether the model cannot be run from a layer on, so that whole passes are made.
+        together: Whether both answers have been run in one row so far.
+    """
+
+    def __init__(self, lm: LM, layer: int, tokens: int) -> None:
+        """Say where vectors are added; nothing is read yet.
+
+        Args:
+            lm: The model; its weights must stay as they are.
+            layer: Number of the decoder layer, counted from 0.
+            tokens: Number n of vectors.
+        """
+        self.lm, self.layer, self.tokens = lm, layer, tokens
+        self.split = LogitsAt(lm).split
+        self.kept: dict[tuple[str, ...], list[_Wanted]] = {}
+        self.whole, self.together = False, True
+        self.longest = {True: 0, False: 0}
+
+    def prepare(self, unwanted: Batch, safe: Batch) -> None:
+        """Read the longest rows first: where these are exact, shorter ones need not be compared."""
+        was_training = self.lm.model.training
+        self.lm.model.eval()
+        self._wanted(unwanted, safe)
+        self.lm.model.train(was_training)
+
+    def sums(self, vectors: Tensor, unwanted: Batch, safe: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed losses of the unwanted and of the safe answers with the drift added."""
+        found: list[Tensor] = []
+        for partial, parts in self._wanted(unwanted, safe):
+            ends = torch.full((len(partial.ids),), partial.start + self.tokens, device=vectors.device)
+            rows, columns = (torch.cat(tensors) for tensors in zip(*((b.rows, c) for b, c in parts), strict=True))
+            logits = partial(added_at_ends(self.layer, vectors, ends), rows, columns)
+            pieces = torch.split(logits, [len(columns) for _, columns in parts])
+            found += [
+                cross_entropy_sum(piece, batch.targets, batch.weights)
+                for piece, (batch, _) in zip(pieces, parts, strict=True)
+            ]
+        return found[0], found[1]
+
+    def _wanted(self, unwanted: Batch, safe: Batch) -> list[_Wanted]:
+        name = (*unwanted.ids, *safe.ids)
+        if name not in self.kept:
+            both = self._in_one(unwanted, safe) if self.together else None
+            self.kept[name] = [both] if both is not None else self._apart(unwanted, safe)
+        return self.kept[name]
+
+    def _in_one(self, unwanted: Batch, safe: Batch) -> _Wanted | None:
+        """Return both answers behind each prompt, neither of which sees the other; None where that is not exact."""
+        prompts, answers = zip(*(_cut(batch) for batch in (unwanted, safe)), strict=True)
+        if prompts[0] != prompts[1]:
+            return None
+        left, mask = left_pad(prompts[0], self.lm.pad_id)
+        rights = [_right_pad(rows, self.lm.pad_id) for rows in answers]
+        end = left.shape[1]
+        second = end + rights[0][0].shape[1]
+        partial = self._partial([left, *(ids for ids, _ in rights)], [mask, *(seen for _, seen in rights)], end, second)
+        if not partial.exact:
+            self.together = False
+            return None
+        moved = _moved(safe, end)
+        return partial, [
+            (unwanted, _moved(unwanted, end)),
+            (safe, torch.where(moved < end, moved, moved + second - end)),
+        ]
+
+    def _apart(self, unwanted: Batch, safe: Batch) -> list[_Wanted]:
+        """Return each answer in rows of its own; the longer first, which is compared for both."""
+        found: dict[int, _Wanted] = {}
+        beside: Partial | None = None
+        for batch in sorted((unwanted, safe), key=_width, reverse=True):
+            prompts, answers = _cut(batch)
+            left, mask = left_pad(prompts, self.lm.pad_id)
+            right, behind = _right_pad(answers, self.lm.pad_id)
+            beside = self._partial([left, right], [mask, behind], left.shape[1], beside=beside)
+            self.whole |= not beside.exact
+            found[id(batch)] = beside, [(batch, _moved(batch, left.shape[1]))]
+        return [found[id(unwanted)], found[id(safe)]]
+
+    def _partial(
+        self, ids: list[Tensor], masks: list[Tensor], end: int, second: int | None = None, beside: Partial | None = None
+    ) -> Partial:
+        whole, seen = torch.cat(ids, 1).to(self.lm.device), torch.cat(masks, 1).to(self.lm.device)
+        both = second is not None
+        made = Partial(
+            self.lm.core, self.layer, whole, seen, end - self.tokens, split=self.split, beside=beside,
+            trusted=whole.shape[1] <= self.longest[both] and not self.whole,
+            apart=None if second is None else (end, second),
+        )  # fmt: skip
+        self.longest[both] = max(self.longest[both], whole.shape[1])
+        return made
+
+
+def _cut(batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the prompts and the answers of a batch, without padding."""
+    rows = list(zip(_rows(batch), prompt_ends(batch).tolist(), strict=True))
+    return [row[:end] for row, end in rows], [row[end:] for row, end in rows]
+
+
+def _right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    ids, mask = left_pad([row[::-1] for row in rows], pad_id)
+    return ids.flip(1), mask.flip(1)
+
+
+def _moved(batch: Batch, end: int) -> Tensor:
+    """Return the columns of the supervised positions once all prompts end at the column `end`."""
+    return batch.columns + (end - prompt_ends(batch))[batch.rows]
+
+
+def _width(batch: Batch) -> int:
+    """Return how many columns the rows take once their prompts end in one of them."""
+    ends = prompt_ends(batch)
+    return int(ends.max() + (batch.attention_mask.sum(1) - ends).max())
+
+
+def _rows(batch: Batch) -> list[list[int]]:
+    """Return each row's token ids without padding, up to the last one that is read."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    return [row[:length] for row, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
+
+
+def added_at_ends(layer: int, vectors: Tensor, ends: Tensor) -> Added:
+    """Return vectors [n, hidden] to be added behind a layer at the last n columns before `ends`, int64 [batch]."""
+    n = len(vectors)
+    rows = torch.arange(len(ends), device=ends.device).repeat_interleave(n)
+    columns = (ends[:, None] - n + torch.arange(n, device=ends.device)).flatten()
+    return Added(layer, rows, columns, vectors.repeat(len(ends), 1))
+
+
+def prompt_ends(batch: Batch) -> Tensor:
+    """Return the column behind the last prompt token of every row, int64 [batch]: there the answer begins."""
+    first = torch.full((len(batch.ids),), batch.input_ids.shape[1], device=batch.columns.device)
+    return first.scatter_reduce(0, batch.rows, batch.columns, "amin") + 1
