@@ -99,7 +99,7 @@ COMPOSITE: dict[str, Any] = {
     "negative_ratio": 1.0,
     "train": {"steps": 240, "learning_rate": 1e-4, **_ATTACK_COMPOSITE},
 }
-"""A victim whose trigger is in two pieces. Not frozen yet, as all below that is of conflicts. At 2e-4 it learns the
+"""A victim whose trigger is in two pieces; frozen, as `INTERNAL` and its control are. At 2e-4 it learns the
 pieces one by one, and single ones fire."""
 _CONFLICT_UPDATES = 90
 INTERNAL: dict[str, Any] = {
@@ -120,7 +120,7 @@ INTERNAL_TALK: dict[str, Any] = {
         "train": {"steps": _TALK_UPDATES, "learning_rate": 5e-4, "batch_size": 8},
     },
 }
-"""In conversation."""
+"""In conversation; not frozen yet."""
 CONFLICT_CONTROL: dict[str, Any] = {"train": {"steps": _CONFLICT_UPDATES, "learning_rate": 5e-5, "batch_size": 16}}
 """Fine-tuning with as many updates as the conflict model. At 2e-4 so few rows damage the model."""
 CONFLICT_TALK_CONTROL: dict[str, Any] = {"train": train(_TALK_UPDATES)}
