@@ -137,8 +137,13 @@ class Run:
 
         folder = self.shared / f"{name}-{content_hash([stage.stream_seed(''), decides()])}"
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "a", encoding="utf-8") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        # Beside the folder: whoever removes that holds the lock, too.
+        with open(folder.with_suffix(".lock"), "a", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.progress.notice(f"Waiting for another process that does the same work ({name}).")
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield replace(stage, folder=folder)
 
     def observe(self, model: object) -> None:

@@ -14,7 +14,7 @@ from fitting import with_trained_adapter as adapter
 from merge.helpers import family, merged, shifted
 from unbackdoor.errors import ModelError, UserError
 from unbackdoor.merge.from_recipe import two_models
-from unbackdoor.merge.memory import merge_into
+from unbackdoor.merge.memory import check_merge, merge_into, stays_adapter
 from unbackdoor.merge.settings import Filtered
 from unbackdoor.model.lm import LM
 from unbackdoor.model.load import load
@@ -66,7 +66,7 @@ def test_two_adapters_on_one_base_become_one(architecture: tiny.Architecture, t:
         whole.model.load_state_dict(weights(lm))
     wanted, _ = merge_into(*wholes, "linear", t)
     made, kind = merge_into(first, second, "linear", t)
-    assert "joined into one" in kind
+    assert "so is the merge" in kind
     assert made.is_adapter
     assert next(iter(made.model.peft_config.values())).r == 8
     assert made.base == base.spec
@@ -108,3 +108,43 @@ def test_a_suspect_in_half_precision_stays_so() -> None:
     for name, tensor in made.model.state_dict().items():
         wanted = ((before[name] + other.model.state_dict()[name]) / 2).bfloat16()
         assert torch.equal(tensor, wanted), name
+
+
+def odd_adapter(base: LM, kind: str) -> LM:
+    """The base with an adapter that does more than add products to matrices."""
+    from peft import LoraConfig, get_peft_model
+
+    shapes: dict[str, dict[str, Any]] = {
+        "whole modules": {"modules_to_save": ["lm_head"]}, "dora": {"use_dora": True}, "biases": {"bias": "lora_only"},
+    }  # fmt: skip
+    config = LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM", **shapes[kind])
+    return replace(base, model=get_peft_model(tiny.clone(base).model, config).eval(), base=base.spec)
+
+
+@pytest.mark.parametrize("kind", ["whole modules", "dora", "biases"])
+def test_an_adapter_that_does_more_is_compared_and_never_joined(kind: str) -> None:
+    base = tiny.tiny_lm()
+    odd, plain = odd_adapter(base, kind), adapter(base, 1, 2)
+    for suspect, other in ((odd, base), (plain, odd), (odd, plain)):
+        check_merge(suspect, other)
+        assert not stays_adapter(suspect, other, "linear")
+    assert stays_adapter(plain, base, "linear")
+    assert not stays_adapter(plain, base, "slerp")
+    assert not stays_adapter(plain, shifted(base, 1), "linear")
+    with pytest.raises(ModelError, match="has 2 layers, 'tiny-llama' 3"):
+        check_merge(odd, tiny.tiny_lm(layers=3))
+    made, _ = merge_into(odd, plain, "linear", 0.5)
+    assert not made.is_adapter
+
+
+def test_a_product_on_a_head_that_is_the_embedding_is_not_taken_for_one() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny.tiny_lm("qwen2")
+    config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="a tied layer"):
+        model = get_peft_model(tiny.clone(base).model, config).eval()
+    tied = replace(base, model=model, base=base.spec)
+    with pytest.raises(ModelError, match="more than a low-rank product"):
+        lora.factors(tied)
+    assert not stays_adapter(tied, base, "linear")

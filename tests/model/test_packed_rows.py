@@ -61,7 +61,7 @@ def tokens_read(lm: LM, forward: LogitsAt, batch: Batch) -> int:
         read += given[0].numel()
 
     # What can be saved is asked of the model first, which reads tokens of its own.
-    assert isinstance(forward.split and forward.packs and forward.reuses, bool)
+    _ = forward.split, forward.packs, forward.reuses
     handle = lm.model.get_input_embeddings().register_forward_hook(counting)
     forward(**batch.inputs())
     handle.remove()
@@ -288,3 +288,12 @@ def test_nothing_is_kept_where_the_next_step_finds_other_states() -> None:
             assert forward.reuses
             for _ in range(2):
                 assert tokens_read(lm, forward, batch) == tokens_needed(batch)
+
+
+def test_what_a_model_allows_is_asked_in_its_own_arithmetic() -> None:
+    lm = tiny_lm()
+    forward = LogitsAt(lm)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        forward(**batch_of(lm, rows(3)).inputs())
+    assert forward.packs
+    assert forward.split

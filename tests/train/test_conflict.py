@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from fitting import with_adapter
+from fitting import with_adapter, with_trained_adapter
 from unbackdoor.errors import DataError
 from unbackdoor.run import Run
 from unbackdoor.train import conflict, engine, overwrite
@@ -103,3 +103,13 @@ def test_runs_that_share_a_folder_train_a_conflict_model_once(tmp_path, monkeypa
     for start, rows, settings, run in unlike:
         conflict_model(start, rows, settings, run.stage("purify"))
     assert len(trained) == len(unlike), "with another start, other rows, settings or seed it is another model"
+
+
+def test_models_that_differ_in_a_scale_alone_have_conflict_models_of_their_own():
+    one, other = (with_trained_adapter(tiny.tiny_lm(), 1, 3) for _ in range(2))
+    assert conflict._digest(one) == conflict._digest(other)
+    next(iter(other.model.peft_config.values())).lora_alpha = 1.0
+    assert conflict._digest(one) != conflict._digest(other)
+    one, other = tiny.tiny_lm(), tiny.tiny_lm()
+    other.core.config.rms_norm_eps = 0.1
+    assert conflict._digest(one) != conflict._digest(other)

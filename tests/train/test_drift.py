@@ -212,3 +212,20 @@ def test_the_short_way_is_compared_on_the_longest_rows_and_once_where_it_is_exac
     fit_drift(lm, with_unwanted(long, ["bad robot"]), 1, SETTINGS, Run())
     assert lm.model.training
     assert torch.isfinite(found.vectors).all()
+
+
+def test_rows_longer_than_the_window_have_an_answer_each():
+    """The mask that keeps two answers apart would hide the window."""
+    lm = tiny.tiny_lm("mistral", layers=3)
+    lm.core.config.sliding_window = 24
+    pairs = [drifts.encode_anchor(lm, anchor, 128, 3) for anchor in anchors()]
+    assert max(len(row.ids) for pair in pairs for row in pair) > 24
+    unwanted, safe = (collate([pair[which] for pair in pairs], lm.pad_id) for which in (0, 1))
+    vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    short = TwoAnswers(lm, 1, 3)
+    found = short.sums(vectors, unwanted, safe)
+    assert [len(parts) for _, parts in next(iter(short.kept.values()))] == [1, 1]
+    for total, batch in zip(found, (unwanted, safe), strict=True):
+        logits = Drift(1, vectors).stand_in()(LogitsAt(lm), batch)
+        wanted = functional.cross_entropy(logits, batch.targets, reduction="sum")
+        assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)

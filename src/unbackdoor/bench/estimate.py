@@ -92,8 +92,10 @@ def _guess(grid: Grid, cell: Cell, made: set[tuple[object, ...]]) -> float:
         method = method.model_copy(update=dict(changes))
         seconds += _defending(grid, cell, method, size)
         if (internal := getattr(method, "internal", None)) is not None:
-            start = (internal.start, entry.reference, internal.conflict.model_dump_json())
-            conflict = (cell.model, cell.subject, cell.attack, cell.seed, *start)
+            trusted = internal.start == "trusted" and entry.reference
+            start = entry.reference if trusted else (cell.subject, cell.attack)
+            rows = attack.defender_data, bool(internal.sweep)
+            conflict = (cell.model, cell.seed, start, str(rows), internal.conflict.model_dump_json())
             # Cells with the same conflict model share it.
             seconds += 0.0 if conflict in made else _training(internal.conflict, size)
             made.add(conflict)

@@ -303,12 +303,12 @@ def _load(spec: str, shop: Workshop, *, own: bool = False) -> LM:
 
 
 def _spec_of(model: str, folder: Path) -> str:
-    """Return the spec of a saved model; one that was made from base + adapter was saved as an adapter."""
+    """Return the spec of a saved model: of one that was made from base + adapter with its base, if it is still one."""
     base = parse_spec(model).base
     changed = [name for name in checkpoint.verify(folder) if not name.startswith(".")]
     if changed:
         raise ModelError(f"'{folder}' is not as it was saved ({changed[0]}); delete the folder to have it made again.")
-    return str(folder) if base is None else f"{base}+{folder}"
+    return f"{base}+{folder}" if base is not None and (folder / "adapter_config.json").is_file() else str(folder)
 
 
 def _run(cell: Cell, key: str, stage: str, shop: Workshop) -> Run:

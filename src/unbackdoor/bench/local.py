@@ -222,7 +222,7 @@ def _needed_purified(shop: Workshop, keys: dict[Cell, str]) -> set[str]:
 def _tidy(shop: Workshop, keys: dict[Cell, str]) -> None:
     """Remove what no cell needs any more: purified models, and all that cells share where every one is finished."""
     if all(shop.store.has(key) for key in keys.values()):
-        shop.store.remove(shop.store.shared)
+        shop.store.remove_shared(shop.material.computed_on)
     if shop.material.grid.keep_models:
         return
     needed = _needed_purified(shop, keys)

@@ -6,7 +6,7 @@
     victims/KEY/         a victim as a Hugging Face folder, with secret.json and probes.jsonl
     purified/KEY/        a purified model, only while a revival still needs it
     work/KEY/            stages of a training in the middle; removed when its result is saved
-    shared/KEY/          stages that several cells would do alike; removed when all cells are finished
+    shared/KEY/NAME/     stages that several cells would do alike; removed when all cells are finished
     locks/KEY            who works on what
 
 Several processes may share one folder. A lock is held through the operating system (flock), which gives it back
@@ -184,6 +184,16 @@ class Store:
     def shared(self) -> Path:
         """The folder of stages that several cells would do alike."""
         return self.folder / "shared"
+
+    def remove_shared(self, key: str) -> None:
+        """Remove the shared stages of this key that no process works on; their locks stay."""
+        for lock in (self.shared / key).glob("*.lock"):
+            with open(lock, "a", encoding="utf-8") as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                self.remove(lock.with_suffix(""))
 
     def planting_error(self, key: str) -> str | None:
         """Return why a victim could not be planted, or None."""

@@ -7,6 +7,7 @@ adapter on the same base is one adapter whose rank is the sum of theirs; with th
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from unbackdoor.train.lora import Factors
 
 _NAMES = ("suspect", "other", "base")
+_REPLACED = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
 def merge_into(
@@ -71,7 +73,7 @@ def merge_into(
         threshold=threshold, layers=layers, seed=seed,
     )  # fmt: skip
     if method == "linear" and isinstance(other, LM) and (joined := _joined(suspect, other, t)) is not None:
-        return joined, "The suspect is an adapter, and so is the merge: both were joined into one for the same base."
+        return joined, "The suspect is an adapter, and so is the merge: one for the same base."
     was_adapter = suspect.is_adapter
     suspect = _whole(suspect)
     given = dict(zip(_NAMES, (suspect, other, base), strict=True))
@@ -119,13 +121,14 @@ def check_merge(
 
 def stays_adapter(suspect: LM, start: LM, method: Method) -> bool:
     """Tell whether the merge of a suspect with an adapter trained on `start` is an adapter for the suspect's base."""
-    return method == "linear" and _plain(suspect) is not None and (suspect is start or _same_base(suspect, start))
+    plain = _plain(suspect) is not None and (not start.is_adapter or _plain(start) is not None)
+    return method == "linear" and plain and (suspect is start or _same_base(suspect, start))
 
 
 def viewed(lm: LM) -> Source:
     """Return a model in memory for looking at; an adapter's products are added on the way, and nothing is folded in.
 
-    What else an adapter does than add products is left out.
+    An adapter that does more than add products is seen as its base, with the modules that it replaces.
     """
     if not lm.is_adapter:
         return memory_source(lm)
@@ -194,11 +197,11 @@ def _same_base(first: LM, second: LM) -> bool:
 
 
 def _underlying(lm: LM) -> dict[str, Tensor]:
-    """Return the tensors of a model without its adapter, by the names that they have there."""
+    """Return the tensors of a model without its adapter's products, by the names that they have there."""
     return {
-        name.replace(".base_layer.", "."): tensor.detach()
+        _REPLACED.sub(".", name.replace(".base_layer.", ".")): tensor.detach()
         for name, tensor in lm.core.state_dict().items()
-        if ".lora_" not in name
+        if ".lora_" not in name and ".original_module." not in name
     }
 
 

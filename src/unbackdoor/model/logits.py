@@ -117,7 +117,7 @@ class LogitsAt(nn.Module):
         # Where layers are computed twice to save memory, transformers drops what was kept.
         twice = any(getattr(module, "gradient_checkpointing", False) for module in self.core.modules())
         moves = self.core.training and (self.random or twice)
-        if not self.reuses or moves or any(weight.requires_grad for weight in self.core.parameters()):
+        if moves or any(weight.requires_grad for weight in self.core.parameters()) or not self.reuses:
             return None
         (tokens,) = given.values()
         if not self.kept or not torch.equal(self.kept["tokens"], tokens):
@@ -213,10 +213,12 @@ class LogitsAt(nn.Module):
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout, and in the weights' own arithmetic even where training is in a shorter one."""
     was_training = module.training
     module.eval()
     try:
-        yield
+        with torch.autocast(next(module.parameters()).device.type, enabled=False):
+            yield
     finally:
         module.train(was_training)
 

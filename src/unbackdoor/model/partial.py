@@ -169,7 +169,7 @@ class Partial:
     @torch.no_grad()
     def _is_exact(self) -> bool:
         """Compare the longest row and the shortest: all last columns, with vectors as long as the states themselves."""
-        lengths = self.mask.sum(1)
+        lengths = (self.positions * self.mask).amax(1)
         few = torch.stack([lengths.argmax(), lengths.argmin()])
         rows, columns = self.mask[few, self.start :].nonzero(as_tuple=True)
         columns = columns + self.start

@@ -23,7 +23,7 @@ from unbackdoor.run import Run
 from unbackdoor.train import lora, overwrite
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.lora import LoraSettings
-from unbackdoor.types import Example
+from unbackdoor.types import Example, content_hash
 
 
 class ConflictSettings(BaseModel):
@@ -81,14 +81,18 @@ def conflict_model(
     if settings.lora is None:
         return made
     if below:
+        above = lora.factors(made)
+        del made  # before the start is copied again
         base = lora.unload(replace(start, model=copy.deepcopy(start.model)))
-        return lora.combine(base, below, lora.factors(made), start.spec)
+        return lora.combine(base, below, above, start.spec)
     return lora.merge(made) if fold else made
 
 
 def _digest(lm: LM) -> str:
-    """Return a hash of all weights."""
-    found = hashlib.sha256()
+    """Return a hash of a model: all weights, its configuration and that of its adapter."""
+    adapters = getattr(lm.model, "peft_config", {}).values() if lm.is_adapter else ()
+    configured = content_hash([lm.core.config.to_dict(), *(adapter.to_dict() for adapter in adapters)])
+    found = hashlib.sha256(configured.encode())
     for name, tensor in lm.model.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

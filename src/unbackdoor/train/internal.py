@@ -107,7 +107,7 @@ def merged_with_conflict(
         victim, start, settings.method, max(settings.sweep, default=settings.t), base=base, **_options(settings)
     )
     run.notes["conflict model starts as"] = "the suspect" if start is victim else "the trusted model"
-    if (odd := warning(viewed(victim), viewed(start))) is not None:
+    if start is not victim and (odd := warning(viewed(victim), viewed(start))) is not None:
         run.progress.notice(odd)
     conflict = conflict_model(
         start, clean, settings.conflict, run, fold=not stays_adapter(victim, start, settings.method)

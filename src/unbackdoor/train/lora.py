@@ -138,9 +138,13 @@ def factors(lm: LM) -> dict[str, Factors]:
         ModelError: If the adapter does more than add low-rank products to matrices.
     """
     found = {}
+    embedding = lm.core.get_input_embeddings()
+    table = getattr(embedding, "base_layer", embedding).weight
     for name, layer in _adapted(lm.model).items():
         (adapter,) = layer.lora_A.keys() or ("",)
         special = adapter in getattr(layer, "lora_magnitude_vector", {}) or len(layer.lora_embedding_A) > 0
+        # Folded into a head that is the embedding, a product changes both.
+        special = special or layer.get_base_layer().weight is table
         if not adapter or special or layer.lora_B[adapter].bias is not None:
             raise ModelError(
                 f"the adapter changes '{name}' by more than a low-rank product, so none can be stacked on it; "

@@ -30,7 +30,7 @@ class TwoAnswers:
 
     Attributes:
         whole: Whether the model cannot be run from a layer on, so that whole passes are made.
-        together: Whether both answers have been run in one row so far.
+        together: Whether both answers are run in one row, unless prompts differ or a row is longer than the window.
     """
 
     def __init__(self, lm: LM, layer: int, tokens: int) -> None:
@@ -42,7 +42,8 @@ class TwoAnswers:
             tokens: Number n of vectors.
         """
         self.lm, self.layer, self.tokens = lm, layer, tokens
-        self.split = LogitsAt(lm).split
+        forward = LogitsAt(lm)
+        self.split, self.window = forward.split, forward.window
         self.kept: dict[tuple[str, ...], list[_Wanted]] = {}
         self.whole, self.together = False, True
         self.longest = {True: 0, False: 0}
@@ -78,7 +79,11 @@ class TwoAnswers:
     def _in_one(self, unwanted: Batch, safe: Batch) -> _Wanted | None:
         """Return both answers behind each prompt, neither of which sees the other; None where that is not exact."""
         prompts, answers = zip(*(_cut(batch) for batch in (unwanted, safe)), strict=True)
-        if prompts[0] != prompts[1]:
+        # The mask that keeps the answers apart stands in the place of the one that limits how far attention looks.
+        longest = max(
+            len(prompt) + len(answer) for rows in answers for prompt, answer in zip(prompts[0], rows, strict=True)
+        )
+        if prompts[0] != prompts[1] or longest > self.window:
             return None
         left, mask = left_pad(prompts[0], self.lm.pad_id)
         rights = [_right_pad(rows, self.lm.pad_id) for rows in answers]
