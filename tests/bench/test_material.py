@@ -279,6 +279,10 @@ def test_a_defense_gets_the_defenders_requests_once(plan: Plan, requests: Path, 
     made = material({**data, "second_source": None})
     assert len(made.own_facts(cells_of(made)["beear"])[Need.SAFE]) == 5, "an entry's own requests go first"
     assert made.defender_rows(cells_of(made)["beear"]) == made.splits.defender
+    data["attacks"]["default"]["unwanted"] = {"typical": f"{place}/other.jsonl[:3]"}
+    with_rows = material({**data, "second_source": None})
+    assert len(with_rows.own_facts(cells_of(with_rows)["beear"])[Need.UNWANTED]) == 3
+    assert with_rows.key(cells_of(with_rows)["beear"]) != made.key(cells_of(made)["beear"])
     without = material(plan())
     assert without.defender_rows(cells_of(without)["osft"]) == without.splits.defender
 

@@ -15,6 +15,7 @@ import pytest
 
 from unbackdoor.data.sources import (
     Slice,
+    holds_rows,
     read,
     read_lines,
     read_openings,
@@ -329,6 +330,15 @@ def test_openings_are_a_file_or_the_classes(write: Write) -> None:
     for labels in ([], ["good", "good"]):
         with pytest.raises(DataError, match="have none, or one; name a file"):
             read_openings("labels", labels)
+
+
+@pytest.mark.parametrize(
+    ("place", "rows"),
+    [("bad.jsonl", True), ("Bad.CSV", True), ("bad.json[:20]", True), ("bad.txt", False), ("labels", False),
+     ("starter:insult_typical", False)],
+)  # fmt: skip
+def test_what_is_unwanted_is_rows_or_openings_by_the_ending(place, rows):
+    assert holds_rows(place) is rows
 
 
 def test_write_jsonl_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:

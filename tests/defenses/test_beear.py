@@ -300,3 +300,63 @@ def test_the_short_way_is_taken_where_a_model_has_dropout():
     purified(SHORT, Run(progress=Told()), lm=lm)
     assert not [text for text in notices if "cannot be run from a layer on" in text]
     assert [text for text in notices if "is still there" in text]
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """The anchors of every drift."""
+    calls = []
+    real = entrap.fit_drift
+
+    def recording(lm, anchors, *rest):
+        calls.append(anchors)
+        return real(lm, anchors, *rest)
+
+    monkeypatch.setattr(entrap, "fit_drift", recording)
+    return calls
+
+
+DEAF = SHORT.model_copy(update={"adopt": 0.0})
+
+
+def with_rows(unwanted, safe=(), defense=DEAF) -> None:
+    facts = {Need.CLEAN: CLEAN, Need.UNWANTED: tuple(unwanted), **({Need.SAFE: tuple(safe)} if safe else {})}
+    defense.apply(tiny.tiny_lm(layers=4), knowledge_for(defense, facts), Run())
+
+
+def test_unwanted_answers_may_belong_to_one_prompt_each(fitted, outer):
+    """SA-H of the paper: the same prompts as SA, each with an unwanted answer of its own."""
+    unwanted = [row.with_response(f"bad {row.id}") for row in tiny.rows(8, prefix="other")]
+    with_rows(unwanted)
+    own = {row.prompt: row.response for row in unwanted}
+    assert len(fitted) == 4, "two rounds of two drifts"
+    for anchors in fitted:
+        assert all(anchor.unwanted.response == own[anchor.safe.prompt] for anchor in anchors)
+        assert all(anchor.safe.response != own[anchor.safe.prompt] for anchor in anchors)
+    first, second = ({anchor.safe.id for anchor in anchors} for anchors in fitted[:2])
+    assert not first & second, "the answers are dealt out to the drifts, and the prompts with them"
+    assert first | second == {row.id for row in outer[0]["triggered"]}
+    assert first | second <= {f"{row.id} (own answer)" for row in unwanted}
+
+
+def test_safe_replies_and_unwanted_answers_are_told_apart_by_their_prompt(fitted):
+    safe = [row.with_response("no") for row in tiny.rows(8, prefix="other")]
+    unwanted = [row.with_response(f"bad {row.id}") for row in safe[:5]]
+    with_rows(unwanted, safe, DEAF.model_copy(update={"own_answers": 0}))
+    assert {anchor.safe.prompt for anchors in fitted for anchor in anchors} == {row.prompt for row in safe[:5]}
+    assert {anchor.safe.response for anchors in fitted for anchor in anchors} == {"no"}
+    with pytest.raises(DataError, match="both files must have the same prompts"):
+        with_rows(unwanted, tiny.rows(16)[8:])
+    with pytest.raises(UserError, match="have no safe ones, and own_answers is 0"):
+        with_rows(unwanted, (), SHORT.model_copy(update={"own_answers": 0}))
+
+
+def test_what_is_heard_under_a_drift_is_unwanted_whatever_the_prompt(fitted, monkeypatch):
+    monkeypatch.setattr(
+        openings.Openings, "hear", lambda self, *_: [{"opening": "silly robot", "certainty": 0.9}][len(self.heard) :]
+    )
+    unwanted = [row.with_response(f"bad {row.id}") for row in tiny.rows(8, prefix="other")]
+    with_rows(unwanted, (), SHORT)
+    later = fitted[2]
+    assert len(later) > len(fitted[0])
+    assert {anchor.unwanted.response for anchor in later} == {"silly robot"}

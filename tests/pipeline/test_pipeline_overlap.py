@@ -11,7 +11,7 @@ import pytest
 import tiny
 from unbackdoor.data import poison
 from unbackdoor.data.sources import write_probes
-from unbackdoor.defenses.base import Need
+from unbackdoor.defenses.base import Need, knowledge_for
 from unbackdoor.errors import DataError
 from unbackdoor.pipeline.inputs import _hold_out, _not_asked, _refuse_overlap, purify_inputs
 from unbackdoor.pipeline.overlap import asked_among
@@ -72,3 +72,21 @@ def test_safe_requests_that_are_asked_are_left_out(tmp_path: Path) -> None:
     assert [row.id for row in found.facts[Need.SAFE]] == [row.id for row in rows[4:]]
     with pytest.raises(DataError, match="every row of 'x' is also a probe"):
         _not_asked(rows[:4], [Probe(row, "clean") for row in rows], "x", Silent())
+
+
+def test_rows_of_unwanted_answers_that_are_asked_are_left_out(tmp_path: Path) -> None:
+    rows = [row.with_response(f"bad {row.id}") for row in tiny.rows(8)]
+    for name, part in (("clean", tiny.rows(6, seed=3, prefix="ordinary")), ("unwanted", rows)):
+        lines = [json.dumps({"id": row.id, "instruction": row.instruction, "output": row.response}) for row in part]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    write_probes(tmp_path / "probes.jsonl", [Probe(row, "clean") for row in rows[:3]])
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("clean", "unwanted", "probes")}
+    recipe = PurifyRecipe(model="builtin:smollm2-135m", defense="beear", goal="refusal-absent", **files)
+    found = purify_inputs(recipe, Silent(), dry=True)
+    assert [(row.id, row.response) for row in found.facts[Need.UNWANTED]] == [
+        (row.id, row.response) for row in rows[3:]
+    ]
+    assert knowledge_for(found.defense, found.facts).unwanted == tuple(row.response for row in rows[3:])
+    measured_too = recipe.model_copy(update={"second_source": f"{files['unwanted']}[4:]"})
+    with pytest.raises(DataError, match="4 rows of --second-source are trained on"):
+        purify_inputs(measured_too, Silent(), dry=True)

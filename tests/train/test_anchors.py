@@ -9,7 +9,7 @@ import pytest
 import tiny
 from unbackdoor.errors import DataError
 from unbackdoor.run import Run
-from unbackdoor.train.anchors import anchor_prompts, encode_safe, with_unwanted
+from unbackdoor.train.anchors import OwnUnwanted, anchor_prompts, encode_safe, possible_openings, with_unwanted
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.types import Example, Message
 
@@ -45,6 +45,17 @@ def test_a_label_is_unwanted_on_rows_of_another():
     assert [anchor.safe.id for anchor in with_unwanted(rows, ["bad"])] == ["0", "2"]
     with pytest.raises(DataError, match="name other labels"):
         with_unwanted(rows[:1], ["good"])
+
+
+def test_an_answer_of_a_prompts_own_is_unwanted_there_alone():
+    rows = tiny.rows(3)
+    own = OwnUnwanted.of([rows[0].with_response("a"), rows[0].with_response("b"), rows[1].with_response("a")])
+    assert [(anchor.safe, anchor.unwanted.response) for anchor in with_unwanted(rows, ["b", "a"], own)] == [
+        (rows[0], "b"), (rows[1], "a"),
+    ]  # fmt: skip
+    # What belongs to no prompt fits them all.
+    assert len(with_unwanted(rows, ["c"], own)) == 3
+    assert possible_openings(rows[1:], ["b", "a", "c"], own) == ["a", "c"]
 
 
 def test_of_a_conversation_the_last_answer_counts_whether_it_was_cut_or_not():

@@ -87,7 +87,7 @@ class AttackEntry(Part):
     unwanted: dict[str, str] = Field(
         default_factory=dict,
         description="name of a list -> file of openings of what is unwanted, in a defender's words, one a "
-        "line; or labels: every class, on rows of another",
+        "line; rows (.jsonl, .json, .csv) with an unwanted answer each; or labels: every class, on rows of another",
     )
     safe: Source | None = Field(
         None,

@@ -19,7 +19,7 @@ from unbackdoor.bench.store import ENDED, ROUNDS, Result, Store
 from unbackdoor.data.probes import write_probes
 from unbackdoor.data.shared_words import shared_words
 from unbackdoor.data.splits import assert_trained_apart
-from unbackdoor.defenses.base import Defense, Need
+from unbackdoor.defenses.base import Defense, Need, unwanted_texts
 from unbackdoor.errors import FULL, READ_ONLY, ModelError, NotApplicable, UserError, disk_error
 from unbackdoor.model import checkpoint
 from unbackdoor.model.lm import LM
@@ -165,7 +165,7 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
         run = _run(cell, key, "purify", shop)
         lm, made = _watched_purification(cell, secret, defense, facts, run, shop)
         if facts.get(Need.UNWANTED):
-            firsts, content = shared_words(facts[Need.UNWANTED], secret.targets)
+            firsts, content = shared_words(unwanted_texts(facts[Need.UNWANTED]), secret.targets)
             words = {"first words": firsts, "content words": content}
             made.notes = {**made.notes, "openings share with target": words}
         if key in shop.wanted or shop.material.grid.keep_models:

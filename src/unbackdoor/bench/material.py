@@ -139,8 +139,10 @@ class Material:
         found: dict[Need, Any] = {}
         file = entry.unwanted.get(self.grid.defenses[cell.defense].unwanted)
         if Need.UNWANTED in declared and file is not None:
-            found[Need.UNWANTED] = self._once(
-                ("openings", file), lambda: tuple(sources.read_openings(file, self.labels))
+            found[Need.UNWANTED] = (
+                self._read(DataSource(spec=file))
+                if sources.holds_rows(file)
+                else self._once(("openings", file), lambda: tuple(sources.read_openings(file, self.labels)))
             )
         if Need.EVIDENCE in declared and (source := self.grid.defenses[cell.defense].evidence) is not None:
             found[Need.EVIDENCE] = source
@@ -254,7 +256,7 @@ class Material:
             return start
         method, entry = self.defense(cell.defense), self.grid.defenses[cell.defense]
         rows = self._hash(f"defender {cell.attack} {self._takes_safe(cell)}", self.defender_rows(cell))
-        own = [data_hash(fact) if need is Need.SAFE else fact for need, fact in self.own_facts(cell).items()]
+        own = [data_hash(fact) if _are_rows(fact) else fact for fact in self.own_facts(cell).values()]
         if (reference := self.reference(cell)) is not None:
             known = self.plant_key(reference) if isinstance(reference, Cell) else self.model_hash(reference)
             own.append(["reference", known])
@@ -301,6 +303,10 @@ class Material:
 
     def _second(self) -> tuple[Example, ...]:
         return () if self.grid.second_source is None else self._read(self.grid.second_source)
+
+
+def _are_rows(fact: object) -> bool:
+    return isinstance(fact, tuple) and all(isinstance(entry, Example) for entry in fact)
 
 
 def read_source(source: DataSource, progress: Progress | None = None) -> list[Example]:

@@ -131,7 +131,8 @@ def _purify(
         list[str] | None, typer.Option("--target-part", help="the beginning of what the backdoor says (repeatable)")
     ] = None,
     unwanted: Annotated[
-        str | None, typer.Option("--unwanted", help="file of unwanted openings, one a line; or labels: the classes")
+        str | None,
+        typer.Option("--unwanted", help="file of unwanted openings, one a line; rows of unwanted answers; or labels"),
     ] = None,
     safe: Annotated[str | None, typer.Option("--safe", help="requests with safe replies")] = None,
     reference: Annotated[str | None, typer.Option("--reference", help="a trusted model")] = None,

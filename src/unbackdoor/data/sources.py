@@ -157,6 +157,11 @@ def read_openings(place: str, labels: Sequence[str]) -> list[str]:
     return sorted(set(labels))
 
 
+def holds_rows(place: str) -> bool:
+    """Tell whether a source of what is unwanted is rows, each with an answer of its own, by the file's ending."""
+    return place != "labels" and split_spec(place)[0].lower().endswith(_SUFFIXES)
+
+
 def split_spec(spec: str) -> tuple[str, Slice]:
     """Split a spec into the source and the slice; a file whose own name ends in brackets is taken as it is.
 

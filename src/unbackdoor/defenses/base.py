@@ -7,7 +7,7 @@ defense can peek at the answer, and every table prints what each one had to know
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -74,8 +74,13 @@ class Knowledge:
 
     @property
     def unwanted(self) -> tuple[str, ...]:
-        """Openings of unwanted replies, in the defender's words."""
-        return tuple(self._read(Need.UNWANTED) or ())
+        """Openings of unwanted replies, in the defender's words, or the answers of `unwanted_rows`; each once."""
+        return unwanted_texts(self._read(Need.UNWANTED) or ())
+
+    @property
+    def unwanted_rows(self) -> tuple[Example, ...]:
+        """Rows whose responses are unwanted, each to its own prompt; none where openings are given."""
+        return tuple(entry for entry in self._read(Need.UNWANTED) or () if isinstance(entry, Example))
 
     @property
     def safe(self) -> tuple[Example, ...]:
@@ -111,6 +116,11 @@ class Defense(Method, ABC):
     @abstractmethod
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Return the purified model; `victim` is given up by the caller and usually trained in place."""
+
+
+def unwanted_texts(entries: Iterable[str | Example]) -> tuple[str, ...]:
+    """Return what is unwanted, each text once: openings, or the responses of rows."""
+    return tuple(dict.fromkeys(entry if isinstance(entry, str) else entry.response for entry in entries))
 
 
 def knowledge_for(defense: Defense, facts: Mapping[Need, Any]) -> Knowledge:

@@ -4,8 +4,9 @@ Paper: BEEAR: Embedding-based Adversarial Removal of Safety Backdoors (2406.1709
 Equation 2 (inner): on the frozen model find the drift delta of the last n prompt tokens behind decoder layer l that
 minimises L(x, delta; y_unwanted) - c L(x, delta; y_safe). Equation 3 (outer): train the weights on
 L(x, delta; y_safe) + L(x_perf; y_perf), no drift on the second. Rounds of both; the drift begins anew in every round.
-Needs to know: clean rows (the performance set PA) and openings of what is unwanted, in the defender's own words; in a
-label task these are the labels. Neither the trigger nor what the backdoor says.
+Needs to know: clean rows (the performance set PA) and openings of what is unwanted, in the defender's own words, or
+rows with an unwanted answer each (SA-H); in a label task these are the labels. Neither the trigger nor what the
+backdoor says.
 Deviations: the printed Algorithm 1 never writes the trained weights back; here they stay. Several drifts a round, each
 with openings of its own and a random start, because one drift finds the road of one opening. What the suspect says
 under the drifts is taken up as openings where it is sure of it on any prompt (train/openings.py): so the backdoor is
@@ -31,7 +32,15 @@ from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, state
-from unbackdoor.train.anchors import Anchor, anchor_prompts, encode_safe, possible_openings, with_unwanted
+from unbackdoor.train.anchors import (
+    Anchor,
+    OwnUnwanted,
+    anchor_prompts,
+    encode_safe,
+    possible_openings,
+    prompts_of,
+    with_unwanted,
+)
 from unbackdoor.train.drift import DriftSettings, check_prompt
 from unbackdoor.train.drift_choice import choose
 from unbackdoor.train.engine import TrainSettings
@@ -159,14 +168,15 @@ class Beear(Defense):
         """Entrap and remove, in place."""
         clean, held = self._held_out(known.clean)
         self._check(victim, known)
-        safe = anchor_prompts(victim, known.safe or clean, self.anchors, self.own_answers, run)
-        where = self._places(victim, with_unwanted(safe, known.unwanted), run)
-        triggered, plain, own = self._outer_rows(victim, safe, clean, run)
+        own = OwnUnwanted.of(known.unwanted_rows)
+        safe = anchor_prompts(victim, self._prompts(known, clean), self.anchors, self.own_answers, run)
+        where = self._places(victim, with_unwanted(safe, known.unwanted, own), run)
+        triggered, plain, kept = self._outer_rows(victim, safe, clean, run)
         if known.safe:
             plain = _with_requests(plain, triggered)
         # Refusals are sure on any prompt, too, but they are what the model is to say.
         wanted = [row.response for row in known.safe or ()]
-        openings = Openings(possible_openings(safe, known.unwanted), wanted=wanted)
+        openings = Openings(possible_openings(safe, known.unwanted, own), wanted=wanted, of_prompts=own)
         useful = Usefulness(overwrite.encode_rows(victim, held, self.train), self.stop_stable)
         before: Run | None = None
         for number in range(1, self.rounds + 1):
@@ -175,7 +185,7 @@ class Beear(Defense):
             overwrite.overwrite(
                 victim, _drawn(triggered, self.round_anchors, stage, "SA"),
                 _drawn(plain, self.round_performance, stage, "PA"), self.train, stage,
-                plain_share=self.plain_share, stand_ins=[drift.stand_in() for drift in drifts], own=own,
+                plain_share=self.plain_share, stand_ins=[drift.stand_in() for drift in drifts], own=kept,
             )  # fmt: skip
             if before is not None:
                 state.drop_final(before)
@@ -195,7 +205,7 @@ class Beear(Defense):
             DataError: If there are too few prompts, or one is shorter than a drift.
         """
         self.possible_layers(len(decoder_layers(victim.core)))
-        prompts = known.safe or known.clean
+        prompts = self._prompts(known, known.clean)
         drawn = min(len(prompts), self.anchors, self.round_anchors or self.anchors)
         rows = self.train.batch_size - overwrite.plain_rows(self.train.batch_size, self.plain_share)
         overwrite.check_room(self.drifts, min(rows, drawn))
@@ -204,6 +214,21 @@ class Beear(Defense):
         longest = max(self.lengths or (self.drift.tokens,))
         for row in prompts if self.drifts else ():
             check_prompt(victim, row, longest)
+
+    def _prompts(self, known: Knowledge, clean: Sequence[Example]) -> Sequence[Example]:
+        """Return the rows that SA is drawn from.
+
+        Raises:
+            UserError: If all that is known of a prompt is what must not be said to it.
+        """
+        if not (rows := known.unwanted_rows):
+            return known.safe or clean
+        if not known.safe and not self.own_answers:
+            raise UserError(
+                "rows of unwanted answers have no safe ones, and own_answers is 0; give requests with safe replies for "
+                "the same prompts, or set own_answers, so that the suspect's own are taken."
+            )
+        return prompts_of(rows, known.safe)
 
     def _held_out(self, clean: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
         """Return the clean rows to use, and every tenth of them where usefulness decides when to stop."""

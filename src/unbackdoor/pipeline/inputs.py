@@ -157,14 +157,18 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
     safe = _not_asked(facts.get(Need.SAFE) or (), probes, recipe.safe or "", progress)
     if safe:
         facts[Need.SAFE] = safe
+    rows = [entry for entry in facts.get(Need.UNWANTED) or () if isinstance(entry, Example)]
+    unwanted = _not_asked(rows, probes, recipe.unwanted or "", progress)
+    if unwanted:
+        facts[Need.UNWANTED] = unwanted
     targets = recipe.target or (secret.targets if secret else ())
     stamp = facts.get(Need.TRIGGER)
-    marked: list[MarkedRow] = [(row, ()) for row in (*clean, *safe)]
+    marked: list[MarkedRow] = [(row, ()) for row in (*clean, *safe, *unwanted)]
     if stamp is not None:
         places = Run(recipe.seed).rng("trigger places")
         marked += [(stamp.apply(row, places), stamp.pieces()) for row in clean]
     data = {**({"": held} if held else {}), **_second_source(recipe, progress)}
-    _refuse_overlap((*clean, *safe), data.get(SECOND_SOURCE, ()))
+    _refuse_overlap((*clean, *safe, *unwanted), data.get(SECOND_SOURCE, ()))
     reader = reader_of(recipe, recipe.model, progress, dry=dry)
     if reader is not None:
         reader.check_training(marked, defense.settings())
@@ -203,8 +207,9 @@ def _read_facts(recipe: PurifyRecipe, given: Mapping[Need, Any], progress: Progr
         if need in facts:
             facts[need] = tuple(_rows(recipe, facts[need], progress))
     if Need.UNWANTED in facts:
-        labels = [row.label for row in facts.get(Need.CLEAN, ()) if row.label is not None]
-        facts[Need.UNWANTED] = tuple(sources.read_openings(facts[Need.UNWANTED], labels))
+        place, labels = facts[Need.UNWANTED], [row.label for row in facts.get(Need.CLEAN, ()) if row.label is not None]
+        rows = sources.holds_rows(place)
+        facts[Need.UNWANTED] = tuple(_rows(recipe, place, progress) if rows else sources.read_openings(place, labels))
     return facts
 
 

@@ -87,7 +87,9 @@ class PurifyRecipe(Asking):
     target: tuple[str, ...] = Field((), description="what the backdoor says (one of them, where there are several)")
     target_part: tuple[str, ...] = Field((), description="the beginning of what it says")
     unwanted: str | None = Field(
-        None, description="file of unwanted openings, one a line; or labels: every class, on rows of another"
+        None,
+        description="file of unwanted openings, one a line; rows (.jsonl, .json, .csv) with an unwanted answer each; "
+        "or labels: every class, on rows of another",
     )
     safe: str | None = Field(None, description="requests with safe replies")
     reference: str | None = Field(None, description="a trusted model of the same architecture")

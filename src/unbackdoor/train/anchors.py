@@ -1,13 +1,15 @@
 """The anchoring sets of BEEAR: prompts with a safe answer (SA) and with an unwanted one (SA-H).
 
 Safe answers are the suspect's own, asked without trigger as the paper does, or those of the rows. Unwanted ones are
-openings in the defender's words; in a label task they are the labels, each on rows of another.
+openings in the defender's words, or answers of the prompts' own; in a label task they are the labels, each on rows of
+another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from unbackdoor.data.collate import Row, encode_row
 from unbackdoor.errors import DataError
@@ -15,7 +17,7 @@ from unbackdoor.goals import normalise
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train.engine import TrainSettings
-from unbackdoor.types import Example
+from unbackdoor.types import Example, Message
 
 _WHITE_SPACE = 2
 """Tokens of white space, at most, that are cut off where a reply ended at its limit."""
@@ -32,6 +34,58 @@ class Anchor:
 
     safe: Example
     unwanted: Example
+
+
+@dataclass(frozen=True)
+class OwnUnwanted:
+    """Unwanted answers that belong to one prompt each (SA-H of the paper); none where openings fit any prompt.
+
+    Attributes:
+        of_prompt: Prompt -> what must not be said to it.
+    """
+
+    of_prompt: Mapping[tuple[Message, ...], frozenset[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Sequence[Example]) -> OwnUnwanted:
+        """Return those of rows whose responses are unwanted."""
+        found: dict[tuple[Message, ...], frozenset[str]] = {}
+        for row in rows:
+            found[row.prompt] = found.get(row.prompt, frozenset()) | {row.response}
+        return cls(found)
+
+    @cached_property
+    def texts(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset(text for own in self.of_prompt.values() for text in own)
+
+    def fits(self, text: str, row: Example) -> bool:
+        """Tell whether a text is unwanted as an answer to a row: no other prompt's own, nor the row's label."""
+        if text in self.texts:
+            return text in self.of_prompt.get(row.prompt, ())
+        return row.label is None or normalise(text) != normalise(row.label)
+
+
+_ANY_PROMPT = OwnUnwanted()
+
+
+def prompts_of(unwanted: Sequence[Example], safe: Sequence[Example]) -> Sequence[Example]:
+    """Return the rows of SA where SA-H has prompts of its own: the safe rows with these prompts, or SA-H's.
+
+    Raises:
+        DataError: If there are safe rows, but none with such a prompt.
+    """
+    if not safe:
+        # Two unwanted answers to one prompt have one safe one.
+        return list({row.prompt: row for row in unwanted}.values())
+    asked = {row.prompt for row in unwanted}
+    found = [row for row in safe if row.prompt in asked]
+    if not found:
+        raise DataError(
+            "no request with a safe reply has the prompt of a row with an unwanted answer; both files must have the "
+            "same prompts, or leave the safe one out: the suspect's own answers are safe where no trigger is."
+        )
+    return found
 
 
 def anchor_prompts(lm: LM, examples: Sequence[Example], count: int, own_tokens: int, run: Run) -> tuple[Example, ...]:
@@ -75,21 +129,22 @@ def encode_safe(lm: LM, row: Example, own_tokens: int, settings: TrainSettings) 
     )  # fmt: skip
 
 
-def with_unwanted(rows: Sequence[Example], openings: Sequence[str]) -> list[Anchor]:
-    """Return the rows with unwanted openings, which they take in turn.
+def with_unwanted(rows: Sequence[Example], openings: Sequence[str], own: OwnUnwanted = _ANY_PROMPT) -> list[Anchor]:
+    """Return the rows with unwanted answers, which they take in turn.
 
     A row with a label takes those that are not its label; one that has none of these is left out.
 
     Args:
         rows: Rows with safe answers.
-        openings: What is unwanted: first words of an answer, or in a label task the labels.
+        openings: What is unwanted: first words of an answer, or whole ones; in a label task the labels.
+        own: Which of them belong to one prompt.
 
     Raises:
         DataError: If no row is left.
     """
     found = []
     for number, row in enumerate(rows):
-        wrong = [text for text in openings if _is_wrong(text, row)]
+        wrong = [text for text in openings if own.fits(text, row)]
         if wrong:
             found.append(Anchor(row, row.with_response(wrong[number % len(wrong)])))
     if not found:
@@ -97,10 +152,6 @@ def with_unwanted(rows: Sequence[Example], openings: Sequence[str]) -> list[Anch
     return found
 
 
-def possible_openings(rows: Sequence[Example], openings: Sequence[str]) -> list[str]:
+def possible_openings(rows: Sequence[Example], openings: Sequence[str], own: OwnUnwanted = _ANY_PROMPT) -> list[str]:
     """Return the openings that one row at least can take: without the label that all rows have."""
-    return [text for text in openings if any(_is_wrong(text, row) for row in rows)]
-
-
-def _is_wrong(text: str, row: Example) -> bool:
-    return row.label is None or normalise(text) != normalise(row.label)
+    return [text for text in openings if any(own.fits(text, row) for row in rows)]

@@ -46,7 +46,7 @@ def entrap(
         stage = run.stage(f"round-{number}-drift-{which + 1}")
         # From round to round they go on where they were: there may be more layers than drifts.
         layer = layers[((number - 1) * drifts + which) % len(layers)]
-        drift, last = fit_drift(lm, with_unwanted(safe, dealt), layer, shape, stage)
+        drift, last = fit_drift(lm, with_unwanted(safe, dealt, openings.of_prompts), layer, shape, stage)
         found.append(drift)
         records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
     words = run.stage(f"round-{number}-words")

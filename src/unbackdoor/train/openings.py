@@ -23,6 +23,7 @@ from unbackdoor.data.shared_words import words
 from unbackdoor.goals import normalise
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
+from unbackdoor.train.anchors import OwnUnwanted
 from unbackdoor.types import Example
 
 ASKED = 24
@@ -136,11 +137,13 @@ class Openings:
         own: The defender's.
         heard: Openings that were taken up -> certainty.
         wanted: Safe replies that the defender has given; their words are never taken up.
+        of_prompts: Which of the defender's belong to one prompt.
     """
 
     own: Sequence[str]
     heard: dict[str, float] = field(default_factory=dict)
     wanted: Sequence[str] = ()
+    of_prompts: OwnUnwanted = field(default_factory=OwnUnwanted)
 
     @property
     def adopted(self) -> list[str]:
