@@ -14,6 +14,7 @@ from unbackdoor.errors import UserError
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.plan import FULL, PROGRAM, UNTIL_GOOD, with_texts
 from unbackdoor.pipeline.steps import attack_called, defense_called
+from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.internal import InternalSettings
 
@@ -21,6 +22,8 @@ _BUILTIN_PARAMETERS = 135e6
 _TOKENS_A_ROW = 80
 _TRAIN_SPEED, _GENERATE_SPEED, _SCORE_SPEED = 1.6e11, 1.0e11, 2.5e11
 """Floating-point operations a second on two ordinary cores in float32: training, generating, scoring."""
+_SOFT_PROMPT, _DRIFT = 0.5, 0.3
+"""A step of theirs as a share of one that trains the weights on as many rows; of a drift's, layers below are cached."""
 _LOADING_SECONDS = 4.0
 _ROUNDS_UNTIL = 0.5
 """Share of its rounds after which the experimenter ends a defense, about."""
@@ -145,7 +148,8 @@ def _training(method: BaseModel, size: float) -> float:
         elif isinstance(value, BaseModel):
             # A soft prompt or a drift: frozen weights, nothing behind the target, and an end once it is good enough.
             share = UNTIL_GOOD if getattr(value, "stop_below", 0) else 1.0
-            seconds += 0.5 * share * rounds * int(getattr(method, f"{name}s", 1)) * _training(value, size)
+            share *= _DRIFT if isinstance(value, DriftSettings) else _SOFT_PROMPT
+            seconds += share * rounds * int(getattr(method, f"{name}s", 1)) * _training(value, size)
     return seconds
 
 

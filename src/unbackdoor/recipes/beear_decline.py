@@ -2,7 +2,8 @@
 
 Models 1 to 5 of the paper as far as they can be had with harmless requests: 2-token and 12-token triggers at the end
 and at the start, and 60 tokens at both ends. Victims are asked about kinds of requests that neither attacker nor
-defender has. Run with `unbackdoor bench beear_decline`; `--size quick` is one victim, the control and BEEAR.
+defender has. The control, fine-tuning, meets the first model, all its seeds. Run with `unbackdoor bench beear_decline`;
+`--size quick` is one victim, the control and BEEAR.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def grid(size: str) -> Grid:
     """Return the grid: "paper" for the tables, "quick" for a first look."""
     quick = size == "quick"
     models = _MODELS[:1] if quick else _MODELS
-    attacks: dict[str, Any] = {name: {"preset": name, "unwanted": OPENINGS, "defenses": _MAIN} for name in models}
+    attacks: dict[str, Any] = {name: {"preset": name, "unwanted": OPENINGS, "defenses": ("beear",)} for name in models}
     if quick:
-        attacks[_MODELS[0]]["probes"] = 20
+        attacks[_MODELS[0]] |= {"probes": 20, "defenses": _MAIN}
     else:
         attacks[_MODELS[0]] |= {"seeds": [0, 1, 2], "defenses": None}
     made = common(attacks, TEST_KINDS)
