@@ -132,6 +132,7 @@ def main(given: Sequence[str] | None = None) -> None:
         fit(made["reference"], drift, options.steps),
         options.repeats,
         options.device,
+        warm=False,  # both have just been compared
     )
     if not options.no_memory:
         facts["peak_bytes"] = common.peak_of_fresh_process(__file__, options, "ours")
