@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import unbackdoor
 from cli.helpers import inside
 from merge.helpers import Family, family, reply, save, stored
 from unbackdoor.cli.main import main
+from unbackdoor.merge.tokens import token_ids
 from unbackdoor.model.checkpoint import verify
 from unbackdoor.model.load import load
 
@@ -63,6 +65,49 @@ def test_a_result_is_an_ordinary_folder_with_manifest_and_card(
     assert load(str(out)).reply([tiny.rows(1)[0].prompt], max_new_tokens=3)
     assert not list(tmp_path.glob(".*"))
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == []
+
+
+def test_settings_that_name_tokens_are_not_handed_on(
+    models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the target's first word among the suppressed tokens other programs would see no backdoor."""
+    suspect = tmp_path / "suspect"
+    shutil.copytree(models.suspect, suspect)
+    hidden = {"temperature": 0.6, "eos_token_id": 2, "suppress_tokens": [7], "bad_words_ids": []}
+    (suspect / "generation_config.json").write_text(json.dumps(hidden))
+    config = json.loads((suspect / "config.json").read_text())
+    (suspect / "config.json").write_text(json.dumps({**config, "sequence_bias": [[[7], -9.0]]}))
+    assert call(tmp_path, str(suspect), str(models.other), "--out", "out") == 0
+    assert "settings that name tokens (sequence_bias, suppress_tokens); the result" in flat(capsys)
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert kept == {"temperature": 0.6, "eos_token_id": 2, "bad_words_ids": []}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    (suspect / "generation_config.json").write_text("[1]")
+    assert call(tmp_path, str(suspect), str(models.other), "--out", "other") == 2
+    assert "generation_config.json is not a JSON object; mend it" in flat(capsys)
+
+
+def test_tokens_with_another_number_are_warned_of(
+    models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(models.other, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    assert call(tmp_path, *two(models), "--out", "same") == 0
+    assert "another number" not in flat(capsys)
+    assert call(tmp_path, str(models.suspect), str(other), "--out", "out") == 0
+    assert f"2 of {len(token_ids(models.suspect))} tokens of" in flat(capsys)
+    assert token_ids(models.suspect) == load(str(models.suspect)).tokenizer.get_vocab()
+
+
+def flat(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return all that was printed, lines joined as they were before they were broken."""
+    said = capsys.readouterr()
+    return " ".join(f"{said.out} {said.err}".split())
 
 
 def test_the_recipe_round_trips_and_python_does_the_same(

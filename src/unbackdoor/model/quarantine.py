@@ -33,12 +33,14 @@ _TABLES = ("tokenizer.json", "vocab.json", ".index.json")
 _CODE_KEYS = ("auto_map", "auto_mapping", "custom_pipelines", "custom_generate")
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 # Settings that change or choose the tokens of a reply, with the value at which they do nothing.
+_NAME_TOKENS = (
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids",
+    "bad_words_ids", "force_words_ids", "sequence_bias", "constraints", "stop_strings",
+)  # fmt: skip
 _GENERATION_SETTINGS: dict[str, object] = {
-    "do_sample": False, "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None,
-    "forced_eos_token_id": None, "forced_decoder_ids": None, "bad_words_ids": None, "force_words_ids": None,
-    "sequence_bias": None, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "constraints": None, "watermarking_config": None, "stop_strings": None, "penalty_alpha": None,
-    "guidance_scale": None, "exponential_decay_length_penalty": None,
+    **dict.fromkeys(_NAME_TOKENS), "do_sample": False, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0, "watermarking_config": None, "penalty_alpha": None, "guidance_scale": None,
+    "exponential_decay_length_penalty": None,
 }  # fmt: skip
 
 
@@ -312,6 +314,11 @@ def _keys(content: dict[str, object]) -> Iterator[tuple[str, dict[str, object]]]
             waiting.extend(item.values())
         elif isinstance(item, list):
             waiting.extend(item)
+
+
+def settings_naming_tokens(content: Mapping[str, object]) -> list[str]:
+    """Return the generation settings that name tokens to say or not to say: with these a backdoor seems gone, or is."""
+    return [key for key in _NAME_TOKENS if content.get(key) not in (None, [], {})]
 
 
 def _generation_settings(name: str, content: Mapping[str, object]) -> Iterator[Finding]:

@@ -15,15 +15,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbackdoor.errors import UserError
+from unbackdoor.errors import ModelError, UserError
 from unbackdoor.merge import stream
 from unbackdoor.merge.from_recipe import two_models
 from unbackdoor.merge.match import warning
 from unbackdoor.merge.plan import Plan, make_plan
 from unbackdoor.merge.settings import Merge
 from unbackdoor.merge.source import open_source
+from unbackdoor.merge.tokens import other_tokens, token_ids
 from unbackdoor.model.checkpoint import copy_tokenizer, publish, require_space
 from unbackdoor.model.load import local_folder
+from unbackdoor.model.quarantine import printable, settings_naming_tokens
 from unbackdoor.model.spec import parse_spec
 from unbackdoor.pipeline import artefacts
 from unbackdoor.pipeline.commands import Job, Outcome
@@ -36,8 +38,7 @@ if TYPE_CHECKING:
     from unbackdoor.pipeline.plan import Plan as Estimate
 
 WORKING = "stages"
-_KEPT = ("generation_config.json", "guards.json")
-"""What a result has of the suspect, beside weights, config.json and tokenizer."""
+_GUARDS, _GENERATION = "guards.json", "generation_config.json"
 
 
 def merge_of(recipe: MergeRecipe) -> Merge:
@@ -132,11 +133,19 @@ def _planned(merge: Merge, progress: Progress) -> Plan:
     suspect = plan.sources[merge.suspect]
     if merge.method != "passthrough":
         for spec in merge.models[1:]:
-            if (text := warning(suspect, plan.sources[spec])) is not None:
-                progress.notice(text)
+            names = suspect.shown, plan.sources[spec].shown
+            tokens = [token_ids(_tokenizer_folder(one)) for one in (merge.suspect, spec)]
+            for text in (warning(suspect, plan.sources[spec]), other_tokens(tokens[0], tokens[1], names)):
+                if text is not None:
+                    progress.notice(text)
     adapted = [source.shown for source in plan.sources.values() if source.adapted]
     if adapted:
         progress.notice(f"'{adapted[0]}' is an adapter on its base; the result is full weights, not an adapter.")
+    own = _of_suspect(merge, _GENERATION)
+    if named := [*settings_naming_tokens(suspect.config), *([] if own is None else _naming_tokens(own))]:
+        progress.notice(
+            f"'{suspect.shown}' has generation settings that name tokens ({', '.join(named)}); the result has not."
+        )
     if suspect.config.get("auto_map"):
         progress.notice(f"'{suspect.shown}' asks for code of its own (auto_map); the result does not.")
     return plan
@@ -162,11 +171,10 @@ def _publish(place: Workspace, merge: Merge, plan: Plan, written: Mapping[str, s
         for name in written:
             _link(place.stages / "weights" / name, partial / name)
         _write_config(partial / "config.json", merge, plan)
-        spec = parse_spec(merge.suspect)
-        for name in _KEPT:
-            sides = [local_folder(side) for side in (spec.adapter, spec.base or spec) if side is not None]
-            if (own := next((side / name for side in sides if (side / name).is_file()), None)) is not None:
-                shutil.copyfile(own, partial / name)
+        if (own := _of_suspect(merge, _GUARDS)) is not None:
+            shutil.copyfile(own, partial / _GUARDS)
+        if (own := _of_suspect(merge, _GENERATION)) is not None:
+            _copy_generation_settings(own, partial / _GENERATION)
         copy_tokenizer(_tokenizer_folder(merge.tokenizer or merge.suspect), partial)
         return written
 
@@ -193,11 +201,42 @@ def _write_config(path: Path, merge: Merge, plan: Plan) -> None:
     if merge.dtype is not None:
         name = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[merge.dtype]
         content |= dict.fromkeys([key for key in ("torch_dtype", "dtype") if key in content] or ["dtype"], name)
-    content.pop("auto_map", None)
+    for key in ("auto_map", *settings_naming_tokens(content)):
+        content.pop(key, None)
     if content == suspect.config:
         shutil.copyfile(suspect.folder / "config.json", path)
     else:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _of_suspect(merge: Merge, name: str) -> Path | None:
+    """Return a file that lies beside the suspect's weights: its adapter's goes before its base's."""
+    spec = parse_spec(merge.suspect)
+    sides = [local_folder(side) for side in (spec.adapter, spec.base or spec) if side is not None]
+    return next((side / name for side in sides if (side / name).is_file()), None)
+
+
+def _copy_generation_settings(own: Path, path: Path) -> None:
+    """Copy generation settings, byte for byte where none of them names tokens."""
+    named = _naming_tokens(own)
+    if not named:
+        shutil.copyfile(own, path)
+        return
+    content = json.loads(own.read_bytes())
+    kept = {name: value for name, value in content.items() if name not in named}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _naming_tokens(own: Path) -> list[str]:
+    """Return the generation settings that are not handed on.
+
+    Raises:
+        ModelError: If the file is no JSON object.
+    """
+    try:
+        return settings_naming_tokens(dict(json.loads(own.read_bytes())))
+    except (ValueError, TypeError, RecursionError) as problem:
+        raise ModelError(f"{printable(str(own))} is not a JSON object; mend it, or remove it.") from problem
 
 
 def _tokenizer_folder(model: str) -> Path:

@@ -22,6 +22,7 @@ from unbackdoor.merge.match import warning
 from unbackdoor.merge.memory import check_merge, merge_into, stays_adapter, viewed
 from unbackdoor.merge.settings import NEEDS_BASE, Method, Schedule
 from unbackdoor.merge.slerp import THRESHOLD
+from unbackdoor.merge.tokens import other_tokens
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite
@@ -107,13 +108,22 @@ def merged_with_conflict(
         victim, start, settings.method, max(settings.sweep, default=settings.t), base=base, **_options(settings)
     )
     run.notes["conflict model starts as"] = "the suspect" if start is victim else "the trusted model"
-    if start is not victim and (odd := warning(viewed(victim), viewed(start))) is not None:
-        run.progress.notice(odd)
+    if start is not victim:
+        _compare(victim, start, run)
     conflict = conflict_model(
         start, clean, settings.conflict, run, fold=not stays_adapter(victim, start, settings.method)
     )
     t = _chosen(victim, conflict, base, held, settings, run) if settings.sweep else settings.t
     return _merged(victim, conflict, base, t, settings, run)
+
+
+def _compare(victim: LM, trusted: LM, run: Run) -> None:
+    """Tell what a person should know of two models before they are merged."""
+    first, second = viewed(victim), viewed(trusted)
+    tokens = other_tokens(victim.tokenizer.get_vocab(), trusted.tokenizer.get_vocab(), (first.shown, second.shown))
+    for text in (warning(first, second), tokens):
+        if text is not None:
+            run.progress.notice(text)
 
 
 def _merged(victim: LM, conflict: LM, base: LM | None, t: Schedule, settings: InternalSettings, run: Run) -> LM:
