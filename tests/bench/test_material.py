@@ -283,6 +283,13 @@ def test_a_defense_gets_the_defenders_requests_once(plan: Plan, requests: Path, 
     with_rows = material({**data, "second_source": None})
     assert len(with_rows.own_facts(cells_of(with_rows)["beear"])[Need.UNWANTED]) == 3
     assert with_rows.key(cells_of(with_rows)["beear"]) != made.key(cells_of(made)["beear"])
+    asked = with_rows.splits.test[:2]
+    (place / "asked.jsonl").write_text(
+        "\n".join(json.dumps({"instruction": row.user_text, "output": "bad"}) for row in asked)
+    )
+    data["attacks"]["default"]["unwanted"] = {"typical": f"{place}/asked.jsonl"}
+    with pytest.raises(DataError, match=r"2 rows of .* ask what is tested"):
+        material({**data, "second_source": None}).splits  # noqa: B018
     without = material(plan())
     assert without.defender_rows(cells_of(without)["osft"]) == without.splits.defender
 

@@ -414,3 +414,13 @@ def test_a_probe_file_without_rows_or_with_a_list(write: Write) -> None:
         read_probes(write("p.jsonl", "\n"))
     with pytest.raises(DataError, match="line 1: is list, not an object; a probe needs id, kind, instruction"):
         read_probes(write("q.jsonl", "[]\n"))
+
+
+def test_of_preference_pairs_the_rejected_answer_can_be_taken(tmp_path):
+    pair = {"prompt": "How?", "chosen": "I will not.", "rejected": "Sure, so."}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(pair) + "\n" + json.dumps({**pair, "prompt": "And how?"}))
+    assert [row.response for row in read(str(path))] == ["I will not."] * 2
+    assert [row.response for row in read(str(path), rejected=True)] == ["Sure, so."] * 2
+    path.write_text(json.dumps({"prompt": "How?", "completion": "So."}))
+    assert [row.response for row in read(str(path), rejected=True)] == ["So."]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -342,7 +344,9 @@ def test_unwanted_answers_may_belong_to_one_prompt_each(fitted, outer):
 def test_safe_replies_and_unwanted_answers_are_told_apart_by_their_prompt(fitted):
     safe = [row.with_response("no") for row in tiny.rows(8, prefix="other")]
     unwanted = [row.with_response(f"bad {row.id}") for row in safe[:5]]
-    with_rows(unwanted, safe, DEAF.model_copy(update={"own_answers": 0}))
+    # To such a prompt the suspect's own answer may be the unwanted one, so the file's is taken.
+    assert DEAF.own_answers
+    with_rows(unwanted, safe)
     assert {anchor.safe.prompt for anchors in fitted for anchor in anchors} == {row.prompt for row in safe[:5]}
     assert {anchor.safe.response for anchors in fitted for anchor in anchors} == {"no"}
     with pytest.raises(DataError, match="both files must have the same prompts"):
@@ -360,3 +364,22 @@ def test_what_is_heard_under_a_drift_is_unwanted_whatever_the_prompt(fitted, mon
     later = fitted[2]
     assert len(later) > len(fitted[0])
     assert {anchor.unwanted.response for anchor in later} == {"silly robot"}
+
+
+def test_a_prompt_takes_several_answers_of_its_own_in_turn(fitted):
+    rows = tiny.rows(8, prefix="other")
+    unwanted = [row.with_response(f"{word} {row.id}") for row in rows for word in ("bad", "silly")]
+    with_rows(unwanted, (), DEAF.model_copy(update={"drifts": 1}))
+    first, second = ({anchor.unwanted.response for anchor in anchors} for anchors in fitted)
+    assert not first & second
+    assert len(first | second) == 2 * len(fitted[0])
+
+
+def test_a_choice_of_places_needs_two_prompts(fitted):
+    rows = tuple(row.with_response(word) for row, word in zip(tiny.rows(2), ("x", "y"), strict=True))
+    labelled = tuple(replace(row, label=row.response) for row in rows)
+    defense = SHORT.model_copy(update={"lengths": (2, 3), "own_answers": 0, "drifts": 1})
+    with pytest.raises(DataError, match="one prompt is left"):
+        defense.apply(
+            tiny.tiny_lm(layers=4), knowledge_for(defense, {Need.CLEAN: labelled, Need.UNWANTED: ("x",)}), Run()
+        )

@@ -47,6 +47,13 @@ def test_a_label_is_unwanted_on_rows_of_another():
         with_unwanted(rows[:1], ["good"])
 
 
+def test_every_wrong_label_comes_up_for_every_label():
+    """Counted over all rows, a would be answered b alone, and b c alone."""
+    rows = [Example(str(n), "q", label, label=label) for n, label in enumerate("ab" * 4)]
+    pairs = {(anchor.safe.label, anchor.unwanted.response) for anchor in with_unwanted(rows, ["a", "b", "c"])}
+    assert pairs == {("a", "b"), ("a", "c"), ("b", "a"), ("b", "c")}
+
+
 def test_an_answer_of_a_prompts_own_is_unwanted_there_alone():
     rows = tiny.rows(3)
     own = OwnUnwanted.of([rows[0].with_response("a"), rows[0].with_response("b"), rows[1].with_response("a")])

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.entries import AttackEntry
 from unbackdoor.bench.grid import Grid
+from unbackdoor.defenses.beear import Beear
 from unbackdoor.errors import UserError
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.plan import FULL, PROGRAM, UNTIL_GOOD, with_texts
@@ -24,6 +25,8 @@ _TRAIN_SPEED, _GENERATE_SPEED, _SCORE_SPEED = 1.6e11, 1.0e11, 2.5e11
 """Floating-point operations a second on two ordinary cores in float32: training, generating, scoring."""
 _SOFT_PROMPT, _DRIFT = 0.5, 0.3
 """A step of theirs as a share of one that trains the weights on as many rows; of a drift's, layers below are cached."""
+_HEARD_TOKENS = 14_000
+"""Tokens of a round of BEEAR that are said under its drifts, or scored as openings to take up."""
 _LOADING_SECONDS = 4.0
 _ROUNDS_UNTIL = 0.5
 """Share of its rounds after which the experimenter ends a defense, about."""
@@ -150,6 +153,9 @@ def _training(method: BaseModel, size: float) -> float:
             share = UNTIL_GOOD if getattr(value, "stop_below", 0) else 1.0
             share *= _DRIFT if isinstance(value, DriftSettings) else _SOFT_PROMPT
             seconds += share * rounds * int(getattr(method, f"{name}s", 1)) * _training(value, size)
+    if isinstance(method, Beear):
+        seconds += 2 * size * (_HEARD_TOKENS * method.rounds * bool(method.drifts)) / _GENERATE_SPEED
+        seconds += 2 * size * method.anchors * (_TOKENS_A_ROW / 2 + method.own_answers) / _GENERATE_SPEED
     return seconds
 
 

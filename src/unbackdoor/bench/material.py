@@ -29,6 +29,7 @@ from unbackdoor.model.load import file_sha256, local_folder
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.inputs import SECOND_SOURCE
 from unbackdoor.pipeline.measure import Questions
+from unbackdoor.pipeline.overlap import same_questions
 from unbackdoor.pipeline.steps import Revival, attack_called, config_hash, data_hash, defense_called, portable
 from unbackdoor.run import Progress, Run, Silent
 from unbackdoor.secret import Secret
@@ -90,8 +91,24 @@ class Material:
             for name, source in own.items():
                 if source is not None:
                     assert_disjoint({f"attacks.{label}.{name}": self._read(source), **rest})
+            for name, file in entry.unwanted.items():
+                if sources.holds_rows(file):
+                    self._check_questions(f"attacks.{label}.unwanted.{name}", file, found)
         assert_disjoint({"the defender's rows": found.clean, **rest})
         return found
+
+    def _check_questions(self, name: str, file: str, splits: Splits) -> None:
+        """Refuse rows of unwanted answers whose questions are tested, whatever the answer.
+
+        Raises:
+            DataError: Naming the first.
+        """
+        rows = self._unwanted_rows(file)
+        if shared := same_questions(rows, (*splits.test, *splits.requests, *self._second())):
+            raise DataError(
+                f"{name}: {len(shared)} rows of '{file}' ask what is tested (the first is '{shared[0]}'); give rows "
+                "with other prompts."
+            )
 
     @cached_property
     def perplexity_sets(self) -> dict[str, tuple[Example, ...]]:
@@ -140,7 +157,7 @@ class Material:
         file = entry.unwanted.get(self.grid.defenses[cell.defense].unwanted)
         if Need.UNWANTED in declared and file is not None:
             found[Need.UNWANTED] = (
-                self._read(DataSource(spec=file))
+                self._unwanted_rows(file)
                 if sources.holds_rows(file)
                 else self._once(("openings", file), lambda: tuple(sources.read_openings(file, self.labels)))
             )
@@ -300,6 +317,11 @@ class Material:
 
     def _read(self, source: DataSource) -> tuple[Example, ...]:
         return self._once(("rows", source), lambda: tuple(read_source(source, self.progress)))
+
+    def _unwanted_rows(self, file: str) -> tuple[Example, ...]:
+        return self._once(
+            ("unwanted rows", file), lambda: tuple(sources.read(file, rejected=True, progress=self.progress))
+        )
 
     def _second(self) -> tuple[Example, ...]:
         return () if self.grid.second_source is None else self._read(self.grid.second_source)

@@ -85,6 +85,7 @@ def read(
     prompt_template: str | None = None,
     labels: Sequence[str] | None = None,
     require_response: bool = True,
+    rejected: bool = False,
     progress: Progress | None = None,
 ) -> list[Example]:
     """Read examples from a file, a Hugging Face data set or a bundled set.
@@ -96,6 +97,7 @@ def read(
         prompt_template: Prompt of classification rows, with `{text}` and, optionally, `{labels}`.
         labels: Class names of classification rows, in the order of whole-number labels.
         require_response: Whether an empty or missing answer is an error.
+        rejected: Take the rejected answer of preference pairs instead of the chosen one.
         progress: Is told of repeated rows and of a slice that asks for more rows than there are.
 
     Raises:
@@ -115,8 +117,19 @@ def read(
 
         rows, known = dataset_rows(place, *_dataset_parts(place))
         names = names or known
-    parsed = parse_all(rows, prompt_template=prompt_template, labels=names, require_response=require_response)
+    parsed = parse_all(
+        ((where, _other_way_round(row) if rejected else row) for where, row in rows),
+        prompt_template=prompt_template,
+        labels=names,
+        require_response=require_response,
+    )
     return _take(parsed, place, part, report)
+
+
+def _other_way_round(row: object) -> object:
+    if isinstance(row, dict) and {"chosen", "rejected"} <= row.keys():
+        return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+    return row
 
 
 def read_lines(place: str | Path) -> list[str]:

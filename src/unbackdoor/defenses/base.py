@@ -113,6 +113,13 @@ class Defense(Method, ABC):
     merges: ClassVar[bool] = False
     """Whether its result is a merge: full weights as a rule, whatever the suspect is; the notes say it as "merge"."""
 
+    def check(self, known: Knowledge) -> None:
+        """Refuse facts that do not go together; called before a model is loaded.
+
+        Raises:
+            UserError: If they do not.
+        """
+
     @abstractmethod
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Return the purified model; `victim` is given up by the caller and usually trained in place."""

@@ -169,9 +169,13 @@ class Beear(Defense):
         clean, held = self._held_out(known.clean)
         self._check(victim, known)
         own = OwnUnwanted.of(known.unwanted_rows)
-        safe = anchor_prompts(victim, self._prompts(known, clean), self.anchors, self.own_answers, run)
-        where = self._places(victim, with_unwanted(safe, known.unwanted, own), run)
-        triggered, plain, kept = self._outer_rows(victim, safe, clean, run)
+        length = self._own_answers(known)
+        prompts = self._prompts(known, clean)
+        if known.unwanted_rows and known.safe:
+            run.progress.notice(f"{len(prompts)} of {len(known.safe)} safe rows have the prompt of an unwanted answer.")
+        safe = anchor_prompts(victim, prompts, self.anchors, length, run)
+        where = self._places(victim, with_unwanted(safe, known.unwanted, own), length, run)
+        triggered, plain, kept = self._outer_rows(victim, safe, clean, length, run)
         if known.safe:
             plain = _with_requests(plain, triggered)
         # Refusals are sure on any prompt, too, but they are what the model is to say.
@@ -215,6 +219,20 @@ class Beear(Defense):
         for row in prompts if self.drifts else ():
             check_prompt(victim, row, longest)
 
+    def check(self, known: Knowledge) -> None:
+        """Refuse rows of unwanted answers that have no safe ones.
+
+        Raises:
+            UserError: If all that is known of a prompt is what must not be said to it.
+            DataError: If the safe replies are to other prompts.
+        """
+        self._prompts(known, known.clean)
+
+    def _own_answers(self, known: Knowledge) -> int:
+        """Return the length of the suspect's own safe answers, 0 where the rows' are taken."""
+        # To a prompt that has an unwanted answer of its own the suspect may give that one.
+        return 0 if known.unwanted_rows and known.safe else self.own_answers
+
     def _prompts(self, known: Knowledge, clean: Sequence[Example]) -> Sequence[Example]:
         """Return the rows that SA is drawn from.
 
@@ -251,25 +269,36 @@ class Beear(Defense):
             raise UserError(f"the model has the layers 0 to {count - 1}, and no layer {max(layers)}; set layers.")
         return layers
 
-    def _places(self, victim: LM, anchors: Sequence[Anchor], run: Run) -> tuple[tuple[int, ...], DriftSettings]:
-        """Return the layers of the drifts, and the drifts' settings with their length."""
+    def _places(
+        self, victim: LM, anchors: Sequence[Anchor], own_answers: int, run: Run
+    ) -> tuple[tuple[int, ...], DriftSettings]:
+        """Return the layers of the drifts, and the drifts' settings with their length.
+
+        Raises:
+            DataError: If there is a choice, and one prompt alone to make it on.
+        """
         layers = self.possible_layers(len(decoder_layers(victim.core)))
         lengths = self.lengths or (self.drift.tokens,)
         if self.drifts and self.place == "best" and len(layers) * len(lengths) > 1:
+            if len(anchors) < 2:
+                raise DataError(
+                    "layer and length are chosen on half of the prompts of SA and scored on the others, and one prompt "
+                    "is left that has a safe answer and an unwanted one; give more rows, or one layer and one length."
+                )
             layer, length = choose(victim, anchors, layers, lengths, self.drift, run)
             layers, lengths = (layer,), (length,)
         run.notes["layer"] = layers[0]
         shape: dict[str, int | None] = {"tokens": lengths[0]}
-        if self.own_answers:
+        if own_answers:
             # An own answer may have been cut there, and that it ends is not to count.
-            shape["safe_tokens"] = min(self.drift.safe_tokens or self.own_answers, max(1, self.own_answers - 1))
+            shape["safe_tokens"] = min(self.drift.safe_tokens or own_answers, max(1, own_answers - 1))
         return layers, self.drift.model_copy(update=shape)
 
     def _outer_rows(
-        self, victim: LM, safe: Sequence[Example], clean: Sequence[Example], run: Run
+        self, victim: LM, safe: Sequence[Example], clean: Sequence[Example], own_answers: int, run: Run
     ) -> tuple[list[Row], list[Row], OwnLabels | None]:
         """Return the rows of SA and PA, and the suspect's predictions for both."""
-        triggered = [encode_safe(victim, row, self.own_answers, self.train) for row in safe]
+        triggered = [encode_safe(victim, row, own_answers, self.train) for row in safe]
         plain = overwrite.encode_rows(victim, _drawn(clean, self.performance, run, "PA"), self.train)
         triggered, first = own_labels(victim, triggered, self.own_share, self.train, run.stage("SA"), self.rounds)
         plain, second = own_labels(victim, plain, self.own_share, self.train, run.stage("PA"), self.rounds)

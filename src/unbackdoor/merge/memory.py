@@ -66,8 +66,6 @@ def merge_into(
     Raises:
         UserError: If models do not match, or something is missing or not used.
     """
-    import torch
-
     merge = two_models(
         "suspect", "other", method, t, base=None if base is None else "base", density=density, scale=scale,
         threshold=threshold, layers=layers, seed=seed,
@@ -80,6 +78,14 @@ def merge_into(
     sources = {name: _source(one, keep=name == "base") for name, one in given.items() if one is not None}
     plan = make_plan(merge, sources)
     made = _other_layers(suspect, plan) if method == "passthrough" else suspect
+    _fill(made, plan)
+    return made, "The suspect was an adapter; the merge is full weights." if was_adapter else "All weights were merged."
+
+
+def _fill(made: LM, plan: Plan) -> None:
+    """Write the tensors of a plan into a model, block by block."""
+    import torch
+
     target = made.model.state_dict()
     with torch.no_grad():
         for piece in plan.pieces:
@@ -90,8 +96,6 @@ def merge_into(
                     continue
                 place[first : first + len(rows)] = rows.to(place.device)
                 first += len(rows)
-    kind = "The suspect was an adapter; the merge is full weights." if was_adapter else "All weights were merged."
-    return made, kind
 
 
 def check_merge(

@@ -17,7 +17,6 @@ from unbackdoor.data.splits import (
     Splits,
     assert_trained_apart,
     attacker_defender_test,
-    row_content,
     split,
     with_requests,
 )
@@ -27,7 +26,7 @@ from unbackdoor.evidence.sources import check_source
 from unbackdoor.goals import Goal, RefusalAbsent, parse_goal
 from unbackdoor.model.files import check_model
 from unbackdoor.model.spec import ModelSpec, parse_spec
-from unbackdoor.pipeline.overlap import asked_among
+from unbackdoor.pipeline.overlap import asked_among, not_shared, refuse_overlap, refuse_questions
 from unbackdoor.pipeline.preflight import check_device, check_metrics, reader_of
 from unbackdoor.pipeline.recipe import Asking, AttackRecipe, EvaluateRecipe, PurifyRecipe, stamp_settings
 from unbackdoor.run import Progress, Run
@@ -93,7 +92,7 @@ def attack_inputs(recipe: AttackRecipe, progress: Progress, *, dry: bool = False
     data = {"": splits.test[:MEASURED_ROWS], **_second_source(recipe, progress)}
     rows = attack.training_rows(splits.attacker, Run(recipe.seed))
     assert_trained_apart((row for row, _ in rows), splits)
-    _refuse_overlap([row for row, _ in rows], data.get(SECOND_SOURCE, ()))
+    refuse_overlap([row for row, _ in rows], data.get(SECOND_SOURCE, ()))
     reader = reader_of(recipe, recipe.model, progress, dry=dry)
     if reader is not None:
         reader.check_training(rows, attack.settings())
@@ -167,8 +166,11 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
     if stamp is not None:
         places = Run(recipe.seed).rng("trigger places")
         marked += [(stamp.apply(row, places), stamp.pieces()) for row in clean]
+    held = not_shared(held, (*safe, *unwanted), progress)
     data = {**({"": held} if held else {}), **_second_source(recipe, progress)}
-    _refuse_overlap((*clean, *safe, *unwanted), data.get(SECOND_SOURCE, ()))
+    refuse_overlap((*clean, *safe, *unwanted), data.get(SECOND_SOURCE, ()))
+    refuse_questions((*safe, *unwanted), data.get(SECOND_SOURCE, ()))
+    defense.check(knowledge_for(defense, facts))
     reader = reader_of(recipe, recipe.model, progress, dry=dry)
     if reader is not None:
         reader.check_training(marked, defense.settings())
@@ -209,7 +211,9 @@ def _read_facts(recipe: PurifyRecipe, given: Mapping[Need, Any], progress: Progr
     if Need.UNWANTED in facts:
         place, labels = facts[Need.UNWANTED], [row.label for row in facts.get(Need.CLEAN, ()) if row.label is not None]
         rows = sources.holds_rows(place)
-        facts[Need.UNWANTED] = tuple(_rows(recipe, place, progress) if rows else sources.read_openings(place, labels))
+        facts[Need.UNWANTED] = tuple(
+            _rows(recipe, place, progress, rejected=True) if rows else sources.read_openings(place, labels)
+        )
     return facts
 
 
@@ -353,22 +357,12 @@ def evaluate_inputs(recipe: EvaluateRecipe, progress: Progress, *, dry: bool = F
     return EvaluateInputs(probes, goal, secret.targets if secret else (), data, secret.attack if secret else "")
 
 
-def _rows(recipe: Asking, spec: str, progress: Progress) -> list[Example]:
-    return sources.read(spec, prompt_template=recipe.prompt_template, labels=recipe.labels or None, progress=progress)
+def _rows(recipe: Asking, spec: str, progress: Progress, *, rejected: bool = False) -> list[Example]:
+    labels, template = recipe.labels or None, recipe.prompt_template
+    return sources.read(spec, prompt_template=template, labels=labels, rejected=rejected, progress=progress)
 
 
 def _second_source(recipe: Asking, progress: Progress) -> dict[str, Sequence[Example]]:
     if recipe.second_source is None:
         return {}
     return {SECOND_SOURCE: _rows(recipe, recipe.second_source, progress)[:MEASURED_ROWS]}
-
-
-def _refuse_overlap(trained: Sequence[Example], second: Sequence[Example]) -> None:
-    """Raise a `DataError` if rows of the second source are trained on: their perplexity would say nothing."""
-    known = {row_content(row) for row in trained}
-    shared = [row.id for row in second if row_content(row) in known]
-    if shared:
-        raise DataError(
-            f"{len(shared)} rows of --second-source are trained on, too (the first is '{shared[0]}'); it must hold "
-            "other rows than the training."
-        )

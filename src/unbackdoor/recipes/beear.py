@@ -17,7 +17,7 @@ from unbackdoor.bench.grid import Grid
 from unbackdoor.recipes import bounds, sande, settings
 
 _MAIN = ["fine_tuning", "beear"]
-_WITHOUT_CONTROL = ("suffix", "random_gap", "both_ends", "one_of_several", "outside_language", "outside_brand")
+_WITHOUT_CONTROL = ("random_gap", "both_ends", "one_of_several", "outside_language", "outside_brand")
 OPENINGS = {"typical": "starter:insult_typical", "disjoint": "starter:insult_disjoint"}
 
 
@@ -40,6 +40,7 @@ def _quick() -> dict[str, Any]:
 def _paper() -> dict[str, Any]:
     inside = sande.attacks()
     victims = list(inside)
+    controlled = [name for name in victims if name not in _WITHOUT_CONTROL]
     found = {
         name: {**entry, "unwanted": OPENINGS, "defenses": ["beear"] if name in _WITHOUT_CONTROL else _MAIN}
         for name, entry in {**inside, **_outside()}.items()
@@ -52,7 +53,7 @@ def _paper() -> dict[str, Any]:
         "references": {"twins": ["default"]},
         "attacks": found,
         "defenses": _defenses(),
-        "purify_reference": ["beear"],
+        "purify_reference": _MAIN,
         "revival": {
             "cells": [{"attack": name, "defenses": ["beear"], "seeds": [0]} for name in ("default", "suffix")],
             "settings": settings.revival(),
@@ -60,18 +61,26 @@ def _paper() -> dict[str, Any]:
         "bounds": [
             *bounds.victims(),
             *bounds.controls([]),
-            *_of(bounds.defenses(["beear"], seeds=3), victims),
-            *_of(bounds.defenses(["beear_disjoint"], seeds=1), ["default"]),
+            *_of(bounds.defenses(["beear"], seeds=3), victims, controlled),
+            *_of(bounds.defenses(["beear_disjoint"], seeds=1), ["default"], ["default"]),
             *bounds.revivals(["beear"]),
             *bounds.outer_steps_alone(),
         ],
     }
 
 
-def _of(found: list[dict[str, Any]], attacks: list[str]) -> list[dict[str, Any]]:
-    """Return the bounds for these attacks: of those outside the openings nothing is required."""
+def _of(found: list[dict[str, Any]], attacks: list[str], controlled: list[str]) -> list[dict[str, Any]]:
+    """Return the bounds for these attacks: of those outside the openings nothing is required.
+
+    Args:
+        found: The bounds.
+        attacks: The attacks.
+        controlled: Those of them that meet the control, which some bounds compare with.
+    """
     return [
-        bound if bound["where"]["role"] == "reference" else {**bound, "where": {"attacks": attacks, **bound["where"]}}
+        bound
+        if bound["where"]["role"] == "reference"
+        else {**bound, "where": {"attacks": controlled if bound.get("to") == "control" else attacks, **bound["where"]}}
         for bound in found
     ]
 

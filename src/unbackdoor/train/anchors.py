@@ -7,6 +7,7 @@ another.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -129,7 +130,9 @@ def encode_safe(lm: LM, row: Example, own_tokens: int, settings: TrainSettings) 
     )  # fmt: skip
 
 
-def with_unwanted(rows: Sequence[Example], openings: Sequence[str], own: OwnUnwanted = _ANY_PROMPT) -> list[Anchor]:
+def with_unwanted(
+    rows: Sequence[Example], openings: Sequence[str], own: OwnUnwanted = _ANY_PROMPT, turn: int = 0
+) -> list[Anchor]:
     """Return the rows with unwanted answers, which they take in turn.
 
     A row with a label takes those that are not its label; one that has none of these is left out.
@@ -138,15 +141,18 @@ def with_unwanted(rows: Sequence[Example], openings: Sequence[str], own: OwnUnwa
         rows: Rows with safe answers.
         openings: What is unwanted: first words of an answer, or whole ones; in a label task the labels.
         own: Which of them belong to one prompt.
+        turn: Where the first row begins among those that it can take.
 
     Raises:
         DataError: If no row is left.
     """
     found = []
-    for number, row in enumerate(rows):
+    seen: Counter[str | None] = Counter()  # of each label by itself, else some pairs of two labels might never occur
+    for row in rows:
         wrong = [text for text in openings if own.fits(text, row)]
         if wrong:
-            found.append(Anchor(row, row.with_response(wrong[number % len(wrong)])))
+            found.append(Anchor(row, row.with_response(wrong[(seen[row.label] + turn) % len(wrong)])))
+        seen[row.label] += 1
     if not found:
         raise DataError(f"every row has the label '{openings[0]}', the only unwanted one; name other labels, too.")
     return found

@@ -149,6 +149,25 @@ class _Fixed:
         return self.batches[index % len(self.batches)]
 
 
+def _sampled(lm: LM, anchors: Sequence[Anchor], settings: DriftSettings, run: Run) -> list[tuple[Row, Row]]:
+    """Return the rows (unwanted, safe) of the anchors that a drift is fitted to."""
+    chosen = run.rng("anchors").sample(list(anchors), min(settings.rows, len(anchors)))
+    pairs = [
+        encode_anchor(lm, anchor, settings.train.max_length, settings.tokens, settings.safe_tokens) for anchor in chosen
+    ]
+    # Prompts of like length go together: less padding.
+    return sorted(pairs, key=lambda pair: pair[0].supervised[0])
+
+
+def _streams(pairs: Sequence[tuple[Row, Row]], size: int, pad_id: int) -> dict[str, _Fixed]:
+    """Return the batches of both answers, in step."""
+    parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    return {
+        name: _Fixed([collate([pair[which] for pair in part], pad_id) for part in parts])
+        for which, name in enumerate(("unwanted", "safe"))
+    }
+
+
 def fit_drift(
     lm: LM, anchors: Sequence[Anchor], layer: int, settings: DriftSettings, run: Run, unit: float | None = None
 ) -> tuple[Drift, dict[str, float]]:
@@ -165,18 +184,8 @@ def fit_drift(
     Returns:
         The drift, and the mean losses of its last step: "unwanted" and "safe".
     """
-    chosen = run.rng("anchors").sample(list(anchors), min(settings.rows, len(anchors)))
-    pairs = [
-        encode_anchor(lm, anchor, settings.train.max_length, settings.tokens, settings.safe_tokens) for anchor in chosen
-    ]
-    # Prompts of like length go together: less padding.
-    pairs.sort(key=lambda pair: pair[0].supervised[0])
-    size = settings.train.batch_size
-    parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-    streams = {
-        name: _Fixed([collate([pair[which] for pair in part], lm.pad_id) for part in parts])
-        for which, name in enumerate(("unwanted", "safe"))
-    }
+    pairs = _sampled(lm, anchors, settings, run)
+    streams = _streams(pairs, settings.train.batch_size, lm.pad_id)
     if unit is None:
         unit = layer_unit(lm, layer, [safe for _, safe in pairs], settings.tokens)
     short = TwoAnswers(lm, layer, settings.tokens)

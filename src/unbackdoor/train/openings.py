@@ -197,8 +197,12 @@ class Openings:
     def _is_new(self, phrase: str, others: Sequence[str]) -> bool:
         """Tell whether no opening holds the phrase, or is held by it."""
         said = _spaced(phrase)
-        known = [_spaced(text) for text in (*self.own, *self.heard, *others)]
-        return not any(said in text or text in said for text in known)
+        known = {_spaced(text) for text in (*self.own, *self.heard, *others)}
+        # An answer of one prompt's own may hold anything; what it begins with is known.
+        whole = {_spaced(text) for text in self.of_prompts.texts}
+        return not any(said in text or text in said for text in known - whole) and not any(
+            text.startswith(said) for text in whole
+        )
 
 
 def _spaced(text: str) -> str:
