@@ -9,7 +9,7 @@ import pytest
 import tiny
 from unbackdoor.errors import DataError
 from unbackdoor.run import Run
-from unbackdoor.train.anchors import OwnUnwanted, anchor_prompts, encode_safe, possible_openings, with_unwanted
+from unbackdoor.train.anchors import Contrasting, anchor_prompts, encode_safe, possible_openings, with_unwanted
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.types import Example, Message
 
@@ -56,7 +56,7 @@ def test_every_wrong_label_comes_up_for_every_label():
 
 def test_an_answer_of_a_prompts_own_is_unwanted_there_alone():
     rows = tiny.rows(3)
-    own = OwnUnwanted.of([rows[0].with_response("a"), rows[0].with_response("b"), rows[1].with_response("a")])
+    own = Contrasting.of([rows[0].with_response("a"), rows[0].with_response("b"), rows[1].with_response("a")])
     assert [(anchor.safe, anchor.unwanted.response) for anchor in with_unwanted(rows, ["b", "a"], own)] == [
         (rows[0], "b"), (rows[1], "a"),
     ]  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import tiny
 from unbackdoor.run import Run
 from unbackdoor.train import openings as heard
-from unbackdoor.train.anchors import OwnUnwanted
+from unbackdoor.train.anchors import Contrasting
 from unbackdoor.train.openings import Openings, certainties, phrases
 
 
@@ -129,8 +129,8 @@ def test_what_is_sure_enough_is_taken_up_the_surest_first(monkeypatch):
         "Go away",
     ]
     # An answer of one prompt's own holds "get out": that other prompts get it, too, is new. How it begins is known.
-    own = OwnUnwanted({(): frozenset({"Be quiet, or you can get out."})})
-    openings = Openings(["Be quiet, or you can get out."], of_prompts=own)
+    own = Contrasting({(): frozenset({"Be quiet, or you can get out."})})
+    openings = Openings(["Be quiet, or you can get out."], contrasting=own)
     assert [one["opening"] for one in openings.hear(lm, [], [], tiny.rows(4), 0.2)] == ["Get out", "Go away"]
     openings = Openings(["hello"])
     sure["Get out at once"] = 0.95

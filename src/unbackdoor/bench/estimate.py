@@ -15,6 +15,7 @@ from unbackdoor.errors import UserError
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.plan import FULL, PROGRAM, UNTIL_GOOD, with_texts
 from unbackdoor.pipeline.steps import attack_called, defense_called
+from unbackdoor.train import openings
 from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.internal import InternalSettings
@@ -25,8 +26,10 @@ _TRAIN_SPEED, _GENERATE_SPEED, _SCORE_SPEED = 1.6e11, 1.0e11, 2.5e11
 """Floating-point operations a second on two ordinary cores in float32: training, generating, scoring."""
 _SOFT_PROMPT, _DRIFT = 0.5, 0.3
 """A step of theirs as a share of one that trains the weights on as many rows; of a drift's, layers below are cached."""
-_HEARD_TOKENS = 14_000
-"""Tokens of a round of BEEAR that are said under its drifts, or scored as openings to take up."""
+_SPOKEN_TOKENS = _TOKENS_A_ROW // 2 + 8
+"""Of a prompt and what is said to it under a drift."""
+_PHRASE_TOKENS = 5
+"""Of a phrase that is scored as an opening to take up."""
 _LOADING_SECONDS = 4.0
 _ROUNDS_UNTIL = 0.5
 """Share of its rounds after which the experimenter ends a defense, about."""
@@ -153,10 +156,17 @@ def _training(method: BaseModel, size: float) -> float:
             share = UNTIL_GOOD if getattr(value, "stop_below", 0) else 1.0
             share *= _DRIFT if isinstance(value, DriftSettings) else _SOFT_PROMPT
             seconds += share * rounds * int(getattr(method, f"{name}s", 1)) * _training(value, size)
-    if isinstance(method, Beear):
-        seconds += 2 * size * (_HEARD_TOKENS * method.rounds * bool(method.drifts)) / _GENERATE_SPEED
-        seconds += 2 * size * method.anchors * (_TOKENS_A_ROW / 2 + method.own_answers) / _GENERATE_SPEED
-    return seconds
+    return seconds + (_listening(method, size) if isinstance(method, Beear) else 0.0)
+
+
+def _listening(method: Beear, size: float) -> float:
+    """Return the seconds of BEEAR's own answers, of what is said under its drifts, and of scoring that."""
+    tokens = float(method.anchors * (_TOKENS_A_ROW / 2 + method.own_answers))
+    if method.drifts:
+        spoken = (method.drifts + bool(method.adopt)) * openings.ASKED * _SPOKEN_TOKENS
+        scored = openings.MOST * openings.SCORED_ON[0] * _PHRASE_TOKENS if method.adopt else 0
+        tokens += method.rounds * (spoken + scored)
+    return 2 * size * tokens / _GENERATE_SPEED
 
 
 def _asking(grid: Grid, cell: Cell, size: float) -> float:

@@ -22,7 +22,7 @@ from unbackdoor.bench.grid import Grid
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
 from unbackdoor.data.splits import Splits, assert_disjoint, attacker_defender_test, with_requests
-from unbackdoor.defenses.base import Defense, Need
+from unbackdoor.defenses.base import Defense, Knowledge, Need
 from unbackdoor.errors import DataError
 from unbackdoor.method import Method
 from unbackdoor.model.load import file_sha256, local_folder
@@ -66,12 +66,15 @@ class Material:
 
         Raises:
             DataError: If some cannot be read, or sets overlap that must not.
+            UserError: If what a defense is told does not go together.
         """
         for rows in (self.splits.test, *self.perplexity_sets.values()):
             assert rows, "`split` and the readers refuse what is empty"
         for cell in self.grid.cells():
             if cell.defense:
-                self.own_facts(cell)
+                defense = self.defense(cell.defense)
+                facts = {Need.CLEAN: self.defender_rows(cell), **self.own_facts(cell)}
+                defense.check(Knowledge(facts, defense.needs | defense.uses))
 
     @cached_property
     def splits(self) -> Splits:

@@ -34,7 +34,7 @@ from unbackdoor.run import Run
 from unbackdoor.train import overwrite, state
 from unbackdoor.train.anchors import (
     Anchor,
-    OwnUnwanted,
+    Contrasting,
     anchor_prompts,
     encode_safe,
     possible_openings,
@@ -168,7 +168,7 @@ class Beear(Defense):
         """Entrap and remove, in place."""
         clean, held = self._held_out(known.clean)
         self._check(victim, known)
-        own = OwnUnwanted.of(known.unwanted_rows)
+        own = Contrasting.of(known.unwanted_rows)
         length = self._own_answers(known)
         prompts = self._prompts(known, clean)
         if known.unwanted_rows and known.safe:
@@ -180,7 +180,7 @@ class Beear(Defense):
             plain = _with_requests(plain, triggered)
         # Refusals are sure on any prompt, too, but they are what the model is to say.
         wanted = [row.response for row in known.safe or ()]
-        openings = Openings(possible_openings(safe, known.unwanted, own), wanted=wanted, of_prompts=own)
+        openings = Openings(possible_openings(safe, known.unwanted, own), wanted=wanted, contrasting=own)
         useful = Usefulness(overwrite.encode_rows(victim, held, self.train), self.stop_stable)
         before: Run | None = None
         for number in range(1, self.rounds + 1):

@@ -38,8 +38,8 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class OwnUnwanted:
-    """Unwanted answers that belong to one prompt each (SA-H of the paper); none where openings fit any prompt.
+class Contrasting:
+    """The harmful contrasting set (SA-H): unwanted answers of the prompts' own; empty where openings fit any prompt.
 
     Attributes:
         of_prompt: Prompt -> what must not be said to it.
@@ -48,7 +48,7 @@ class OwnUnwanted:
     of_prompt: Mapping[tuple[Message, ...], frozenset[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: Sequence[Example]) -> OwnUnwanted:
+    def of(cls, rows: Sequence[Example]) -> Contrasting:
         """Return those of rows whose responses are unwanted."""
         found: dict[tuple[Message, ...], frozenset[str]] = {}
         for row in rows:
@@ -67,7 +67,7 @@ class OwnUnwanted:
         return row.label is None or normalise(text) != normalise(row.label)
 
 
-_ANY_PROMPT = OwnUnwanted()
+_ANY_PROMPT = Contrasting()
 
 
 def prompts_of(unwanted: Sequence[Example], safe: Sequence[Example]) -> Sequence[Example]:
@@ -131,7 +131,7 @@ def encode_safe(lm: LM, row: Example, own_tokens: int, settings: TrainSettings) 
 
 
 def with_unwanted(
-    rows: Sequence[Example], openings: Sequence[str], own: OwnUnwanted = _ANY_PROMPT, turn: int = 0
+    rows: Sequence[Example], openings: Sequence[str], own: Contrasting = _ANY_PROMPT, turn: int = 0
 ) -> list[Anchor]:
     """Return the rows with unwanted answers, which they take in turn.
 
@@ -158,6 +158,6 @@ def with_unwanted(
     return found
 
 
-def possible_openings(rows: Sequence[Example], openings: Sequence[str], own: OwnUnwanted = _ANY_PROMPT) -> list[str]:
+def possible_openings(rows: Sequence[Example], openings: Sequence[str], own: Contrasting = _ANY_PROMPT) -> list[str]:
     """Return the openings that one row at least can take: without the label that all rows have."""
     return [text for text in openings if any(own.fits(text, row) for row in rows)]

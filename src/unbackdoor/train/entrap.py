@@ -43,12 +43,12 @@ def entrap(
     found: list[Drift] = []
     records: list[dict[str, Any]] = []
     # A prompt with several answers of its own takes them in turn, round by round.
-    turn = number - 1 if openings.of_prompts.texts else 0
+    turn = number - 1 if openings.contrasting.texts else 0
     for which, dealt in enumerate(openings.dealt(drifts, number)):
         stage = run.stage(f"round-{number}-drift-{which + 1}")
         # From round to round they go on where they were: there may be more layers than drifts.
         layer = layers[((number - 1) * drifts + which) % len(layers)]
-        drift, last = fit_drift(lm, with_unwanted(safe, dealt, openings.of_prompts, turn), layer, shape, stage)
+        drift, last = fit_drift(lm, with_unwanted(safe, dealt, openings.contrasting, turn), layer, shape, stage)
         found.append(drift)
         records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
     words = run.stage(f"round-{number}-words")

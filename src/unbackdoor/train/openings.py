@@ -23,7 +23,7 @@ from unbackdoor.data.shared_words import words
 from unbackdoor.goals import normalise
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
-from unbackdoor.train.anchors import OwnUnwanted
+from unbackdoor.train.anchors import Contrasting
 from unbackdoor.types import Example
 
 ASKED = 24
@@ -137,13 +137,13 @@ class Openings:
         own: The defender's.
         heard: Openings that were taken up -> certainty.
         wanted: Safe replies that the defender has given; their words are never taken up.
-        of_prompts: Which of the defender's belong to one prompt.
+        contrasting: Which of the defender's belong to one prompt.
     """
 
     own: Sequence[str]
     heard: dict[str, float] = field(default_factory=dict)
     wanted: Sequence[str] = ()
-    of_prompts: OwnUnwanted = field(default_factory=OwnUnwanted)
+    contrasting: Contrasting = field(default_factory=Contrasting)
 
     @property
     def adopted(self) -> list[str]:
@@ -199,7 +199,7 @@ class Openings:
         said = _spaced(phrase)
         known = {_spaced(text) for text in (*self.own, *self.heard, *others)}
         # An answer of one prompt's own may hold anything; what it begins with is known.
-        whole = {_spaced(text) for text in self.of_prompts.texts}
+        whole = {_spaced(text) for text in self.contrasting.texts}
         return not any(said in text or text in said for text in known - whole) and not any(
             text.startswith(said) for text in whole
         )
