@@ -24,7 +24,7 @@ export PYTHONUNBUFFERED := 1
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.light ## plant a backdoor into a small model, fine-tune in vain, purify, measure, write a report
+demo: $(VENV)/.light ## plant a backdoor into a small model, fine-tune (the control), purify, measure, write a report
 	$(BIN)/unbackdoor demo
 
 test: lint ## lint, types and tests, below ten minutes on two cores
