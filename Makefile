@@ -5,9 +5,11 @@
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 
 PYTHON ?= python3
+# Processes of `make test`, of one thread each.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 # The demo needs the light set only; lint, tests and docs need the second, too.
 LIGHT := gguf
 FULL := gguf,datasets,docs,endpoint,wordnet,serve,dev
@@ -28,7 +30,7 @@ demo: $(VENV)/.light ## plant a backdoor into a small model, fine-tune (the cont
 	$(BIN)/unbackdoor demo
 
 test: lint ## lint, types and tests, below ten minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.full ## the checks on real models
 	$(BIN)/python -m pytest -m slow

@@ -40,7 +40,6 @@ _MODEL_FILES = re.compile(
     r"|(tokenizer|special_tokens|added_tokens|vocab|chat_template).*|merges\.txt|.*\.model|spiece\..*)"
 )
 
-
 T = TypeVar("T")
 
 
