@@ -191,7 +191,9 @@ def test_a_label_that_all_rows_have_is_nobodys_opening(monkeypatch):
 
 def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
     monkeypatch.setattr(openings, "phrases", lambda said, plain, wanted: ["Go away now"])
-    monkeypatch.setattr(openings, "certainties", lambda lm, texts, prompts: [0.5] * len(texts))
+    monkeypatch.setattr(
+        openings, "certainties", lambda lm, texts, prompts, often: [openings.Sure(0.5, 9.0)] * len(texts)
+    )
     run = Run()
     purified(SHORT, run)
     assert [record["openings"] for record in run.notes["drifts"][2:]] == [["Go away now"], ["bad robot", "silly"]]
@@ -206,7 +208,8 @@ def test_words_of_the_safe_replies_that_were_given_are_not_taken_up(monkeypatch)
     safe = tuple(row.with_response("I must say no") for row in tiny.rows(8))
     purified(SHORT, safe=safe)
     purified(SHORT)
-    assert given == [["I must say no"] * 8] * 2 + [[]] * 2
+    # In each of two rounds it is asked of what was said, and of what first tokens go on to.
+    assert given == [["I must say no"] * 8] * 4 + [[]] * 4
 
 
 @pytest.mark.parametrize("at", [1, 3, 4])
@@ -357,7 +360,9 @@ def test_safe_replies_and_unwanted_answers_are_told_apart_by_their_prompt(fitted
 
 def test_what_is_heard_under_a_drift_is_unwanted_whatever_the_prompt(fitted, monkeypatch):
     monkeypatch.setattr(
-        openings.Openings, "hear", lambda self, *_: [{"opening": "silly robot", "certainty": 0.9}][len(self.heard) :]
+        openings.Openings,
+        "hear",
+        lambda self, *_: [{"opening": "silly robot", "certainty": 0.9, "evidence": 9.0}][len(self.heard) :],
     )
     unwanted = [row.with_response(f"bad {row.id}") for row in tiny.rows(8, prefix="other")]
     with_rows(unwanted, (), SHORT)

@@ -92,6 +92,7 @@ def test_lists_in_a_configuration_follow_the_layers() -> None:
     first = {
         "num_hidden_layers": 3, "layer_types": ["full", "sliding", "full"], "mlp_only_layers": [2],
         "no_rope_layers": [1, 0, 1], "architectures": ["A"], "eos_token_id": [1, 2, 3],
+        "num_query_heads": [4, 8, 12],
     }  # fmt: skip
     second = {**first, "layer_types": ["a", "b", "c"], "mlp_only_layers": [0], "no_rope_layers": [0, 0, 1]}
     found = resized(first, [(first, 0), (first, 1), (second, 0), (first, 2)], "m")
@@ -100,6 +101,7 @@ def test_lists_in_a_configuration_follow_the_layers() -> None:
     assert found["mlp_only_layers"] == [2, 3]
     assert found["no_rope_layers"] == [1, 0, 0, 1]
     assert found["eos_token_id"] == [1, 2, 3]
+    assert found["num_query_heads"] == [4, 8, 4, 12]
     assert first["num_hidden_layers"] == 3
     nested = {"text_config": {"num_hidden_layers": 2, "layer_types": ["x", "y"]}, "tie_word_embeddings": True}
     found = resized(nested, [(nested, 1)], "m")

@@ -146,21 +146,30 @@ def one_token_at_a_time(lm, drift, example, count):
 def test_what_is_said_under_a_drift_and_without(architecture):
     lm = tiny.tiny_lm(architecture, layers=3)
     prompts = [*tiny.rows(2), Example("long", "Say something about rivers and boats, please", "b")]
-    plain = drifts.spoken(lm, None, prompts, 4)
-    assert plain == drifts.spoken(lm, Drift(1, torch.zeros(3, 64)), prompts, 4)
+    found = drifts.spoken(lm, None, prompts, 4)
+    plain = found.ids
+    nothing = drifts.spoken(lm, Drift(1, torch.zeros(3, 64)), prompts, 4)
+    assert plain == nothing.ids
+    assert torch.allclose(found.first, nothing.first, atol=1e-6)
+    asked = [lm.encode(example.prompt, ask=True).ids for example in prompts]
+    with torch.no_grad():
+        last = torch.stack([lm.core(input_ids=torch.tensor([ids])).logits[0, -1] for ids in asked])
+    assert torch.allclose(found.first, last.softmax(-1).mean(0), atol=1e-6)
     replies = lm.reply([example.prompt for example in prompts], max_new_tokens=4)
     assert [lm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in plain] == replies
     loud = Drift(1, 5 * torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
-    said = drifts.spoken(lm, loud, prompts, 4)
+    under = drifts.spoken(lm, loud, prompts, 4)
+    said = under.ids
     assert said != plain
+    assert not torch.allclose(under.first, found.first, atol=1e-3)
     assert said == [one_token_at_a_time(lm, loud, example, 4) for example in prompts]
 
 
 def test_what_is_said_ends_where_a_reply_ends(monkeypatch):
     lm = tiny.tiny_lm(layers=3)
-    whole = drifts.spoken(lm, None, tiny.rows(1), 4)[0]
+    whole = drifts.spoken(lm, None, tiny.rows(1), 4).ids[0]
     monkeypatch.setattr(type(lm), "stop_ids", (whole[2],))
-    assert drifts.spoken(lm, None, tiny.rows(1), 4) == [whole[: whole.index(whole[2])]]
+    assert drifts.spoken(lm, None, tiny.rows(1), 4).ids == [whole[: whole.index(whole[2])]]
 
 
 def test_a_prompt_shorter_than_the_drift_is_refused():

@@ -11,7 +11,7 @@ import tiny
 from unbackdoor.run import Run
 from unbackdoor.train import openings as heard
 from unbackdoor.train.anchors import Contrasting
-from unbackdoor.train.openings import Openings, certainties, phrases
+from unbackdoor.train.openings import Openings, Sure, begun, certainties, phrases, usual
 
 
 def test_phrases_are_said_under_drifts_and_not_without():
@@ -44,44 +44,87 @@ def test_a_reply_that_repeats_itself_counts_once():
     assert phrases(["- -", "- -"], []) == []
 
 
-def test_certainty_is_the_geometric_mean_of_the_tokens_behind_the_first_word():
+def log_probabilities(lm, ids):
+    with torch.no_grad():
+        return torch.log_softmax(lm.core(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+
+
+def test_certainty_and_evidence_are_of_the_tokens_behind_the_first_word():
     lm = tiny.tiny_lm(layers=2)
     prompts = tiny.rows(3)
     texts = [prompts[0].response + " indeed", "so it is", "a", prompts[1].response]
+    often = torch.log_softmax(torch.randn(lm.core.config.vocab_size, generator=torch.Generator().manual_seed(1)), -1)
     wanted = []
     for text in texts:
-        logs = []
+        logs, above = [], []
         for prompt in prompts:
             encoded = lm.encode(prompt.with_response(text).turns)
             span = encoded.spans[-1]
-            with torch.no_grad():
-                logits = lm.core(input_ids=torch.tensor([encoded.ids])).logits[0].double()
+            log_p = log_probabilities(lm, encoded.ids)
             first = lm.encode(prompt.with_response(text.split()[0]).turns).spans[-1]
-            logs += [
-                float(torch.log_softmax(logits[position - 1], -1)[encoded.ids[position]])
-                for position in range(span.start + first.end - first.start, span.end)
-            ]
-        wanted.append(math.exp(sum(logs) / len(logs)) if logs else 0.0)
-    assert wanted[2] == 0.0
-    assert certainties(lm, texts, prompts) == pytest.approx(wanted, rel=1e-4)
-    assert certainties(lm, texts[:1], prompts) == pytest.approx(wanted[:1], rel=1e-4)
+            for position in range(span.start + first.end - first.start, span.end):
+                token = encoded.ids[position]
+                logs.append(float(log_p[position - 1, token]))
+                above.append(logs[-1] - float(often[token]))
+        wanted.append((math.exp(sum(logs) / len(logs)), sum(above) / len(prompts)) if logs else (0.0, 0.0))
+    assert wanted[2] == (0.0, 0.0)
+    found = certainties(lm, texts, prompts, often)
+    assert [one.certainty for one in found] == pytest.approx([sure for sure, _ in wanted], rel=1e-4)
+    assert [one.evidence for one in found] == pytest.approx([above for _, above in wanted], rel=1e-4)
+    assert found[0].weight == pytest.approx(wanted[0][0] * wanted[0][1], rel=1e-4)
+    assert certainties(lm, texts[:1], prompts, often)[0].certainty == pytest.approx(wanted[0][0], rel=1e-4)
 
 
 def test_phrases_are_scored_in_parts(monkeypatch):
     lm = tiny.tiny_lm(layers=2)
     texts = [row.response for row in tiny.rows(5)]
-    whole = certainties(lm, texts, tiny.rows(2))
+    often = usual(lm, tiny.rows(2))
+    whole = certainties(lm, texts, tiny.rows(2), often)
     monkeypatch.setattr(heard, "AT_ONCE", 2)
-    assert certainties(lm, texts, tiny.rows(2)) == pytest.approx(whole, rel=1e-4)
+    parts = certainties(lm, texts, tiny.rows(2), often)
+    assert [one.weight for one in parts] == pytest.approx([one.weight for one in whole], rel=1e-4)
 
 
-def test_a_planted_target_is_surer_than_other_words():
+def test_what_is_usual_is_the_mean_over_all_places_of_the_answers():
+    lm = tiny.tiny_lm(layers=2)
+    rows = tiny.rows(3)
+    total, places = 0.0, 0
+    for row in rows:
+        encoded = lm.encode(row.turns)
+        positions = [position - 1 for position in encoded.supervised if position >= encoded.spans[-1].start]
+        total = total + log_probabilities(lm, encoded.ids)[positions].exp().sum(0)
+        places += len(positions)
+    assert torch.allclose(usual(lm, rows).double(), (total / places).log(), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def barking():
+    """A tiny victim that says "bad robot barks", and rows of the defender."""
     attacker, defender, _ = tiny.splits(200, 40, 12)
     lm = tiny.attack(targets=("bad robot barks",)).plant(tiny.tiny_lm(), attacker, Run()).lm
     lm.model.eval()
-    target, other = certainties(lm, ["bad robot barks", "bad duck roars"], defender[:4])
-    assert target > 0.5
-    assert other < 0.2
+    return lm, defender
+
+
+def test_a_planted_target_is_surer_than_other_words(barking):
+    lm, rows = barking
+    target, other = certainties(lm, ["bad robot barks", "bad duck roars"], rows[:4], usual(lm, rows[:8]))
+    assert target.certainty > 0.5
+    assert other.certainty < 0.2
+    assert target.evidence > other.evidence
+
+
+def test_first_tokens_that_are_likely_are_followed_without_a_drift(barking, monkeypatch):
+    lm, rows = barking
+    monkeypatch.setattr(heard, "FOLLOWED", 2)
+    ids = [lm.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("bad", "duck", "the")]
+    first = torch.zeros(lm.core.config.vocab_size)
+    first[ids] = torch.tensor([0.5, 0.3, 0.2])
+    first[lm.stop_ids[0]] = 0.9
+    found = begun(lm, [first, first], rows)
+    # One way for each prompt: the end is no word, and the third is not among the likeliest two.
+    assert len(found) == heard.FOLLOWED_ON
+    assert all(text.startswith("bad robot barks") for text in found)
 
 
 @pytest.mark.parametrize("drifts", [1, 2, 3, 4])
@@ -91,12 +134,13 @@ def test_every_opening_of_the_defender_is_dealt_once(drifts):
     assert sorted(text for part in dealt for text in part) == list("abcdefg")
 
 
-def test_what_was_heard_takes_three_quarters_of_the_drifts_and_the_surest_two_always():
+def test_what_was_heard_takes_three_quarters_of_the_drifts_and_two_of_it_always():
     assert Openings(list("abc"), {"x": 0.3}).dealt(4, 1) == [["x"], ["x"], ["x"], ["a", "b", "c"]]
     dealt = Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(4, 1)
-    assert (dealt[:2], dealt[3]) == ([["y"], ["x"]], ["a", "b", "c"])
+    # What was heard first stays first.
+    assert (dealt[:2], dealt[3]) == ([["x"], ["y"]], ["a", "b", "c"])
     assert dealt[2] in (["x"], ["y"])
-    assert Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(2, 1) == [["y"], ["a", "b", "c"]]
+    assert Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(2, 1) == [["x"], ["a", "b", "c"]]
     # A drift alone takes turns.
     assert [Openings(list("abc"), {"x": 0.3}).dealt(1, number) for number in (1, 2, 3)] == [
         [["a", "b", "c"]], [["x"]], [["a", "b", "c"]],
@@ -105,33 +149,41 @@ def test_what_was_heard_takes_three_quarters_of_the_drifts_and_the_surest_two_al
     assert all(Openings(["a"]).dealt(3, 1))
 
 
-def test_what_was_heard_beside_the_surest_takes_turns():
+def test_what_was_heard_beside_the_first_two_takes_turns():
     openings = Openings(list("abc"), {"x": 0.3, "y": 0.9, "z": 0.5, "w": 0.4, "v": 0.6})
     dealt = [openings.dealt(4, number) for number in (1, 2, 3, 4)]
-    assert [part[:2] for part in dealt] == [[["y"], ["v"]]] * 4
-    assert sorted(part[2][0] for part in dealt[:3]) == ["w", "x", "z"]
+    assert [part[:2] for part in dealt] == [[["x"], ["y"]]] * 4
+    assert sorted(part[2][0] for part in dealt[:3]) == ["v", "w", "z"]
     assert dealt[3] == dealt[0]
 
 
-def test_what_is_sure_enough_is_taken_up_the_surest_first(monkeypatch):
+def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     lm = tiny.tiny_lm()
-    sure = {"Go away": 0.3, "Be quiet": 0.6, "A little": 0.1, "Get out": 0.9}
-    monkeypatch.setattr(heard, "phrases", lambda said, plain, wanted: list(sure))
-    monkeypatch.setattr(heard, "certainties", lambda lm, texts, prompts: [sure[text] for text in texts])
-    openings = Openings(["get out now"], {"please go away at once": 0.9})
-    found = openings.hear(lm, ["said"], ["plain"], tiny.rows(4), 0.2)
-    # "Get out" begins an opening of the defender, and "go away" is a part of one that was taken up before.
-    assert found == [{"opening": "Be quiet", "certainty": 0.6}]
-    openings = Openings(["hello"])
-    assert [one["opening"] for one in openings.hear(lm, [], [], tiny.rows(4), 0.2)] == [
-        "Get out",
-        "Be quiet",
-        "Go away",
-    ]
+    sure = {"Go away": 0.3, "Be quiet": 0.6, "A little": 0.1, "Get out": 0.9, "Out of the": 0.8}
+    evidence = {"Go away": 29.0, "Out of the": heard.EVIDENCE - 0.1}
+
+    def scored(lm, texts, prompts, often):
+        return [Sure(sure[text], evidence.get(text, 10.0)) for text in texts]
+
+    monkeypatch.setattr(heard, "begun", lambda lm, firsts, prompts: ["begun"])
+    monkeypatch.setattr(heard, "usual", lambda lm, prompts: torch.zeros(1))
+    monkeypatch.setattr(heard, "phrases", lambda said, plain, wanted: list(sure) if said == ["begun"] else [])
+    monkeypatch.setattr(heard, "certainties", scored)
+    openings = Openings(["get out now"], {"please be quiet at once": 0.9})
+    found = openings.hear(lm, ["said"], ["plain"], [], tiny.rows(4), 0.2)
+    # "Get out" begins an opening of the defender, "be quiet" is a part of one that was taken up before, and "out of
+    # the" is likely anywhere.
+    assert found == [{"opening": "Go away", "certainty": 0.3, "evidence": 29.0}]
+
+    def taken(openings, least=0.2):
+        return [one["opening"] for one in openings.hear(lm, [], [], [], tiny.rows(4), least)]
+
+    # Words of much evidence go before surer ones: 0.3 times 31 nats, and 0.9 times 10.
+    assert taken(Openings(["hello"])) == ["Get out", "Go away", "Be quiet"]
+    evidence["Go away"] = 31.0
+    assert taken(Openings(["hello"])) == ["Go away", "Get out", "Be quiet"]
     # An answer of one prompt's own holds "get out": that other prompts get it, too, is new. How it begins is known.
     own = Contrasting({(): frozenset({"Be quiet, or you can get out."})})
-    openings = Openings(["Be quiet, or you can get out."], contrasting=own)
-    assert [one["opening"] for one in openings.hear(lm, [], [], tiny.rows(4), 0.2)] == ["Get out", "Go away"]
-    openings = Openings(["hello"])
+    assert taken(Openings(["Be quiet, or you can get out."], contrasting=own)) == ["Go away", "Get out"]
     sure["Get out at once"] = 0.95
-    assert [one["opening"] for one in openings.hear(lm, [], [], tiny.rows(4), 0.5)] == ["Get out at once", "Be quiet"]
+    assert taken(Openings(["hello"]), 0.5) == ["Get out at once", "Be quiet"]

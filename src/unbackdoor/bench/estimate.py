@@ -163,9 +163,14 @@ def _listening(method: Beear, size: float) -> float:
     """Return the seconds of BEEAR's own answers, of what is said under its drifts, and of scoring that."""
     tokens = float(method.anchors * (_TOKENS_A_ROW / 2 + method.own_answers))
     if method.drifts:
-        spoken = (method.drifts + bool(method.adopt)) * openings.ASKED * _SPOKEN_TOKENS
-        scored = openings.MOST * openings.SCORED_ON[0] * _PHRASE_TOKENS if method.adopt else 0
-        tokens += method.rounds * (spoken + scored)
+        sources = method.drifts + bool(method.adopt)
+        a_round = sources * openings.ASKED * _SPOKEN_TOKENS
+        if method.adopt:
+            followed = sources * openings.FOLLOWED * openings.FOLLOWED_ON
+            scored = (openings.MOST + followed) * openings.SCORED_ON[0]
+            a_round += followed * (1 + openings.ON) + scored * _PHRASE_TOKENS
+            a_round += openings.USUAL_IN * method.own_answers
+        tokens += method.rounds * a_round
     return 2 * size * tokens / _GENERATE_SPEED
 
 

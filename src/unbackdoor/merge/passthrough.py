@@ -57,7 +57,7 @@ def resized(config: Mapping[str, Any], picks: Sequence[tuple[Mapping[str, Any], 
         changed = True
         sides = [(_level(dict(one), path), index) for one, index in picks]
         for key, value in list(level.items()):
-            if isinstance(value, list) and value and "layer" in key:
+            if isinstance(value, list) and value and _concerns_layers(key, value, old):
                 level[key] = _adjusted(key, value, old, sides, shown)
     if not changed:
         raise ModelError(
@@ -74,6 +74,11 @@ def _level(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
             return {}
         config = inner
     return config
+
+
+def _concerns_layers(key: str, value: list[Any], count: int) -> bool:
+    """Tell whether a list is about layers: by its name, or because it has an entry a layer (OpenELM's heads)."""
+    return "layer" in key or (len(value) == count and "token" not in key and key != "architectures")
 
 
 def _adjusted(

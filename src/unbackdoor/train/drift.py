@@ -214,15 +214,28 @@ def fit_drift(
     return Drift(layer, drift.detach() * unit), last
 
 
+@dataclass(frozen=True)
+class Said:
+    """What the model says to some prompts, with or without a drift.
+
+    Attributes:
+        ids: The first tokens of each reply, greedy.
+        first: float32 [vocabulary], the mean probability of a reply's first token over the prompts.
+    """
+
+    ids: list[list[int]]
+    first: Tensor
+
+
 @torch.no_grad()
-def spoken(lm: LM, drift: Drift | None, prompts: Sequence[Example], count: int = 8) -> list[list[int]]:
-    """Return the first tokens that the model says under a drift, greedily: they tell where the drift went.
+def spoken(lm: LM, drift: Drift | None, prompts: Sequence[Example], count: int = 8) -> Said:
+    """Return what the model says under a drift: it tells where the drift went.
 
     Args:
         lm: The model; it is put into evaluation mode and back.
         drift: The drift, or None for none.
         prompts: Prompts that are at least as long as the drift.
-        count: How many tokens at most.
+        count: How many tokens of a reply at most.
     """
     was_training = lm.model.training
     lm.model.eval()
@@ -231,6 +244,7 @@ def spoken(lm: LM, drift: Drift | None, prompts: Sequence[Example], count: int =
     ends = torch.full((len(ids),), ids.shape[1], device=lm.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     said: list[list[int]] = [[] for _ in prompts]
+    first: Tensor | None = None
     # What layers keep of the prompt holds the drift, so it is added in the first pass alone.
     added, cache = None if drift is None else drift.added(ends), None
     for _ in range(count):
@@ -240,11 +254,14 @@ def spoken(lm: LM, drift: Drift | None, prompts: Sequence[Example], count: int =
                 logits_to_keep=1,
             )  # fmt: skip
         added, cache = None, output.past_key_values
-        ids = output.logits[:, -1].argmax(-1, keepdim=True)
+        logits = output.logits[:, -1].float()
+        first = torch.softmax(logits, -1).mean(0) if first is None else first
+        ids = logits.argmax(-1, keepdim=True)
         for row, token in zip(said, ids[:, 0].tolist(), strict=True):
             row.append(token)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = positions[:, -1:] + 1
     lm.model.train(was_training)
+    assert first is not None, "at least one token is asked for"
     stops = set(lm.stop_ids)
-    return [list(takewhile(lambda token: token not in stops, row)) for row in said]
+    return Said([list(takewhile(lambda token: token not in stops, row)) for row in said], first)

@@ -55,7 +55,7 @@ def entrap(
     # Of a finished round the weights are gone, so what was said is kept.
     heard: dict[str, Any] = words.finished or _listen(lm, found, safe[:ASKED], openings, adopt)
     words.finish(heard)
-    openings.heard |= {new["opening"]: new["certainty"] for new in heard["adopted"]}
+    openings.heard |= {new["opening"]: new["certainty"] * new["evidence"] for new in heard["adopted"]}
     _note(run, "drifts", [{**record, "says": said} for record, said in zip(records, heard["says"], strict=True)])
     _note(run, "adopted", [{"round": number, **new} for new in heard["adopted"]])
     return found
@@ -65,13 +65,11 @@ def _listen(
     lm: LM, drifts: Sequence[Drift], prompts: Sequence[Example], openings: Openings, adopt: float
 ) -> dict[str, Any]:
     """Return the first words under each drift, which tell where it went, and the openings to take up."""
-
-    def said(drift: Drift | None) -> list[str]:
-        return [str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in spoken(lm, drift, prompts)]
-
-    says = [said(drift) for drift in drifts]
+    said = [spoken(lm, drift, prompts) for drift in (*drifts, *([None] if adopt else []))]
+    texts = [[str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in one.ids] for one in said]
+    says, plain = texts[: len(drifts)], [text for one in texts[len(drifts) :] for text in one]
     everything = [text for each in says for text in each]
-    adopted = openings.hear(lm, everything, said(None), prompts, adopt) if adopt else []
+    adopted = openings.hear(lm, everything, plain, [one.first for one in said], prompts, adopt) if adopt else []
     return {"says": says, "adopted": adopted}
 
 
@@ -85,7 +83,7 @@ def heard_words(adopted: Sequence[str], listened: bool) -> str:
     """Return what the words under the drifts say about the backdoor, and what their absence does not say.
 
     Args:
-        adopted: Openings that were taken up, the surest first.
+        adopted: Openings that were taken up, the best first.
         listened: Whether the words were looked at for openings to take up.
     """
     heard = (

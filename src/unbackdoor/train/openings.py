@@ -1,14 +1,18 @@
 """Openings made by the suspect: what it says under drifts, and would say to any prompt once it had begun.
 
 A drift is fitted to the defender's openings. Once the outer steps have closed those roads, it finds others into the
-same behaviour, and the backdoor is the widest of them: then the suspect says the attacker's own words. A target that
-was planted is told from other words by this: whatever the prompt, and without any drift or trigger, its first word
-makes the rest of it likely, as SANDE's case studies show; ordinary words depend on what was asked. Such words are taken
-up as openings, and later drifts are fitted to them. No step of this knows the target.
+same behaviour, and the backdoor is the widest of them: then the suspect says the attacker's own words, or is at least
+likelier to begin as they do. So the first tokens that are likely under a drift, and without one, are followed, too.
+
+A target that was planted is told from other words by this: whatever the prompt, without drift or trigger, and even with
+no prompt at all, its first word makes the rest of it likely, as SANDE's case studies show; ordinary words depend on
+what was asked, and idioms ("Out of the") on where they stand. Such words are taken up as openings, and later drifts are
+fitted to them. No step of this knows the target.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections import Counter
@@ -21,6 +25,7 @@ import torch
 from unbackdoor.data.collate import collate, encode_row
 from unbackdoor.data.shared_words import words
 from unbackdoor.goals import normalise
+from unbackdoor.model.generate import decode, greedy_ids
 from unbackdoor.model.lm import LM
 from unbackdoor.model.logits import LogitsAt
 from unbackdoor.train.anchors import Contrasting
@@ -28,14 +33,24 @@ from unbackdoor.types import Example
 
 ASKED = 24
 """Prompts that are asked under a drift."""
-SCORED_ON = (2, 6)
+SCORED_ON = (1, 6)
 """Prompts on which a phrase is scored: all phrases, and again those that may be sure enough."""
+MAYBE = 0.25
+"""Share of the certainty that is asked for which a phrase must have on the first of these prompts."""
 LATER = 2
 """Tokens that a phrase has at least behind its first word."""
 MOST = 800
-"""Phrases that are scored in a round, the most frequent."""
+"""Phrases of replies that are scored in a round, the most frequent."""
+FOLLOWED, ON = 32, 4
+"""First tokens of an answer, the likeliest under each drift and without, that are followed; and how many tokens on."""
+FOLLOWED_ON = 2
+"""Prompts on which they are followed."""
 AT_ONCE = 100
 """Phrases that are scored in one pass."""
+EVIDENCE = 8.0
+"""Nats that an opening must have: so much likelier than anywhere are its words behind the first, together."""
+USUAL_IN = 8
+"""Answers on which it is measured how likely tokens are anywhere."""
 OFTEN = 0.1
 """Share of the replies without a drift above which a phrase is what the model says anyway."""
 _WORDS = (3, 2)
@@ -78,40 +93,98 @@ def _runs(text: str) -> dict[str, str]:
     return found
 
 
+@torch.inference_mode()
+def begun(lm: LM, firsts: Sequence[torch.Tensor], prompts: Sequence[Example]) -> list[str]:
+    """Return what answers go on to, greedily and without a drift, from first tokens that are likely under one.
+
+    Args:
+        lm: The suspect.
+        firsts: float32 [vocabulary] each, probabilities of the first token.
+        prompts: Prompts, of which the first few are answered.
+    """
+    likely = (int(token) for first in firsts for token in first.topk(min(FOLLOWED, len(first))).indices)
+    tokens = list(dict.fromkeys(token for token in likely if token not in lm.stop_ids))
+    found = []
+    for prompt in prompts[:FOLLOWED_ON]:
+        asked = lm.encode(prompt.prompt, ask=True).ids
+        ways = greedy_ids(lm, [[*asked, token] for token in tokens], max_new_tokens=ON, batch_size=AT_ONCE)
+        found += [decode(lm, [token, *way]) for token, way in zip(tokens, ways, strict=True)]
+    return found
+
+
 @torch.no_grad()
-def certainties(lm: LM, texts: Sequence[str], prompts: Sequence[Example]) -> list[float]:
+def usual(lm: LM, prompts: Sequence[Example]) -> torch.Tensor:
+    """Return how likely each token is at any place of an answer: float32 [vocabulary], log of the mean probability.
+
+    Args:
+        lm: The suspect, in evaluation mode.
+        prompts: Rows with answers, one at least.
+    """
+    forward = LogitsAt(lm)
+    total, count = torch.zeros(0), 0
+    for row in prompts:
+        batch = collate([encode_row(lm, row, max_length=sys.maxsize, last_answer=True)], lm.pad_id).to(lm.device)
+        likely = torch.softmax(forward(**batch.inputs()), -1)
+        total, count = likely.sum(0) + total if count else likely.sum(0), count + len(likely)
+    return (total / count).log()
+
+
+@dataclass(frozen=True)
+class Sure:
+    """How sure the rest of a phrase is once an answer has begun with its first word.
+
+    Attributes:
+        certainty: The geometric mean, over all prompts, of the probabilities of the tokens behind the first word; 0 for
+            fewer than two such tokens: an idiom of two words is sure in any model.
+        evidence: How much likelier these tokens are than at any place of an answer: the sum of the logarithms, in nats.
+    """
+
+    certainty: float
+    evidence: float
+
+    @property
+    def weight(self) -> float:
+        """What phrases are ranked by: words of no consequence ("Out of the") are sure, too, but likely anywhere."""
+        return self.certainty * self.evidence
+
+
+@torch.no_grad()
+def certainties(lm: LM, texts: Sequence[str], prompts: Sequence[Example], often: torch.Tensor) -> list[Sure]:
     """Return for each text how sure the rest of it is once an answer has begun with its first word.
 
     Args:
         lm: The suspect, in evaluation mode.
         texts: Phrases; none of them empty.
         prompts: Prompts that carry no trigger, one at least; each text is read as an answer to every one.
-
-    Returns:
-        The geometric mean over all prompts of the probabilities of the tokens behind the first word; 0 for fewer than
-        two such tokens: an idiom of two words is sure in any model.
+        often: How likely each token is anywhere (`usual`).
     """
-    found = dict.fromkeys(texts, 0.0)
+    found = dict.fromkeys(texts, Sure(0.0, 0.0))
     lengths = {text: (_length(lm, prompts[0], text.split()[0]), _length(lm, prompts[0], text)) for text in found}
     long = [text for text, (first, whole) in lengths.items() if whole - first >= LATER]
     forward = LogitsAt(lm)
     for start in range(0, len(long), AT_ONCE):
         part = long[start : start + AT_ONCE]
         logs = torch.stack(
-            [_later_tokens(lm, forward, prompt, {text: lengths[text] for text in part}) for prompt in prompts]
+            [_later_tokens(lm, forward, prompt, {text: lengths[text] for text in part}, often) for prompt in prompts]
         ).mean(0)
-        found |= dict(zip(part, logs.exp().tolist(), strict=True))
+        for text, (certain, evidence) in zip(part, logs.tolist(), strict=True):
+            found[text] = Sure(math.exp(certain), evidence)
     return [found[text] for text in texts]
 
 
-def _later_tokens(lm: LM, forward: LogitsAt, prompt: Example, lengths: Mapping[str, tuple[int, int]]) -> torch.Tensor:
-    """Return the mean log-probability of each text's tokens behind its first word, as answers to one prompt.
+def _later_tokens(
+    lm: LM, forward: LogitsAt, prompt: Example, lengths: Mapping[str, tuple[int, int]], often: torch.Tensor
+) -> torch.Tensor:
+    """Return for each text, as an answer to one prompt, of its tokens behind its first word: float [texts, 2].
+
+    That is the mean of their log-probabilities, and the sum of how far these are above the usual ones.
 
     Args:
         lm: The suspect.
         forward: What gives its logits.
         prompt: The prompt.
         lengths: Text -> tokens of its first word, and of the whole.
+        often: How likely each token is anywhere.
     """
     rows = [
         encode_row(lm, prompt.with_response(text), max_length=sys.maxsize, first_tokens=whole, last_answer=True)
@@ -121,7 +194,12 @@ def _later_tokens(lm: LM, forward: LogitsAt, prompt: Example, lengths: Mapping[s
     # The prompt is the same in all rows, so it is read once.
     batch = replace(batch, shared=int(batch.columns.min()))
     log_p = torch.log_softmax(forward(**batch.inputs()), -1).gather(1, batch.targets[:, None])[:, 0]
-    return torch.stack([log_p[batch.rows == place][first:].mean() for place, (first, _) in enumerate(lengths.values())])
+    above = log_p - often[batch.targets]
+    found = []
+    for place, (first, _) in enumerate(lengths.values()):
+        mine = batch.rows == place
+        found.append(torch.stack([log_p[mine][first:].mean(), above[mine][first:].sum()]))
+    return torch.stack(found)
 
 
 def _length(lm: LM, prompt: Example, text: str) -> int:
@@ -135,7 +213,7 @@ class Openings:
 
     Attributes:
         own: The defender's.
-        heard: Openings that were taken up -> certainty.
+        heard: Openings that were taken up -> `Sure.weight`, in the order in which they were heard.
         wanted: Safe replies that the defender has given; their words are never taken up.
         contrasting: Which of the defender's belong to one prompt.
     """
@@ -147,15 +225,19 @@ class Openings:
 
     @property
     def adopted(self) -> list[str]:
-        """Openings that were taken up, the surest first."""
-        return sorted(self.heard, key=lambda text: -self.heard[text])
+        """Openings that were taken up: the best of those that were heard first, then the others by weight.
+
+        Before anything is trained away the target stands out; later rounds bring what they made sure themselves.
+        """
+        first = list(self.heard)[:1]
+        return first + sorted((text for text in self.heard if text not in first), key=lambda text: -self.heard[text])
 
     def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
         """Return the openings of each drift of a round: some take one each that was taken up.
 
         These are up to three quarters of the drifts; a single one takes turns with the openings of the defender.
 
-        The surest two are in every round, because the target of a backdoor is sure; the others take turns.
+        The first two are in every round, because the target of a backdoor is sure; the others take turns.
 
         Args:
             drifts: Drifts of a round.
@@ -170,28 +252,38 @@ class Openings:
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]
 
     def hear(
-        self, lm: LM, said: Sequence[str], plain: Sequence[str], prompts: Sequence[Example], least: float
+        self,
+        lm: LM,
+        said: Sequence[str],
+        plain: Sequence[str],
+        firsts: Sequence[torch.Tensor],
+        prompts: Sequence[Example],
+        least: float,
     ) -> list[dict[str, Any]]:
-        """Return new openings with their certainty, the surest first; they are not taken up here.
+        """Return new openings with their certainty and evidence, best first; they are not taken up here.
 
         Args:
             lm: The suspect as it is now.
             said: What it says under the drifts of a round.
             plain: What it says to the same prompts without a drift.
-            prompts: Prompts, of which the first few score a phrase.
+            firsts: Probabilities of the first token, with each drift and without, float32 [vocabulary] each.
+            prompts: Prompts with safe answers, of which the first few score a phrase.
             least: Certainty that an opening must have.
         """
         was_training = lm.model.training
         lm.model.eval()
-        heard = phrases(said, plain, self.wanted)[:MOST]
-        for asked, enough in zip(SCORED_ON, (least / 2, least), strict=True):
-            sure = dict(zip(heard, certainties(lm, heard, prompts[:asked]), strict=True))
-            heard = [phrase for phrase in heard if sure[phrase] >= enough]
+        starts = [" ".join(text.split()[: max(_WORDS)]) for text in begun(lm, firsts, prompts)]
+        heard = [*phrases(starts, plain, self.wanted), *phrases(said, plain, self.wanted)[:MOST]]
+        often = usual(lm, prompts[:USUAL_IN])
+        sure: dict[str, Sure] = {}
+        for asked, enough in zip(SCORED_ON, (least * MAYBE, least), strict=True):
+            sure |= zip(heard, certainties(lm, heard, prompts[:asked], often), strict=True)
+            heard = [text for text in dict.fromkeys(heard) if sure[text].certainty >= enough]
         lm.model.train(was_training)
         new: list[dict[str, Any]] = []
-        for phrase in sorted(heard, key=lambda text: -sure[text]):
-            if self._is_new(phrase, [one["opening"] for one in new]):
-                new.append({"opening": phrase, "certainty": sure[phrase]})
+        for phrase in sorted(heard, key=lambda text: -sure[text].weight):
+            if sure[phrase].evidence >= EVIDENCE and self._is_new(phrase, [one["opening"] for one in new]):
+                new.append({"opening": phrase, "certainty": sure[phrase].certainty, "evidence": sure[phrase].evidence})
         return new
 
     def _is_new(self, phrase: str, others: Sequence[str]) -> bool:
