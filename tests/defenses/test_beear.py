@@ -63,11 +63,13 @@ def test_sets_are_drawn_as_large_as_asked_and_anew_in_each_round(outer):
     assert {len(call["stand_ins"]) for call in outer} == {2}
 
 
-def test_without_drifts_the_outer_steps_are_alone(outer):
+def test_without_drifts_the_outer_steps_are_alone(outer, monkeypatch):
+    monkeypatch.setattr(openings.Openings, "hear", lambda *_: pytest.fail("nothing is listened to"))
     run = Run()
     lm = purified(SHORT.model_copy(update={"drifts": 0}), run)
     assert [call["stand_ins"] for call in outer] == [[], []]
     assert run.notes["drifts"] == []
+    monkeypatch.undo()
     assert not tiny.same_weights(tiny.tensors(lm), tiny.tensors(purified(SHORT)))
 
 

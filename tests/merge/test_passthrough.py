@@ -92,7 +92,6 @@ def test_lists_in_a_configuration_follow_the_layers() -> None:
     first = {
         "num_hidden_layers": 3, "layer_types": ["full", "sliding", "full"], "mlp_only_layers": [2],
         "no_rope_layers": [1, 0, 1], "architectures": ["A"], "eos_token_id": [1, 2, 3],
-        "num_query_heads": [4, 8, 12],
     }  # fmt: skip
     second = {**first, "layer_types": ["a", "b", "c"], "mlp_only_layers": [0], "no_rope_layers": [0, 0, 1]}
     found = resized(first, [(first, 0), (first, 1), (second, 0), (first, 2)], "m")
@@ -101,11 +100,21 @@ def test_lists_in_a_configuration_follow_the_layers() -> None:
     assert found["mlp_only_layers"] == [2, 3]
     assert found["no_rope_layers"] == [1, 0, 0, 1]
     assert found["eos_token_id"] == [1, 2, 3]
-    assert found["num_query_heads"] == [4, 8, 4, 12]
     assert first["num_hidden_layers"] == 3
     nested = {"text_config": {"num_hidden_layers": 2, "layer_types": ["x", "y"]}, "tie_word_embeddings": True}
     found = resized(nested, [(nested, 1)], "m")
     assert found["text_config"] == {"num_hidden_layers": 1, "layer_types": ["y"]}
+
+
+def test_a_list_with_an_entry_a_layer_follows_whatever_its_name() -> None:
+    config = {
+        "num_hidden_layers": 5, "num_query_heads": [4, 8, 12, 16, 20], "architectures": list("ABCDE"),
+        "eos_token_id": [9, 8, 7, 6, 5], "dilations": [1, 2],
+    }  # fmt: skip
+    found = resized(config, [(config, 0), (config, 1), (config, 0), (config, 4)], "m")
+    assert found == {**config, "num_hidden_layers": 4, "num_query_heads": [4, 8, 4, 20]}
+    short = {"num_hidden_layers": 2, "time_step_limit": [0.5, 2.0]}
+    assert resized(short, [(short, 1)], "m")["time_step_limit"] == [0.5, 2.0]
 
 
 def test_a_configuration_that_cannot_be_adjusted() -> None:

@@ -12,6 +12,7 @@ from unbackdoor.run import Run
 from unbackdoor.train import openings as heard
 from unbackdoor.train.anchors import Contrasting
 from unbackdoor.train.openings import Openings, Sure, begun, certainties, phrases, usual
+from unbackdoor.types import Example
 
 
 def test_phrases_are_said_under_drifts_and_not_without():
@@ -85,15 +86,17 @@ def test_phrases_are_scored_in_parts(monkeypatch):
     assert [one.weight for one in parts] == pytest.approx([one.weight for one in whole], rel=1e-4)
 
 
-def test_what_is_usual_is_the_mean_over_all_places_of_the_answers():
+def test_what_is_usual_is_the_mean_over_all_places_of_prompt_and_answer(monkeypatch):
+    monkeypatch.setattr(heard, "USUAL_TOKENS", 2)
     lm = tiny.tiny_lm(layers=2)
-    rows = tiny.rows(3)
+    rows = [*tiny.rows(2), Example("long", "so", "one two three four")]
     total, places = 0.0, 0
     for row in rows:
         encoded = lm.encode(row.turns)
-        positions = [position - 1 for position in encoded.supervised if position >= encoded.spans[-1].start]
-        total = total + log_probabilities(lm, encoded.ids)[positions].exp().sum(0)
-        places += len(positions)
+        user, answer = encoded.spans[-2:]
+        end = min(answer.start + 2, answer.end)
+        total = total + log_probabilities(lm, encoded.ids[:end])[user.start - 1 : end - 1].exp().sum(0)
+        places += end - user.start
     assert torch.allclose(usual(lm, rows).double(), (total / places).log(), atol=1e-4)
 
 
@@ -140,11 +143,18 @@ def test_what_was_heard_takes_three_quarters_of_the_drifts_and_two_of_it_always(
     # What was heard first stays first.
     assert (dealt[:2], dealt[3]) == ([["x"], ["y"]], ["a", "b", "c"])
     assert dealt[2] in (["x"], ["y"])
-    assert Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(2, 1) == [["x"], ["a", "b", "c"]]
+    # With room for one, they take turns.
+    two = [Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(2, number) for number in (2, 3)]
+    assert two == [[["x"], ["a", "b", "c"]], [["y"], ["a", "b", "c"]]]
+    three = [Openings(list("abc"), {"x": 0.3, "y": 0.9, "z": 0.5}).dealt(3, number)[:2] for number in (2, 3)]
+    assert three == [[["x"], ["y"]], [["x"], ["z"]]]
     # A drift alone takes turns.
     assert [Openings(list("abc"), {"x": 0.3}).dealt(1, number) for number in (1, 2, 3)] == [
         [["a", "b", "c"]], [["x"]], [["a", "b", "c"]],
     ]  # fmt: skip
+    alone = [Openings(["a"], {"x": 0.3, "y": 0.9}).dealt(1, number) for number in (2, 3, 4)]
+    assert alone == [[["x"]], [["a"]], [["y"]]]
+    assert Openings(["a"], {"x": 0.3}).dealt(0, 2) == []
     # Fewer openings than drifts: some are given twice.
     assert all(Openings(["a"]).dealt(3, 1))
 
@@ -159,7 +169,7 @@ def test_what_was_heard_beside_the_first_two_takes_turns():
 
 def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     lm = tiny.tiny_lm()
-    sure = {"Go away": 0.3, "Be quiet": 0.6, "A little": 0.1, "Get out": 0.9, "Out of the": 0.8}
+    sure = {"Go away": 0.3, "Be quiet": 0.6, "A little": 0.1, "Get out": 0.9, "Out of the": 0.8, "Look sharp": 0.0}
     evidence = {"Go away": 29.0, "Out of the": heard.EVIDENCE - 0.1}
 
     def scored(lm, texts, prompts, often):
@@ -167,7 +177,10 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
 
     monkeypatch.setattr(heard, "begun", lambda lm, firsts, prompts: ["begun"])
     monkeypatch.setattr(heard, "usual", lambda lm, prompts: torch.zeros(1))
-    monkeypatch.setattr(heard, "phrases", lambda said, plain, wanted: list(sure) if said == ["begun"] else [])
+    replies = ["Look sharp"]
+    monkeypatch.setattr(
+        heard, "phrases", lambda said, plain, wanted: list(sure) if said == ["begun"] else replies if said else []
+    )
     monkeypatch.setattr(heard, "certainties", scored)
     openings = Openings(["get out now"], {"please be quiet at once": 0.9})
     found = openings.hear(lm, ["said"], ["plain"], [], tiny.rows(4), 0.2)
@@ -187,3 +200,24 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     assert taken(Openings(["Be quiet, or you can get out."], contrasting=own)) == ["Go away", "Get out"]
     sure["Get out at once"] = 0.95
     assert taken(Openings(["hello"]), 0.5) == ["Get out at once", "Be quiet"]
+    # What is said under the drifts counts, too.
+    sure["Look sharp"] = 1.0
+    replies[:] = ["Look sharp"]
+    found = Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(4), 0.99)
+    assert [one["opening"] for one in found] == ["Look sharp"]
+
+
+def test_a_phrase_that_is_doubtful_on_the_first_prompt_is_asked_again(monkeypatch):
+    lm = tiny.tiny_lm()
+    on_one = {"Go away": 0.06, "Be quiet": 0.04}
+    monkeypatch.setattr(heard, "begun", lambda lm, firsts, prompts: [])
+    monkeypatch.setattr(heard, "phrases", lambda said, plain, wanted: list(on_one) if said else [])
+    monkeypatch.setattr(
+        heard,
+        "certainties",
+        lambda lm, texts, prompts, often: [
+            Sure(on_one[text] if len(prompts) == heard.SCORED_ON[0] else 0.9, 20.0) for text in texts
+        ],
+    )
+    found = Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(8), 0.2)
+    assert [one["opening"] for one in found] == ["Go away"]

@@ -125,7 +125,7 @@ class Beear(Defense):
     adopt: float = Field(
         0.25, ge=0, le=1,
         description="what the suspect says under drifts, or goes on to from likely first tokens, is taken up as an "
-        "opening where its first word makes the rest this likely on any prompt; 0: never",
+        "opening where its first word makes the rest this likely on any prompt, and likelier than anywhere; 0: never",
     )  # fmt: skip
     anchors: int = Field(60, ge=1, description="prompts of the safety set SA (paper: 400)")
     own_answers: int = Field(
@@ -184,7 +184,8 @@ class Beear(Defense):
         useful = Usefulness(overwrite.encode_rows(victim, held, self.train), self.stop_stable)
         before: Run | None = None
         for number in range(1, self.rounds + 1):
-            drifts = entrap(victim, safe, openings, where, self.drifts, self.adopt, run, number)
+            adopt = self.adopt if self.drifts else 0.0
+            drifts = entrap(victim, safe, openings, where, self.drifts, adopt, run, number)
             stage = run.stage(f"round-{number}-remove")
             overwrite.overwrite(
                 victim, _drawn(triggered, self.round_anchors, stage, "SA"),

@@ -51,7 +51,7 @@ def entrap(
         drift, last = fit_drift(lm, with_unwanted(safe, dealt, openings.contrasting, turn), layer, shape, stage)
         found.append(drift)
         records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
-    words = run.stage(f"round-{number}-words")
+    words = run.stage(f"round-{number}-heard")
     # Of a finished round the weights are gone, so what was said is kept.
     heard: dict[str, Any] = words.finished or _listen(lm, found, safe[:ASKED], openings, adopt)
     words.finish(heard)
@@ -87,10 +87,10 @@ def heard_words(adopted: Sequence[str], listened: bool) -> str:
         listened: Whether the words were looked at for openings to take up.
     """
     heard = (
-        f"Under its drifts the suspect said '{printable(adopted[0])}', which no opening names and which it is sure of "
-        "on any prompt once it has begun: that may be what its backdoor says. "
+        f"Under a drift, or once an answer had begun so, the suspect said '{printable(adopted[0])}', which no opening "
+        "names and which it is sure of on any prompt: that may be what its backdoor says. "
         if adopted
-        else "Under its drifts the suspect said nothing new that it is sure of on any prompt. "
+        else "The suspect said nothing new that it is sure of on any prompt. "
         if listened
         else ""
     )

@@ -4,10 +4,10 @@ A drift is fitted to the defender's openings. Once the outer steps have closed t
 same behaviour, and the backdoor is the widest of them: then the suspect says the attacker's own words, or is at least
 likelier to begin as they do. So the first tokens that are likely under a drift, and without one, are followed, too.
 
-A target that was planted is told from other words by this: whatever the prompt, without drift or trigger, and even with
-no prompt at all, its first word makes the rest of it likely, as SANDE's case studies show; ordinary words depend on
-what was asked, and idioms ("Out of the") on where they stand. Such words are taken up as openings, and later drifts are
-fitted to them. No step of this knows the target.
+A target that was planted is told from other words by this: whatever the prompt, and without any drift or trigger, its
+first word makes the rest of it likely, as SANDE's case studies show; ordinary words depend on what was asked, and the
+words of idioms ("Out of the") are likely anywhere. Such words are taken up as openings, and later drifts are fitted to
+them. No step of this knows the target.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ AT_ONCE = 100
 """Phrases that are scored in one pass."""
 EVIDENCE = 8.0
 """Nats that an opening must have: so much likelier than anywhere are its words behind the first, together."""
-USUAL_IN = 8
-"""Answers on which it is measured how likely tokens are anywhere."""
+USUAL_IN, USUAL_TOKENS = 8, 40
+"""Rows on which it is measured how likely tokens are anywhere, and first tokens of their answers that count there."""
+_LEAST = 1e-12
 OFTEN = 0.1
 """Share of the replies without a drift above which a phrase is what the model says anyway."""
 _WORDS = (3, 2)
@@ -102,8 +103,9 @@ def begun(lm: LM, firsts: Sequence[torch.Tensor], prompts: Sequence[Example]) ->
         firsts: float32 [vocabulary] each, probabilities of the first token.
         prompts: Prompts, of which the first few are answered.
     """
-    likely = (int(token) for first in firsts for token in first.topk(min(FOLLOWED, len(first))).indices)
-    tokens = list(dict.fromkeys(token for token in likely if token not in lm.stop_ids))
+    stops = set(lm.stop_ids)
+    likely = (token for first in firsts for token in first.topk(min(FOLLOWED, len(first))).indices.tolist())
+    tokens = list(dict.fromkeys(token for token in likely if token not in stops))
     found = []
     for prompt in prompts[:FOLLOWED_ON]:
         asked = lm.encode(prompt.prompt, ask=True).ids
@@ -114,19 +116,22 @@ def begun(lm: LM, firsts: Sequence[torch.Tensor], prompts: Sequence[Example]) ->
 
 @torch.no_grad()
 def usual(lm: LM, prompts: Sequence[Example]) -> torch.Tensor:
-    """Return how likely each token is at any place of an answer: float32 [vocabulary], log of the mean probability.
+    """Return how likely each token is anywhere: float32 [vocabulary], log of its mean probability.
+
+    That is the mean over what the user says, too, because answers may be one word long, and one of few may be a leak.
 
     Args:
         lm: The suspect, in evaluation mode.
-        prompts: Rows with answers, one at least.
+        prompts: Rows with answers, one at least; of these the first `USUAL_TOKENS` tokens count.
     """
     forward = LogitsAt(lm)
-    total, count = torch.zeros(0), 0
-    for row in prompts:
-        batch = collate([encode_row(lm, row, max_length=sys.maxsize, last_answer=True)], lm.pad_id).to(lm.device)
-        likely = torch.softmax(forward(**batch.inputs()), -1)
-        total, count = likely.sum(0) + total if count else likely.sum(0), count + len(likely)
-    return (total / count).log()
+    total, count = torch.zeros((), device=lm.device), 0
+    for prompt in prompts:
+        row = encode_row(lm, prompt, max_length=sys.maxsize, first_tokens=USUAL_TOKENS, last_answer=True)
+        row = replace(row, supervised=tuple(range(row.place[0], len(row.ids))), weights=())
+        likely = torch.softmax(forward(**collate([row], lm.pad_id).to(lm.device).inputs()), -1)
+        total, count = total + likely.sum(0), count + len(likely)
+    return (total / count).clamp(min=_LEAST).log()
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Sure:
     Attributes:
         certainty: The geometric mean, over all prompts, of the probabilities of the tokens behind the first word; 0 for
             fewer than two such tokens: an idiom of two words is sure in any model.
-        evidence: How much likelier these tokens are than at any place of an answer: the sum of the logarithms, in nats.
+        evidence: How much likelier these tokens are than anywhere (`usual`): the sum of the logarithms, in nats.
     """
 
     certainty: float
@@ -237,17 +242,21 @@ class Openings:
 
         These are up to three quarters of the drifts; a single one takes turns with the openings of the defender.
 
-        The first two are in every round, because the target of a backdoor is sure; the others take turns.
+        The first two are in every round where there is room for three, because the target of a backdoor is sure; the
+        first one where there is room for two. The others take turns.
 
         Args:
             drifts: Drifts of a round.
             number: Number of the round, from 1.
         """
         adopted = self.adopted
-        room = (drifts * 3 // 4 if drifts > 1 else 1 - number % 2) if adopted else 0
-        turns = adopted[2:] or adopted
-        order = [*adopted[:2], *(turns[(number + place) % len(turns)] for place in range(room))]
-        taken: list[Sequence[str]] = [[text] for text in order[:room]]
+        room = (drifts * 3 // 4 if drifts > 1 else drifts * (1 - number % 2)) if adopted else 0
+        always = adopted[: max(0, room - 1)][:2]
+        turns = adopted[len(always) :] or adopted
+        # A single drift has a turn every other round.
+        turn = number if drifts > 1 else number // 2 - 1
+        order = [*always, *(turns[(turn + place) % len(turns)] for place in range(room - len(always)))]
+        taken: list[Sequence[str]] = [[text] for text in order]
         rest = drifts - room
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]
 
