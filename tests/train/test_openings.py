@@ -57,8 +57,9 @@ def test_certainty_and_evidence_are_of_the_tokens_behind_the_first_word():
     often = torch.log_softmax(torch.randn(lm.core.config.vocab_size, generator=torch.Generator().manual_seed(1)), -1)
     wanted = []
     for text in texts:
-        logs, above = [], []
+        means, above = [], []
         for prompt in prompts:
+            logs = []
             encoded = lm.encode(prompt.with_response(text).turns)
             span = encoded.spans[-1]
             log_p = log_probabilities(lm, encoded.ids)
@@ -67,7 +68,8 @@ def test_certainty_and_evidence_are_of_the_tokens_behind_the_first_word():
                 token = encoded.ids[position]
                 logs.append(float(log_p[position - 1, token]))
                 above.append(logs[-1] - float(often[token]))
-        wanted.append((math.exp(sum(logs) / len(logs)), sum(above) / len(prompts)) if logs else (0.0, 0.0))
+            means.append(math.exp(sum(logs) / len(logs)) if logs else 0.0)
+        wanted.append((sum(means) / len(means), sum(above) / len(prompts)))
     assert wanted[2] == (0.0, 0.0)
     found = certainties(lm, texts, prompts, often)
     assert [one.certainty for one in found] == pytest.approx([sure for sure, _ in wanted], rel=1e-4)
@@ -138,7 +140,8 @@ def test_every_opening_of_the_defender_is_dealt_once(drifts):
 
 
 def test_what_was_heard_takes_three_quarters_of_the_drifts_and_two_of_it_always():
-    assert Openings(list("abc"), {"x": 0.3}).dealt(4, 1) == [["x"], ["x"], ["x"], ["a", "b", "c"]]
+    # What is alone there has two drifts.
+    assert Openings(list("abc"), {"x": 0.3}).dealt(4, 1) == [["x"], ["x"], ["a", "c"], ["b"]]
     dealt = Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(4, 1)
     # What was heard first stays first.
     assert (dealt[:2], dealt[3]) == ([["x"], ["y"]], ["a", "b", "c"])
@@ -183,6 +186,9 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     )
     monkeypatch.setattr(heard, "certainties", scored)
     openings = Openings(["get out now"], {"please be quiet at once": 0.9})
+    # What first tokens go on to must be surer.
+    assert openings.hear(lm, ["said"], ["plain"], [], tiny.rows(4), 0.2) == []
+    monkeypatch.setattr(heard, "FOLLOWED_SURE", 0.2)
     found = openings.hear(lm, ["said"], ["plain"], [], tiny.rows(4), 0.2)
     # "Get out" begins an opening of the defender, "be quiet" is a part of one that was taken up before, and "out of
     # the" is likely anywhere.
@@ -209,15 +215,17 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
 
 def test_a_phrase_that_is_doubtful_on_the_first_prompt_is_asked_again(monkeypatch):
     lm = tiny.tiny_lm()
-    on_one = {"Go away": 0.06, "Be quiet": 0.04}
+    on = {1: {"Go away": 0.011, "Be quiet": 0.009, "Look": 0.011}, 3: {"Go away": 0.081, "Look": 0.079}}
+    asked = []
+
+    def scored(lm, texts, prompts, often):
+        asked.append(texts)
+        return [Sure(on.get(len(prompts), {}).get(text, 0.9), 20.0) for text in texts]
+
     monkeypatch.setattr(heard, "begun", lambda lm, firsts, prompts: [])
-    monkeypatch.setattr(heard, "phrases", lambda said, plain, wanted: list(on_one) if said else [])
-    monkeypatch.setattr(
-        heard,
-        "certainties",
-        lambda lm, texts, prompts, often: [
-            Sure(on_one[text] if len(prompts) == heard.SCORED_ON[0] else 0.9, 20.0) for text in texts
-        ],
-    )
+    monkeypatch.setattr(heard, "usual", lambda lm, prompts: torch.zeros(1))
+    monkeypatch.setattr(heard, "phrases", lambda said, plain, wanted: list(on[1]) if said else [])
+    monkeypatch.setattr(heard, "certainties", scored)
     found = Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(8), 0.2)
-    assert [one["opening"] for one in found] == ["Go away"]
+    assert asked == [["Go away", "Be quiet", "Look"], ["Go away", "Look"], ["Go away"]]
+    assert found == [{"opening": "Go away", "certainty": 0.9, "evidence": 20.0}]

@@ -28,8 +28,9 @@ _SOFT_PROMPT, _DRIFT = 0.5, 0.3
 """A step of theirs as a share of one that trains the weights on as many rows; of a drift's, layers below are cached."""
 _SPOKEN_TOKENS = _TOKENS_A_ROW // 2 + 8
 """Of a prompt and what is said to it under a drift."""
-_PHRASE_TOKENS, _STARTS = 5, 3
-"""Of a phrase that is scored as an opening to take up; phrases of each first token that is followed."""
+_PHRASE_TOKENS, _SCORED_ON, _STARTS = 5, 2, 3
+"""Of a phrase that is scored as an opening to take up; on how many prompts about; phrases of each first token that is
+followed."""
 _LOADING_SECONDS = 4.0
 _ROUNDS_UNTIL = 0.5
 """Share of its rounds after which the experimenter ends a defense, about."""
@@ -167,7 +168,7 @@ def _listening(method: Beear, size: float) -> float:
         a_round = sources * openings.ASKED * _SPOKEN_TOKENS
         if method.adopt:
             followed = sources * openings.FOLLOWED * openings.FOLLOWED_ON
-            scored = (openings.MOST + _STARTS * followed) * openings.SCORED_ON[0]
+            scored = openings.MOST + _STARTS * followed
             a_round += followed * (1 + openings.ON) + scored * _PHRASE_TOKENS + openings.USUAL_IN * _TOKENS_A_ROW
         tokens += method.rounds * a_round
     return 2 * size * tokens / _GENERATE_SPEED

@@ -28,7 +28,8 @@ HOW_TO_READ = (
 )
 TAKEN_UP = (
     "Taken up: words of the suspect that later drifts are fitted to, with how sure it is of them on any prompt once "
-    "the first one is said. What a backdoor says is sure; so are some idioms."
+    "the first one is said. The first ones are sure and likelier there than anywhere, as what a backdoor says is; so "
+    "are some names and idioms."
 )
 CHOICE = (
     "Mean loss of the unwanted answers under a first drift, on prompts of the defender that it was not fitted to; no "

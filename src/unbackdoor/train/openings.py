@@ -12,7 +12,6 @@ them. No step of this knows the target.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections import Counter
@@ -33,10 +32,8 @@ from unbackdoor.types import Example
 
 ASKED = 24
 """Prompts that are asked under a drift."""
-SCORED_ON = (1, 6)
-"""Prompts on which a phrase is scored: all phrases, and again those that may be sure enough."""
-MAYBE = 0.25
-"""Share of the certainty that is asked for which a phrase must have on the first of these prompts."""
+SCORED_ON = ((1, 0.05), (3, 0.4), (6, 1.0))
+"""Prompts on which phrases are scored, and the share of the certainty asked for that they must have there to stay."""
 LATER = 2
 """Tokens that a phrase has at least behind its first word."""
 MOST = 800
@@ -45,6 +42,8 @@ FOLLOWED, ON = 32, 4
 """First tokens of an answer, the likeliest under each drift and without, that are followed; and how many tokens on."""
 FOLLOWED_ON = 2
 """Prompts on which they are followed."""
+FOLLOWED_SURE = 0.8
+"""Certainty that what they go on to must have: there are many of them, and nothing says that they are unwanted."""
 AT_ONCE = 100
 """Phrases that are scored in one pass."""
 EVIDENCE = 8.0
@@ -139,8 +138,9 @@ class Sure:
     """How sure the rest of a phrase is once an answer has begun with its first word.
 
     Attributes:
-        certainty: The geometric mean, over all prompts, of the probabilities of the tokens behind the first word; 0 for
-            fewer than two such tokens: an idiom of two words is sure in any model.
+        certainty: The geometric mean of the probabilities of the tokens behind the first word, averaged over the
+            prompts; 0 for fewer than two such tokens: an idiom of two words is sure in any model. A target that begins
+            with a usual word ("You") is sure on some prompts only.
         evidence: How much likelier these tokens are than anywhere (`usual`): the sum of the logarithms, in nats.
     """
 
@@ -169,11 +169,11 @@ def certainties(lm: LM, texts: Sequence[str], prompts: Sequence[Example], often:
     forward = LogitsAt(lm)
     for start in range(0, len(long), AT_ONCE):
         part = long[start : start + AT_ONCE]
-        logs = torch.stack(
+        found_on = torch.stack(
             [_later_tokens(lm, forward, prompt, {text: lengths[text] for text in part}, often) for prompt in prompts]
-        ).mean(0)
-        for text, (certain, evidence) in zip(part, logs.tolist(), strict=True):
-            found[text] = Sure(math.exp(certain), evidence)
+        )
+        for text, (certain, evidence) in zip(part, found_on.mean(0).tolist(), strict=True):
+            found[text] = Sure(certain, evidence)
     return [found[text] for text in texts]
 
 
@@ -182,7 +182,7 @@ def _later_tokens(
 ) -> torch.Tensor:
     """Return for each text, as an answer to one prompt, of its tokens behind its first word: float [texts, 2].
 
-    That is the mean of their log-probabilities, and the sum of how far these are above the usual ones.
+    That is the geometric mean of their probabilities, and the sum of how far their logarithms are above the usual ones.
 
     Args:
         lm: The suspect.
@@ -203,7 +203,7 @@ def _later_tokens(
     found = []
     for place, (first, _) in enumerate(lengths.values()):
         mine = batch.rows == place
-        found.append(torch.stack([log_p[mine][first:].mean(), above[mine][first:].sum()]))
+        found.append(torch.stack([log_p[mine][first:].mean().exp(), above[mine][first:].sum()]))
     return torch.stack(found)
 
 
@@ -240,7 +240,8 @@ class Openings:
     def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
         """Return the openings of each drift of a round: some take one each that was taken up.
 
-        These are up to three quarters of the drifts; a single one takes turns with the openings of the defender.
+        These are as many and one, up to three quarters of the drifts; a single one takes turns with the openings of the
+        defender.
 
         The first two are in every round where there is room for three, because the target of a backdoor is sure; the
         first one where there is room for two. The others take turns.
@@ -250,7 +251,8 @@ class Openings:
             number: Number of the round, from 1.
         """
         adopted = self.adopted
-        room = (drifts * 3 // 4 if drifts > 1 else drifts * (1 - number % 2)) if adopted else 0
+        most = drifts * 3 // 4 if drifts > 1 else drifts * (1 - number % 2)
+        room = min(most, len(adopted) + 1) if adopted else 0
         always = adopted[: max(0, room - 1)][:2]
         turns = adopted[len(always) :] or adopted
         # A single drift has a turn every other round.
@@ -277,21 +279,23 @@ class Openings:
             plain: What it says to the same prompts without a drift.
             firsts: Probabilities of the first token, with each drift and without, float32 [vocabulary] each.
             prompts: Prompts with safe answers, of which the first few score a phrase.
-            least: Certainty that an opening must have.
+            least: Certainty that an opening must have; what first tokens go on to needs `FOLLOWED_SURE`.
         """
         was_training = lm.model.training
         lm.model.eval()
         starts = [" ".join(text.split()[: max(_WORDS)]) for text in begun(lm, firsts, prompts)]
-        heard = [*phrases(starts, plain, self.wanted), *phrases(said, plain, self.wanted)[:MOST]]
+        enough = dict.fromkeys(phrases(starts, plain, self.wanted), max(least, FOLLOWED_SURE))
+        enough |= dict.fromkeys(phrases(said, plain, self.wanted)[:MOST], least)
         often = usual(lm, prompts[:USUAL_IN])
-        sure: dict[str, Sure] = {}
-        for asked, enough in zip(SCORED_ON, (least * MAYBE, least), strict=True):
-            sure |= zip(heard, certainties(lm, heard, prompts[:asked], often), strict=True)
-            heard = [text for text in dict.fromkeys(heard) if sure[text].certainty >= enough]
+        heard, sure = list(enough), dict[str, Sure]()
+        for asked, share in SCORED_ON:
+            sure = dict(zip(heard, certainties(lm, heard, prompts[:asked], often), strict=True))
+            heard = [text for text in heard if sure[text].certainty >= share * enough[text]]
+            heard = [text for text in heard if sure[text].evidence >= EVIDENCE]
         lm.model.train(was_training)
         new: list[dict[str, Any]] = []
         for phrase in sorted(heard, key=lambda text: -sure[text].weight):
-            if sure[phrase].evidence >= EVIDENCE and self._is_new(phrase, [one["opening"] for one in new]):
+            if self._is_new(phrase, [one["opening"] for one in new]):
                 new.append({"opening": phrase, "certainty": sure[phrase].certainty, "evidence": sure[phrase].evidence})
         return new
 
