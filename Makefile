@@ -9,7 +9,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 # The demo needs the light set only; lint, tests and docs need the second, too.
 LIGHT := gguf
 FULL := gguf,datasets,docs,endpoint,wordnet,serve,dev
@@ -64,4 +64,7 @@ $(VENV)/.light: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/.light
 	$(PIP) -e ".[$(FULL)]"
+	@# Tests start many processes, and where PYTHONDONTWRITEBYTECODE is set each would compile everything anew.
+	@# Some packages hold files of other versions of Python, which cannot be compiled.
+	@$(BIN)/python -m compileall -qq -j 2 $$($(BIN)/python -c "import site; print(site.getsitepackages()[0])") || true
 	@touch $@
