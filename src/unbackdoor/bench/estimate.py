@@ -168,7 +168,7 @@ def _listening(method: Beear, size: float) -> float:
         a_round = sources * openings.ASKED * _SPOKEN_TOKENS
         if method.adopt:
             followed = sources * openings.FOLLOWED * openings.FOLLOWED_ON
-            scored = openings.MOST + _STARTS * followed
+            scored = _SCORED_ON * (openings.MOST + _STARTS * followed)
             a_round += followed * (1 + openings.ON) + scored * _PHRASE_TOKENS + openings.USUAL_IN * _TOKENS_A_ROW
         tokens += method.rounds * a_round
     return 2 * size * tokens / _GENERATE_SPEED

@@ -33,15 +33,16 @@ from unbackdoor.types import Example
 ASKED = 24
 """Prompts that are asked under a drift."""
 SCORED_ON = ((1, 0.05), (3, 0.4), (6, 1.0))
-"""Prompts on which phrases are scored, and the share of the certainty asked for that they must have there to stay."""
+"""Prompts on which phrases are scored, and the share of the certainty asked for that they must have there to stay;
+their evidence must be whole each time."""
 LATER = 2
 """Tokens that a phrase has at least behind its first word."""
-MOST = 800
+MOST = 400
 """Phrases of replies that are scored in a round, the most frequent."""
 FOLLOWED, ON = 32, 4
 """First tokens of an answer, the likeliest under each drift and without, that are followed; and how many tokens on."""
-FOLLOWED_ON = 2
-"""Prompts on which they are followed."""
+FOLLOWED_ON = 1
+"""Prompts on which they are followed: what is sure enough to be taken up shows on any."""
 FOLLOWED_SURE = 0.8
 """Certainty that what they go on to must have: there are many of them, and nothing says that they are unwanted."""
 AT_ONCE = 100
