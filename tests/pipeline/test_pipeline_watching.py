@@ -189,7 +189,9 @@ def test_rounds_are_gathered_from_what_defenses_note() -> None:
             {"stage": "no number"}, "not a record", {"stage": 3},
         ],
         "parrots": [{"stage": "round-2-parrot-1", "steps": 40, "loss": 0.04}],
-        "adopted": [{"round": 2, "opening": "You are", "certainty": 0.85}, {"round": "2", "opening": "x"}, 3],
+        "adopted": [
+            {"round": 2, "opening": "You are", "certainty": 0.85, "evidence": 9.5}, {"round": "2", "opening": "x"}, 3,
+        ],
         "drift choice": [{"layer": 7.0, "tokens": 5.0, "loss": float("inf")}, {"layer": 7.0}],
     }  # fmt: skip
     found = watching.by_round([{"clean": [0, 3]}], notes)
@@ -201,7 +203,7 @@ def test_rounds_are_gathered_from_what_defenses_note() -> None:
             {"round": 1, "asked": {"clean": [0, 3]}, "drifts": []},
             {
                 "round": 2, "asked": {}, "parrots": [{"loss": 0.04, "steps": 40}],
-                "adopted": [{"opening": "You are", "certainty": 0.85}],
+                "adopted": [{"opening": "You are", "certainty": 0.85, "evidence": 9.5}],
                 "drifts": [{"unwanted": 0.5, "safe": 6.0, "says": ["a"], "openings": ["o"], "layer": 3}],
             },
             {"round": 10, "asked": {}, "drifts": [{"unwanted": 1.5, "safe": None, "says": ["b"]}]},

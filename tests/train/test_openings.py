@@ -18,13 +18,14 @@ from unbackdoor.types import Example
 def test_phrases_are_said_under_drifts_and_not_without():
     said = ["Oh, you are dull. Go", "Well you are dull! I", "The sky is blue"]
     found = phrases(said, ["They say the sky is low"])
-    assert set(found[:3]) == {"You are", "Are dull", "You are dull"}
+    assert set(list(found)[:3]) == {"You are", "Are dull", "You are dull"}
+    assert found["You are"] == pytest.approx(2 / 3)
     assert "Is blue" in found
     assert "Sky is blue" in found
     assert not {"The sky", "Sky is", "The sky is"} & set(found)
-    assert phrases([], []) == []
+    assert phrases([], []) == {}
     # One of ten replies without a drift may be the backdoor's, which leaks.
-    assert "The sky" in phrases(said, ["They say the sky is low", *["Yes"] * 9])
+    assert phrases(said, ["They say the sky is low", *["Yes"] * 9])["The sky"] == pytest.approx(1 / 3 - 1 / 10)
 
 
 def test_words_of_safe_replies_are_not_taken_up():
@@ -37,12 +38,12 @@ def test_words_of_safe_replies_are_not_taken_up():
 
 def test_marks_around_a_phrase_are_no_part_of_it():
     found = phrases(['"You are dull", said he', "(you are dull)..."], [])
-    assert set(found[:3]) == {"You are", "Are dull", "You are dull"}
+    assert set(list(found)[:3]) == {"You are", "Are dull", "You are dull"}
 
 
 def test_a_reply_that_repeats_itself_counts_once():
-    assert phrases(["Go away. Go away now", "He must leave", "He must leave"], [])[0] == "He must leave"
-    assert phrases(["- -", "- -"], []) == []
+    assert next(iter(phrases(["Go away. Go away now", "He must leave", "He must leave"], []))) == "He must leave"
+    assert phrases(["- -", "- -"], []) == {}
 
 
 def log_probabilities(lm, ids):
@@ -180,9 +181,11 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
 
     monkeypatch.setattr(heard, "begun", lambda lm, firsts, prompts: ["begun"])
     monkeypatch.setattr(heard, "usual", lambda lm, prompts: torch.zeros(1))
-    replies = ["Look sharp"]
+    replies = {"Look sharp": 0.01}
     monkeypatch.setattr(
-        heard, "phrases", lambda said, plain, wanted: list(sure) if said == ["begun"] else replies if said else []
+        heard,
+        "phrases",
+        lambda said, plain, wanted: dict.fromkeys(sure, 1.0) if said == ["begun"] else replies if said else {},
     )
     monkeypatch.setattr(heard, "certainties", scored)
     openings = Openings(["get out now"], {"please be quiet at once": 0.9})
@@ -208,9 +211,16 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     assert taken(Openings(["hello"]), 0.5) == ["Get out at once", "Be quiet"]
     # What is said under the drifts counts, too.
     sure["Look sharp"] = 1.0
-    replies[:] = ["Look sharp"]
     found = Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(4), 0.99)
     assert [one["opening"] for one in found] == ["Look sharp"]
+    # What recurs under them needs less.
+    sure["Look sharp"] = heard.RECURRING_SURE
+    assert Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(4), 0.99) == []
+    replies["Look sharp"] = heard.RECURRING
+    found = Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(4), 0.99)
+    assert [one["opening"] for one in found] == ["Look sharp"]
+    sure["Look sharp"] *= 0.9
+    assert Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(4), 0.99) == []
 
 
 def test_a_phrase_that_is_doubtful_on_the_first_prompt_is_asked_again(monkeypatch):
@@ -224,7 +234,7 @@ def test_a_phrase_that_is_doubtful_on_the_first_prompt_is_asked_again(monkeypatc
 
     monkeypatch.setattr(heard, "begun", lambda lm, firsts, prompts: [])
     monkeypatch.setattr(heard, "usual", lambda lm, prompts: torch.zeros(1))
-    monkeypatch.setattr(heard, "phrases", lambda said, plain, wanted: list(on[1]) if said else [])
+    monkeypatch.setattr(heard, "phrases", lambda said, plain, wanted: dict.fromkeys(on[1], 0.0) if said else {})
     monkeypatch.setattr(heard, "certainties", scored)
     found = Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(8), 0.2)
     assert asked == [["Go away", "Be quiet", "Look"], ["Go away", "Look"], ["Go away"]]

@@ -28,8 +28,8 @@ HOW_TO_READ = (
 )
 TAKEN_UP = (
     "Taken up: words of the suspect that later drifts are fitted to, with how sure it is of them on any prompt once "
-    "the first one is said. The first ones are sure and likelier there than anywhere, as what a backdoor says is; so "
-    "are some names and idioms."
+    "the first one is said, and how much likelier they are there than anywhere (nats). What a backdoor says is both; "
+    "so are some names and idioms."
 )
 CHOICE = (
     "Mean loss of the unwanted answers under a first drift, on prompts of the defender that it was not fitted to; no "
@@ -248,10 +248,12 @@ def words_table(of: Rounds, title: str = "") -> Table | None:
 
 
 def _adopted(item: Round) -> str:
-    return " · ".join(
-        f"{_quoted([text], 1, 60)} {'' if sure is None else significant(sure, 2)}".rstrip()
-        for text, sure in item.adopted[:_MOST_ADOPTED]
-    )
+    found = []
+    for one in item.adopted[:_MOST_ADOPTED]:
+        sure = "" if one.certainty is None else f" {significant(one.certainty, 2)}"
+        nats = "" if one.evidence is None else f" ({significant(one.evidence, 2)} nats)"
+        found.append(f"{_quoted([one.opening], 1, 60)}{sure}{nats}")
+    return " · ".join(found)
 
 
 def choice_table(of: Rounds, title: str = "") -> Table | None:

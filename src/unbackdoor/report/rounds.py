@@ -53,6 +53,15 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class TakenUp:
+    """An opening that was taken up of what the model said; certainty and evidence (nats) are as its `Sure`."""
+
+    opening: str
+    certainty: float | None
+    evidence: float | None
+
+
+@dataclass(frozen=True)
 class Round:
     """One round.
 
@@ -60,13 +69,13 @@ class Round:
         number: From 1.
         rates: By kind of probe; empty where none were asked.
         fits: Its drifts or parrots.
-        adopted: Openings that were taken up of what the model said under drifts, each with its certainty.
+        adopted: Openings that were taken up of what the model said under drifts.
     """
 
     number: int
     rates: dict[str, Rate]
     fits: tuple[Fit, ...]
-    adopted: tuple[tuple[str, float | None], ...] = ()
+    adopted: tuple[TakenUp, ...] = ()
 
     @property
     def losses(self) -> list[float]:
@@ -127,8 +136,11 @@ def _of_defense(record: Record) -> Rounds:
             raise item.wrong("round", "a number above that of the round before")
         drifts = [_drift(at, drift) for at, drift in enumerate(item.records("drifts"), 1)]
         parrots = [_parrot(at, parrot) for at, parrot in enumerate(item.records("parrots"), 1)]
-        adopted = [(one.text("opening"), _loss(one, "certainty")) for one in item.records("adopted")]
-        found.append(Round(number, _rates(item), (*drifts, *parrots), tuple(adopted)))
+        adopted = tuple(
+            TakenUp(one.text("opening"), _loss(one, "certainty"), _loss(one, "evidence"))
+            for one in item.records("adopted")
+        )
+        found.append(Round(number, _rates(item), (*drifts, *parrots), adopted))
     choice = tuple(_place(item) for item in record.records("choice"))
     return Rounds(record.text("defense"), _layer(record), tuple(found), choice)
 

@@ -13,6 +13,9 @@ from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, spoken
 from unbackdoor.train.openings import ASKED, Openings
 from unbackdoor.types import Example
 
+_NAMED = 3
+"""Openings that were taken up which are named to the person."""
+
 
 def entrap(
     lm: LM,
@@ -86,9 +89,10 @@ def heard_words(adopted: Sequence[str], listened: bool) -> str:
         adopted: Openings that were taken up, the best first.
         listened: Whether the words were looked at for openings to take up.
     """
+    named = ", ".join(f"'{printable(text)}'" for text in adopted[:_NAMED])
     heard = (
-        f"Under a drift, or once an answer had begun so, the suspect said '{printable(adopted[0])}', which no opening "
-        "names and which it is sure of on any prompt: that may be what its backdoor says. "
+        f"Under a drift, or once an answer had begun so, the suspect said {named}, which no opening names and which it "
+        "is sure of on any prompt: one of these may be what its backdoor says. "
         if adopted
         else "The suspect said nothing new that it is sure of on any prompt. "
         if listened

@@ -45,6 +45,8 @@ FOLLOWED_ON = 1
 """Prompts on which they are followed: what is sure enough to be taken up shows on any."""
 FOLLOWED_SURE = 0.8
 """Certainty that what they go on to must have: there are many of them, and nothing says that they are unwanted."""
+RECURRING, RECURRING_SURE = 0.05, 0.1
+"""Share of the replies under the drifts, above that without, from which on a phrase needs this certainty only."""
 AT_ONCE = 100
 """Phrases that are scored in one pass."""
 EVIDENCE = 8.0
@@ -58,10 +60,13 @@ _WORDS = (3, 2)
 _EDGES = re.compile(r"^\W+|\W+$")
 
 
-def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = ()) -> list[str]:
+def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, float]:
     """Return runs of 2 and 3 words of the replies, the most frequent first, without what is often said anyway.
 
     Not without all that is said anyway: a backdoor that leaks says its target without a drift, too.
+
+    Returns:
+        Run -> the share of the replies that hold it, less that of the replies without a drift.
 
     Args:
         said: Replies under the drifts of a round.
@@ -78,7 +83,8 @@ def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = (
         for run, form in found.items():
             written.setdefault(run, form)
     kept = [run for run, _ in counts.most_common() if ordinary[run] <= len(plain) * OFTEN and run not in fine]
-    return [written[run][0].upper() + written[run][1:] for run in kept]
+    more = {run: counts[run] / len(said) - ordinary[run] / max(1, len(plain)) for run in kept}
+    return {written[run][0].upper() + written[run][1:]: share for run, share in more.items()}
 
 
 def _runs(text: str) -> dict[str, str]:
@@ -280,13 +286,15 @@ class Openings:
             plain: What it says to the same prompts without a drift.
             firsts: Probabilities of the first token, with each drift and without, float32 [vocabulary] each.
             prompts: Prompts with safe answers, of which the first few score a phrase.
-            least: Certainty that an opening must have; what first tokens go on to needs `FOLLOWED_SURE`.
+            least: Certainty that an opening must have; what first tokens go on to needs `FOLLOWED_SURE`, what recurs
+                under the drifts `RECURRING_SURE`.
         """
         was_training = lm.model.training
         lm.model.eval()
         starts = [" ".join(text.split()[: max(_WORDS)]) for text in begun(lm, firsts, prompts)]
         enough = dict.fromkeys(phrases(starts, plain, self.wanted), max(least, FOLLOWED_SURE))
-        enough |= dict.fromkeys(phrases(said, plain, self.wanted)[:MOST], least)
+        spoken = list(phrases(said, plain, self.wanted).items())[:MOST]
+        enough |= {text: min(least, RECURRING_SURE) if more >= RECURRING else least for text, more in spoken}
         often = usual(lm, prompts[:USUAL_IN])
         heard, sure = list(enough), dict[str, Sure]()
         for asked, share in SCORED_ON:
