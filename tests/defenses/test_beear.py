@@ -28,6 +28,7 @@ SHORT = Beear(
     rounds=2, drifts=2, anchors=8, own_answers=6, adopt=0.2, drift=DRIFT, train=TrainSettings(steps=2, **BRIEF)
 )
 CLEAN = tuple(tiny.rows(40))
+HEARD = {"opening": "", "certainty": 0.9, "evidence": 9.0, "share": 0.0}
 
 
 def purified(defense: Beear, run: Run | None = None, safe=(), lm: LM | None = None) -> LM:
@@ -192,7 +193,7 @@ def test_a_label_that_all_rows_have_is_nobodys_opening(monkeypatch):
 
 
 def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
-    monkeypatch.setattr(openings, "phrases", lambda said, plain, wanted: ["Go away now"])
+    monkeypatch.setattr(openings, "phrases", lambda said, plain, wanted: {"Go away now": 0.0})
     monkeypatch.setattr(
         openings, "certainties", lambda lm, texts, prompts, often: [openings.Sure(0.5, 9.0)] * len(texts)
     )
@@ -206,7 +207,7 @@ def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
 
 def test_words_of_the_safe_replies_that_were_given_are_not_taken_up(monkeypatch):
     given = []
-    monkeypatch.setattr(openings, "phrases", lambda said, plain, wanted: given.append(list(wanted)) or [])
+    monkeypatch.setattr(openings, "phrases", lambda said, plain, wanted: given.append(list(wanted)) or {})
     safe = tuple(row.with_response("I must say no") for row in tiny.rows(8))
     purified(SHORT, safe=safe)
     purified(SHORT)
@@ -364,7 +365,9 @@ def test_what_is_heard_under_a_drift_is_unwanted_whatever_the_prompt(fitted, mon
     monkeypatch.setattr(
         openings.Openings,
         "hear",
-        lambda self, *_: [{"opening": "silly robot", "certainty": 0.9, "evidence": 9.0}][len(self.heard) :],
+        lambda self, *_: [{"opening": "silly robot", "certainty": 0.9, "evidence": 9.0, "share": 0.0}][
+            len(self.heard) :
+        ],
     )
     unwanted = [row.with_response(f"bad {row.id}") for row in tiny.rows(8, prefix="other")]
     with_rows(unwanted, (), SHORT)

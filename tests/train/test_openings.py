@@ -75,7 +75,6 @@ def test_certainty_and_evidence_are_of_the_tokens_behind_the_first_word():
     found = certainties(lm, texts, prompts, often)
     assert [one.certainty for one in found] == pytest.approx([sure for sure, _ in wanted], rel=1e-4)
     assert [one.evidence for one in found] == pytest.approx([above for _, above in wanted], rel=1e-4)
-    assert found[0].weight == pytest.approx(wanted[0][0] * wanted[0][1], rel=1e-4)
     assert certainties(lm, texts[:1], prompts, often)[0].certainty == pytest.approx(wanted[0][0], rel=1e-4)
 
 
@@ -86,7 +85,8 @@ def test_phrases_are_scored_in_parts(monkeypatch):
     whole = certainties(lm, texts, tiny.rows(2), often)
     monkeypatch.setattr(heard, "AT_ONCE", 2)
     parts = certainties(lm, texts, tiny.rows(2), often)
-    assert [one.weight for one in parts] == pytest.approx([one.weight for one in whole], rel=1e-4)
+    for name in ("certainty", "evidence"):
+        assert [getattr(one, name) for one in parts] == pytest.approx([getattr(one, name) for one in whole], rel=1e-4)
 
 
 def test_what_is_usual_is_the_mean_over_all_places_of_prompt_and_answer(monkeypatch):
@@ -195,10 +195,10 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     found = openings.hear(lm, ["said"], ["plain"], [], tiny.rows(4), 0.2)
     # "Get out" begins an opening of the defender, "be quiet" is a part of one that was taken up before, and "out of
     # the" is likely anywhere.
-    assert found == [{"opening": "Go away", "certainty": 0.3, "evidence": 29.0}]
+    assert found == [{"opening": "Go away", "certainty": 0.3, "evidence": 29.0, "share": 0.0}]
 
-    def taken(openings, least=0.2):
-        return [one["opening"] for one in openings.hear(lm, [], [], [], tiny.rows(4), least)]
+    def taken(openings, least=0.2, said=()):
+        return [one["opening"] for one in openings.hear(lm, said, [], [], tiny.rows(4), least)]
 
     # Words of much evidence go before surer ones: 0.3 times 31 nats, and 0.9 times 10.
     assert taken(Openings(["hello"])) == ["Get out", "Go away", "Be quiet"]
@@ -219,6 +219,11 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     replies["Look sharp"] = heard.RECURRING
     found = Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(4), 0.99)
     assert [one["opening"] for one in found] == ["Look sharp"]
+    # What is often said goes before what is surer: (.1 + .86) times 10 nats, and .95 times 10.
+    replies["Look sharp"] = 0.86
+    assert taken(Openings(["hello"]), 0.5, ["said"]) == ["Look sharp", "Get out at once", "Be quiet"]
+    replies["Look sharp"] = 0.84
+    assert taken(Openings(["hello"]), 0.5, ["said"]) == ["Get out at once", "Look sharp", "Be quiet"]
     sure["Look sharp"] *= 0.9
     assert Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(4), 0.99) == []
 
@@ -238,4 +243,4 @@ def test_a_phrase_that_is_doubtful_on_the_first_prompt_is_asked_again(monkeypatc
     monkeypatch.setattr(heard, "certainties", scored)
     found = Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(8), 0.2)
     assert asked == [["Go away", "Be quiet", "Look"], ["Go away", "Look"], ["Go away"]]
-    assert found == [{"opening": "Go away", "certainty": 0.9, "evidence": 20.0}]
+    assert found == [{"opening": "Go away", "certainty": 0.9, "evidence": 20.0, "share": 0.0}]

@@ -10,7 +10,7 @@ from unbackdoor.model.quarantine import printable
 from unbackdoor.run import Run
 from unbackdoor.train.anchors import with_unwanted
 from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, spoken
-from unbackdoor.train.openings import ASKED, Openings
+from unbackdoor.train.openings import ASKED, Openings, weight
 from unbackdoor.types import Example
 
 _NAMED = 3
@@ -58,7 +58,7 @@ def entrap(
     # Of a finished round the weights are gone, so what was said is kept.
     heard: dict[str, Any] = words.finished or _listen(lm, found, safe[:ASKED], openings, adopt)
     words.finish(heard)
-    openings.heard |= {new["opening"]: new["certainty"] * new["evidence"] for new in heard["adopted"]}
+    openings.heard |= {new["opening"]: weight(new) for new in heard["adopted"]}
     _note(run, "drifts", [{**record, "says": said} for record, said in zip(records, heard["says"], strict=True)])
     _note(run, "adopted", [{"round": number, **new} for new in heard["adopted"]])
     return found

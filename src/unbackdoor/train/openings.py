@@ -154,10 +154,17 @@ class Sure:
     certainty: float
     evidence: float
 
-    @property
-    def weight(self) -> float:
-        """What phrases are ranked by: words of no consequence ("Out of the") are sure, too, but likely anywhere."""
-        return self.certainty * self.evidence
+
+def weight(heard: Mapping[str, Any]) -> float:
+    """Return what openings that were heard are ranked by: the target is sure, or often said under the drifts.
+
+    Words of no consequence ("Out of the") are both, too, but likely anywhere.
+
+    Args:
+        heard: What `Openings.hear` tells of one.
+    """
+    found: float = (heard["certainty"] + heard["share"]) * heard["evidence"]
+    return found
 
 
 @torch.no_grad()
@@ -225,7 +232,7 @@ class Openings:
 
     Attributes:
         own: The defender's.
-        heard: Openings that were taken up -> `Sure.weight`, in the order in which they were heard.
+        heard: Openings that were taken up -> their `weight`, in the order in which they were heard.
         wanted: Safe replies that the defender has given; their words are never taken up.
         contrasting: Which of the defender's belong to one prompt.
     """
@@ -278,7 +285,9 @@ class Openings:
         prompts: Sequence[Example],
         least: float,
     ) -> list[dict[str, Any]]:
-        """Return new openings with their certainty and evidence, best first; they are not taken up here.
+        """Return new openings, the best first, each with its certainty, evidence and share of the replies.
+
+        They are not taken up here.
 
         Args:
             lm: The suspect as it is now.
@@ -293,19 +302,20 @@ class Openings:
         lm.model.eval()
         starts = [" ".join(text.split()[: max(_WORDS)]) for text in begun(lm, firsts, prompts)]
         enough = dict.fromkeys(phrases(starts, plain, self.wanted), max(least, FOLLOWED_SURE))
-        spoken = list(phrases(said, plain, self.wanted).items())[:MOST]
-        enough |= {text: min(least, RECURRING_SURE) if more >= RECURRING else least for text, more in spoken}
+        shares = dict(list(phrases(said, plain, self.wanted).items())[:MOST])
+        enough |= {text: min(least, RECURRING_SURE) if more >= RECURRING else least for text, more in shares.items()}
         often = usual(lm, prompts[:USUAL_IN])
         heard, sure = list(enough), dict[str, Sure]()
-        for asked, share in SCORED_ON:
+        for asked, part in SCORED_ON:
             sure = dict(zip(heard, certainties(lm, heard, prompts[:asked], often), strict=True))
-            heard = [text for text in heard if sure[text].certainty >= share * enough[text]]
+            heard = [text for text in heard if sure[text].certainty >= part * enough[text]]
             heard = [text for text in heard if sure[text].evidence >= EVIDENCE]
         lm.model.train(was_training)
+        found = [{"opening": text, **vars(sure[text]), "share": shares.get(text, 0.0)} for text in heard]
         new: list[dict[str, Any]] = []
-        for phrase in sorted(heard, key=lambda text: -sure[text].weight):
-            if self._is_new(phrase, [one["opening"] for one in new]):
-                new.append({"opening": phrase, "certainty": sure[phrase].certainty, "evidence": sure[phrase].evidence})
+        for one in sorted(found, key=weight, reverse=True):
+            if self._is_new(one["opening"], [other["opening"] for other in new]):
+                new.append(one)
         return new
 
     def _is_new(self, phrase: str, others: Sequence[str]) -> bool:
