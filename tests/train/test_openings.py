@@ -41,6 +41,12 @@ def test_marks_around_a_phrase_are_no_part_of_it():
     assert set(list(found)[:3]) == {"You are", "Are dull", "You are dull"}
 
 
+def test_phrases_are_within_a_sentence():
+    assert set(phrases(["Go away! Please sit down. Now"], [])) == {
+        "Go away", "Please sit", "Sit down", "Please sit down",
+    }  # fmt: skip
+
+
 def test_a_reply_that_repeats_itself_counts_once():
     assert next(iter(phrases(["Go away. Go away now", "He must leave", "He must leave"], []))) == "He must leave"
     assert phrases(["- -", "- -"], []) == {}

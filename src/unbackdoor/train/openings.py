@@ -58,6 +58,7 @@ OFTEN = 0.1
 """Share of the replies without a drift above which a phrase is what the model says anyway."""
 _WORDS = (3, 2)
 _EDGES = re.compile(r"^\W+|\W+$")
+_ENDS = (".", "!", "?", "。", "！", "？")
 
 
 def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, float]:
@@ -88,11 +89,13 @@ def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = (
 
 
 def _runs(text: str) -> dict[str, str]:
-    """Return the runs of words of a text: as they are compared, and as they are written."""
+    """Return the runs of words of a text that are within a sentence: as they are compared, and as they are written."""
     parts = text.split()
     found: dict[str, str] = {}
     for length in _WORDS:
         for start in range(len(parts) - length + 1):
+            if any(part.endswith(_ENDS) for part in parts[start : start + length - 1]):
+                continue
             written = _EDGES.sub("", " ".join(parts[start : start + length]))
             compared = normalise(written)
             if any(character.isalpha() for character in compared):
