@@ -16,7 +16,7 @@ import tiny
 from unbackdoor.defenses.base import Need, knowledge_for
 from unbackdoor.defenses.beear import Beear
 from unbackdoor.run import Run
-from unbackdoor.train import engine, overwrite, soft_prompt
+from unbackdoor.train import engine, entrap, overwrite, soft_prompt
 from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.losses import Term
@@ -85,9 +85,11 @@ def _worker(folder: Path) -> None:
     _, stopped = train_prompt(4, stop_below=prompt_history[0]["loss"] + 1e-4)
     _, capped = train_weights(4, cap=history[0]["more"] - 1e-4)
     beear, drifts = through_beear(4)
+    entrap._listen = lambda lm, drifts, *rest: {"says": [[rank]] * len(drifts), "adopted": []}
+    _, heard = through_beear(4)
     torch.save(
         {"weights": weights, "history": history, "prompt": prompt, "prompt_history": prompt_history,
-         "stopped": len(stopped), "capped": capped, "beear": beear, "drifts": json.dumps(drifts)},
+         "stopped": len(stopped), "capped": capped, "beear": beear, "drifts": json.dumps(drifts), "heard": [one["says"] for one in heard]},
         folder / f"{rank}.pt",
     )  # fmt: skip
     torch.distributed.destroy_process_group()
@@ -164,6 +166,10 @@ def test_the_drifts_of_beear_are_those_of_one_process_and_both_processes_end_wit
         for found, wanted in zip(json.loads(result["drifts"]), drifts, strict=True):
             assert found["says"] == wanted["says"]
             assert found["unwanted"] == pytest.approx(wanted["unwanted"], rel=1e-4)
+
+
+def test_both_processes_take_up_what_the_first_one_heard(two_processes):
+    assert [result["heard"] for result in two_processes] == [[["0"], ["0"]]] * 2
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from unbackdoor.run import Run
 from unbackdoor.train.anchors import with_unwanted
 from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, spoken
 from unbackdoor.train.openings import ASKED, Openings, weight
+from unbackdoor.train.state import agreed
 from unbackdoor.types import Example
 
 _NAMED = 3
@@ -56,7 +57,7 @@ def entrap(
         records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
     words = run.stage(f"round-{number}-heard")
     # Of a finished round the weights are gone, so what was said is kept.
-    heard: dict[str, Any] = words.finished or _listen(lm, found, safe[:ASKED], openings, adopt)
+    heard: dict[str, Any] = agreed(words.finished or _listen(lm, found, safe[:ASKED], openings, adopt))
     words.finish(heard)
     openings.heard |= {new["opening"]: weight(new) for new in heard["adopted"]}
     _note(run, "drifts", [{**record, "says": said} for record, said in zip(records, heard["says"], strict=True)])

@@ -12,12 +12,14 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from unbackdoor.run import Run, write_atomically
+
+T = TypeVar("T")
 
 
 def save_finished(run: Run, parameters: Mapping[str, Tensor], record: Mapping[str, object]) -> None:
@@ -134,6 +136,20 @@ def _main_process() -> bool:
     """True unless this is a helper process of a data-parallel run; only the main process writes."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0)
+
+
+def agreed(value: T) -> T:
+    """Return the first process's value, in every process of a data-parallel run.
+
+    Args:
+        value: What this process found; anything that can be pickled.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    found = [value]
+    distributed.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
