@@ -89,7 +89,8 @@ def _worker(folder: Path) -> None:
     _, heard = through_beear(4)
     torch.save(
         {"weights": weights, "history": history, "prompt": prompt, "prompt_history": prompt_history,
-         "stopped": len(stopped), "capped": capped, "beear": beear, "drifts": json.dumps(drifts), "heard": [one["says"] for one in heard]},
+         "stopped": len(stopped), "capped": capped, "beear": beear, "drifts": json.dumps(drifts),
+         "heard": [one["says"] for one in heard]},
         folder / f"{rank}.pt",
     )  # fmt: skip
     torch.distributed.destroy_process_group()
