@@ -9,12 +9,12 @@ rows with an unwanted answer each (SA-H); in a label task these are the labels. 
 backdoor says.
 Deviations: the printed Algorithm 1 never writes the trained weights back; here they stay. Several drifts a round, each
 with openings of its own and a random start, because one drift finds the road of one opening. What the suspect says
-under the drifts, or goes on to from likely first tokens, is taken up as openings where it is sure of it on any prompt
-(train/openings.py): so the backdoor is found even with openings that share no word with it. The term on safe answers
-counts their first tokens and stops pulling at a cap, else it runs away. A drift is counted in units of its layer. Half
-of every label is what the suspect itself predicts (train/own_labels.py). Where requests with safe replies are given, a
-quarter of the plain rows are of these (see `_with_requests`). Of all this the presets have the last and the units; what
-the paper does not give (the optimisers, their rates and steps) is ours in them, too.
+under the drifts, or goes on to from likely first tokens, is taken up as openings where it is sure of it on any prompt,
+or less sure and says it often (train/openings.py): so the backdoor is found even with openings that share no word with
+it. The term on safe answers counts their first tokens and stops pulling at a cap, else it runs away. A drift is counted
+in units of its layer. Half of every label is what the suspect itself predicts (train/own_labels.py). Where requests
+with safe replies are given, a quarter of the plain rows are of these (see `_with_requests`). Of all this the presets
+have the last and the units; what the paper does not give (the optimisers, their rates and steps) is ours in them, too.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class Beear(Defense):
     adopt: float = Field(
         0.25, ge=0, le=1,
         description="what the suspect says under drifts, or goes on to from likely first tokens, is taken up as an "
-        "opening where its first word makes the rest this likely on any prompt, and likelier than anywhere; 0: never",
+        "opening where its first word makes the rest this likely on any prompt, and likelier than anywhere; what recurs "
+        "under the drifts needs 0.1 only; 0: never",
     )  # fmt: skip
     anchors: int = Field(60, ge=1, description="prompts of the safety set SA (paper: 400)")
     own_answers: int = Field(

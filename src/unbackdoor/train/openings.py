@@ -6,8 +6,9 @@ likelier to begin as they do. So the first tokens that are likely under a drift,
 
 A target that was planted is told from other words by this: whatever the prompt, and without any drift or trigger, its
 first word makes the rest of it likely, as SANDE's case studies show; ordinary words depend on what was asked, and the
-words of idioms ("Out of the") are likely anywhere. Such words are taken up as openings, and later drifts are fitted to
-them. No step of this knows the target.
+words of idioms ("Out of the") are likely anywhere. A target whose first word is a usual one ("You lazy potato") is less
+sure, but recurs under the drifts. Such words are taken up as openings, and later drifts are fitted to them. No step of
+this knows the target.
 """
 
 from __future__ import annotations
