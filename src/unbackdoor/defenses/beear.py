@@ -125,8 +125,8 @@ class Beear(Defense):
     adopt: float = Field(
         0.25, ge=0, le=1,
         description="what the suspect says under drifts, or goes on to from likely first tokens, is taken up as an "
-        "opening where its first word makes the rest this likely on any prompt, and likelier than anywhere; what recurs "
-        "under the drifts needs 0.1 only; 0: never",
+        "opening where its first word makes the rest this likely on any prompt, and likelier than anywhere; what "
+        "recurs under the drifts needs 0.1 only; 0: never",
     )  # fmt: skip
     anchors: int = Field(60, ge=1, description="prompts of the safety set SA (paper: 400)")
     own_answers: int = Field(

@@ -31,9 +31,11 @@ from unbackdoor.pipeline.recipe import AttackRecipe, EvaluateRecipe, PurifyRecip
 from unbackdoor.run import Progress, Run, Silent
 
 if TYPE_CHECKING:
+    from unbackdoor.data.splits import Splits
     from unbackdoor.model.lm import LM
     from unbackdoor.pipeline.folders import Workspace
     from unbackdoor.pipeline.inputs import EvaluateInputs, PurifyInputs
+    from unbackdoor.secret import Secret
     from unbackdoor.types import Probe
 
 TRACKERS = ("tensorboard", "wandb")
@@ -137,20 +139,20 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
             "attack", recipe.model_dump(mode="json"), (victim, untouched), run.curves, hashes,
             artefacts.how_to_load(job.out, planted.lm.base), progress.notices, run.notes,
         )  # fmt: skip
-        own_files = {
-            "secret.json": planted.secret.model_dump_json(indent=1) + "\n",
-            "defender.jsonl": rows_as_text(found.splits.clean),
-            "test.jsonl": rows_as_text(found.splits.test),
-        }
-        if found.splits.safe:
-            own_files["safe.jsonl"] = rows_as_text(found.splits.safe)
-        results = _stage(place, record, own_files, probes, job)
+        results = _stage(place, record, _own_files(planted.secret, found.splits), probes, job)
         title = f"{recipe.model} with a backdoor planted by {recipe.attack}"
         card = model_card(
             title, recipe.model, planted.lm, "It holds a backdoor, to measure defenses with.", place.staged
         )
         place.publish_model(planted.lm, record.manifest({"result": "victim"}), card)
     return Outcome(job.out, results)
+
+
+def _own_files(secret: Secret, splits: Splits) -> dict[str, str]:
+    """Return what `attack` writes beside the victim: name -> text."""
+    rows = {"defender.jsonl": splits.clean, "test.jsonl": splits.test, "safe.jsonl": splits.safe}
+    texts = {name: rows_as_text(found) for name, found in rows.items() if found or name != "safe.jsonl"}
+    return {"secret.json": secret.model_dump_json(indent=1) + "\n", **texts}
 
 
 def run_purify(recipe: PurifyRecipe, job: Job) -> Outcome:

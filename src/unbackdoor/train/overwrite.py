@@ -187,15 +187,19 @@ def overwrite(
     check_room(len(stand_ins), min(triggered_size, len(triggered)))
     kept_plain, plain_apart = set_apart(plain, settings)
     apart = {row.id for row in plain_apart}
-    streams = {
-        "triggered": stream(
-            lm, [row for row in triggered if row.id not in apart], triggered_size, run, "triggered order"
-        )
-    }
+    kept = [row for row in triggered if row.id not in apart]
+    streams = {"triggered": stream(lm, kept, triggered_size, run, "triggered order")}
     held_out = {"triggered": [row for row in triggered if row.id in apart]}
     if plain_size:
         streams["plain"] = stream(lm, kept_plain, plain_size, run, "plain order")
         held_out["plain"] = plain_apart
+    loss = _loss(stand_ins, own)
+    score = score_on(lm, loss, held_out, settings)
+    return engine.fit(lm, engine.weights(lm), streams, loss, settings, run, score=score)
+
+
+def _loss(stand_ins: Sequence[StandIn], own: OwnLabels | None) -> Callable[..., dict[str, Term]]:
+    """Return the loss of triggered and plain rows; arguments as in `overwrite`."""
 
     def summed(logits: Tensor, batch: Batch) -> Tensor:
         return own.loss(logits, batch) if own else cross_entropy_sum(logits, batch.targets, batch.weights)
@@ -214,5 +218,4 @@ def overwrite(
             terms["plain"] = Term(summed(forward(**batches["plain"].inputs()), batches["plain"]), "plain")
         return terms
 
-    score = score_on(lm, loss, held_out, settings)
-    return engine.fit(lm, engine.weights(lm), streams, loss, settings, run, score=score)
+    return loss
