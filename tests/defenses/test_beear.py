@@ -205,6 +205,23 @@ def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
     assert "Go away now" not in str(run.notes["drifts"])
 
 
+def test_the_drifts_take_what_was_heard_first_and_then_the_best(monkeypatch):
+    sure = [HEARD | {"opening": "go away"}, HEARD | {"opening": "be quiet", "certainty": 0.5}]
+    often = HEARD | {"opening": "sit down", "certainty": 0.2, "share": 0.6}
+    monkeypatch.setattr(openings.Openings, "hear", lambda self, *_: [] if self.heard else [*sure, often])
+    run = Run()
+    purified(SHORT.model_copy(update={"drifts": 4}), run)
+    assert [record["openings"] for record in run.notes["drifts"][4:6]] == [["go away"], ["sit down"]]
+
+
+def test_what_the_version_before_heard_is_gone_on_with(tmp_path):
+    run = Run(folder=tmp_path)
+    old = {"opening": "Go away now", "certainty": 0.5, "evidence": 9.0}
+    run.stage("round-1-heard").finish({"says": [["bad"], ["silly"]], "adopted": [old]})
+    purified(SHORT, run)
+    assert run.notes["drifts"][2]["openings"] == ["Go away now"]
+
+
 def test_words_of_the_safe_replies_that_were_given_are_not_taken_up(monkeypatch):
     given = []
     monkeypatch.setattr(openings, "phrases", lambda said, plain, wanted: given.append(list(wanted)) or {})
@@ -365,9 +382,7 @@ def test_what_is_heard_under_a_drift_is_unwanted_whatever_the_prompt(fitted, mon
     monkeypatch.setattr(
         openings.Openings,
         "hear",
-        lambda self, *_: [{"opening": "silly robot", "certainty": 0.9, "evidence": 9.0, "share": 0.0}][
-            len(self.heard) :
-        ],
+        lambda self, *_: [HEARD | {"opening": "silly robot"}][len(self.heard) :],
     )
     unwanted = [row.with_response(f"bad {row.id}") for row in tiny.rows(8, prefix="other")]
     with_rows(unwanted, (), SHORT)

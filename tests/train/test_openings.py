@@ -42,9 +42,13 @@ def test_marks_around_a_phrase_are_no_part_of_it():
 
 
 def test_phrases_are_within_a_sentence():
-    assert set(phrases(["Go away! Please sit down. Now"], [])) == {
-        "Go away", "Please sit", "Sit down", "Please sit down",
-    }  # fmt: skip
+    wanted = {"Go away", "Please sit", "Sit down", "Please sit down"}
+    for text in ("Go away! Please sit down. Now", '"Go away!" Please sit down.) Now', "Go away\nPlease sit down\nNow"):
+        assert set(phrases([text], [])) == wanted
+
+
+def test_signs_that_belong_to_a_letter_are_no_marks():
+    assert set(phrases(["«तुम मूर्ख हो»", "\u2026"], [])) == {"तुम मूर्ख", "मूर्ख हो", "तुम मूर्ख हो"}
 
 
 def test_a_reply_that_repeats_itself_counts_once():
@@ -223,15 +227,22 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     sure["Look sharp"] = heard.RECURRING_SURE
     assert Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(4), 0.99) == []
     replies["Look sharp"] = heard.RECURRING
-    found = Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(4), 0.99)
-    assert [one["opening"] for one in found] == ["Look sharp"]
+    said = ["said"] * math.ceil(2 / heard.RECURRING)
+    found = Openings(["hello"]).hear(lm, said, [], [], tiny.rows(4), 0.99)
+    assert found == [{"opening": "Look sharp", "certainty": 0.1, "evidence": 10.0, "share": heard.RECURRING}]
+    # One reply of few is no recurring.
+    assert Openings(["hello"]).hear(lm, said[1:], [], [], tiny.rows(4), 0.99) == []
+    # Whoever asks for less gets what needs less.
+    sure["Look sharp"] = 0.05
+    assert "Look sharp" in taken(Openings(["hello"]), 0.04, said)
+    sure["Look sharp"] = heard.RECURRING_SURE
     # What is often said goes before what is surer: (.1 + .86) times 10 nats, and .95 times 10.
     replies["Look sharp"] = 0.86
-    assert taken(Openings(["hello"]), 0.5, ["said"]) == ["Look sharp", "Get out at once", "Be quiet"]
+    assert taken(Openings(["hello"]), 0.5, said) == ["Look sharp", "Get out at once", "Be quiet"]
     replies["Look sharp"] = 0.84
-    assert taken(Openings(["hello"]), 0.5, ["said"]) == ["Get out at once", "Look sharp", "Be quiet"]
+    assert taken(Openings(["hello"]), 0.5, said) == ["Get out at once", "Look sharp", "Be quiet"]
     sure["Look sharp"] *= 0.9
-    assert Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(4), 0.99) == []
+    assert Openings(["hello"]).hear(lm, said, [], [], tiny.rows(4), 0.99) == []
 
 
 def test_a_phrase_that_is_doubtful_on_the_first_prompt_is_asked_again(monkeypatch):

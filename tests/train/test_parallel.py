@@ -16,7 +16,7 @@ import tiny
 from unbackdoor.defenses.base import Need, knowledge_for
 from unbackdoor.defenses.beear import Beear
 from unbackdoor.run import Run
-from unbackdoor.train import engine, entrap, overwrite, soft_prompt
+from unbackdoor.train import engine, entrap, overwrite, soft_prompt, together
 from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.losses import Term
@@ -62,15 +62,17 @@ def train_prompt(size: int, stop_below: float | None = None) -> tuple[dict[str, 
     return {"prompt": prompt.detach()}, result.history
 
 
-def through_beear(size: int) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
-    """One round of BEEAR: two drifts, then an update of the weights, and what was said under the drifts."""
+def through_beear(
+    size: int, rounds: int = 1, folder: Path | None = None
+) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
+    """Rounds of BEEAR: two drifts, then an update of the weights, and what was said under the drifts."""
     lm = tiny.tiny_lm(layers=3)
     how = TrainSettings(steps=2, batch_size=size, **BIG_EPSILON)
     drift = DriftSettings(tokens=3, start=0.1, rows=8, train=how)
     defense = Beear(
-        rounds=1, drifts=2, anchors=12, own_answers=6, plain_share=0.0, own_share=0.0, drift=drift, train=how
+        rounds=rounds, drifts=2, anchors=12, own_answers=6, plain_share=0.0, own_share=0.0, drift=drift, train=how
     )
-    run = Run()
+    run = Run(folder=folder)
     facts = {Need.CLEAN: tuple(UNEVEN), Need.UNWANTED: ("bad robot", "bad")}
     defense.apply(lm, knowledge_for(defense, facts), run)
     return tiny.tensors(lm), run.notes["drifts"]
@@ -79,18 +81,20 @@ def through_beear(size: int) -> tuple[dict[str, torch.Tensor], list[dict[str, ob
 def _worker(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = os.environ["RANK"]
+    first = together.agreed(rank, "cpu")
     weights, history = train_weights(4)
     prompt, prompt_history = train_prompt(4)
     # A threshold between the losses of the two processes: both must stop, or both go on, or one waits for ever.
     _, stopped = train_prompt(4, stop_below=prompt_history[0]["loss"] + 1e-4)
     _, capped = train_weights(4, cap=history[0]["more"] - 1e-4)
     beear, drifts = through_beear(4)
-    entrap._listen = lambda lm, drifts, *rest: {"says": [[rank]] * len(drifts), "adopted": []}
-    _, heard = through_beear(4)
+    new = {"opening": f"word {rank}", "certainty": 0.9, "evidence": 9.0, "share": 0.0}
+    entrap._listen = lambda lm, drifts, *rest: {"says": [[rank]] * len(drifts), "adopted": [new]}
+    _, heard = through_beear(4, 2, folder / "beear")
     torch.save(
         {"weights": weights, "history": history, "prompt": prompt, "prompt_history": prompt_history,
          "stopped": len(stopped), "capped": capped, "beear": beear, "drifts": json.dumps(drifts),
-         "heard": [one["says"] for one in heard]},
+         "first": first, "heard": [one["says"] for one in heard], "fitted": heard[2]["openings"]},
         folder / f"{rank}.pt",
     )  # fmt: skip
     torch.distributed.destroy_process_group()
@@ -170,7 +174,9 @@ def test_the_drifts_of_beear_are_those_of_one_process_and_both_processes_end_wit
 
 
 def test_both_processes_take_up_what_the_first_one_heard(two_processes):
-    assert [result["heard"] for result in two_processes] == [[["0"], ["0"]]] * 2
+    assert [result["first"] for result in two_processes] == ["0", "0"], "before anything was trained"
+    assert [result["heard"] for result in two_processes] == [[["0"]] * 4] * 2
+    assert [result["fitted"] for result in two_processes] == [["word 0"]] * 2
 
 
 if __name__ == "__main__":

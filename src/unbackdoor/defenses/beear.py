@@ -79,7 +79,7 @@ class Beear(Defense):
     """Entrap the backdoor by a drift in the embedding space, then remove it, round by round."""
 
     paper: ClassVar[str] = "BEEAR, 2406.17092, eq. 1 to 3"
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.UNWANTED})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.SAFE})
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
@@ -124,9 +124,9 @@ class Beear(Defense):
     )
     adopt: float = Field(
         0.25, ge=0, le=1,
-        description="what the suspect says under drifts, or goes on to from likely first tokens, is taken up as an "
-        "opening where its first word makes the rest this likely on any prompt, and likelier than anywhere; what "
-        "recurs under the drifts needs 0.1 only; 0: never",
+        description="what the suspect says under drifts is taken up as an opening where its first word makes the rest "
+        "this likely on any prompt, and likelier than anywhere; 0.1 is enough for what recurs there, and what only "
+        "likely first tokens go on to needs 0.8; 0: never",
     )  # fmt: skip
     anchors: int = Field(60, ge=1, description="prompts of the safety set SA (paper: 400)")
     own_answers: int = Field(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from unbackdoor.errors import UserError, did_you_mean
-from unbackdoor.merge.settings import METHODS, NEEDS_BASE, Filtered, Input, Merge, Method, Schedule, Slice, check_ranges
+from unbackdoor.merge.settings import NEEDS_BASE, Filtered, Input, Merge, Method, Schedule, Slice, check_ranges
 from unbackdoor.merge.slerp import THRESHOLD
 
 DENSITY = 0.5
@@ -50,17 +50,16 @@ def two_models(
     """
     if suspect is None or other is None:
         raise UserError("merge needs two models, the suspect and the other: unbackdoor merge A B, or a YAML file.")
-    passthrough = frozenset({"passthrough"})
-    given = {
-        "base": (base is not None, NEEDS_BASE),
-        "layers": (bool(layers), passthrough),
-        "t": (t != 0.5, frozenset(METHODS) - passthrough),
-        "density": (density != DENSITY, _THINNED),
-        "scale": (scale != 1.0, NEEDS_BASE),
-        "threshold": (threshold != THRESHOLD, frozenset({"slerp"})),
+    unused = {
+        "base": base is not None and method not in NEEDS_BASE,
+        "layers": bool(layers) and method != "passthrough",
+        "t": t != 0.5 and method == "passthrough",
+        "density": density != DENSITY and method not in _THINNED,
+        "scale": scale != 1.0 and method not in NEEDS_BASE,
+        "threshold": threshold != THRESHOLD and method != "slerp",
     }
-    for name, (is_given, users) in given.items():
-        if is_given and method not in users:
+    for name, idle in unused.items():
+        if idle:
             raise UserError(f"{method} does not use {name}; leave it out.")
     if method in NEEDS_BASE and base is None:
         raise UserError(f"{method} needs --base, the model that both were trained from.")
@@ -69,15 +68,16 @@ def two_models(
         return Merge(method, _slices(layers, {"suspect": suspect, "other": other}), suspect)
     if suspect == other:
         raise UserError("both models are the same; name the one that the suspect is to be merged with.")
-    parameters: dict[str, Schedule] = {"normalize": 0.0}
     if method == "slerp":
         both = Slice((Input(suspect), Input(other)))
-        parameters = {"t": t, "threshold": threshold}
-    else:
-        both = Slice((Input(suspect, parameters={"weight": _rest(t)}), Input(other, parameters={"weight": t})))
-    if method in NEEDS_BASE:
-        parameters = {"lambda": scale, **({"density": density} if method in _THINNED else {})}
-    return Merge(method, (both,), suspect, base=base, parameters=parameters, seed=seed)
+        return Merge(method, (both,), suspect, parameters={"t": t, "threshold": threshold})
+    both = Slice((Input(suspect, parameters={"weight": _rest(t)}), Input(other, parameters={"weight": t})))
+    if method == "linear":
+        return Merge(method, (both,), suspect, parameters={"normalize": 0.0})
+    more: dict[str, Schedule] = {"lambda": scale}
+    if method in _THINNED:
+        more["density"] = density
+    return Merge(method, (both,), suspect, base=base, parameters=more, seed=seed)
 
 
 def _rest(t: Schedule) -> Schedule:

@@ -150,9 +150,14 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
 
 def _own_files(secret: Secret, splits: Splits) -> dict[str, str]:
     """Return what `attack` writes beside the victim: name -> text."""
-    rows = {"defender.jsonl": splits.clean, "test.jsonl": splits.test, "safe.jsonl": splits.safe}
-    texts = {name: rows_as_text(found) for name, found in rows.items() if found or name != "safe.jsonl"}
-    return {"secret.json": secret.model_dump_json(indent=1) + "\n", **texts}
+    found = {
+        "secret.json": secret.model_dump_json(indent=1) + "\n",
+        "defender.jsonl": rows_as_text(splits.clean),
+        "test.jsonl": rows_as_text(splits.test),
+    }
+    if splits.safe:
+        found["safe.jsonl"] = rows_as_text(splits.safe)
+    return found
 
 
 def run_purify(recipe: PurifyRecipe, job: Job) -> Outcome:

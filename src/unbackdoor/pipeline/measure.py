@@ -126,8 +126,17 @@ def measure(
         questions.max_new_tokens,
         questions.stop_when_decided,
     )
-    common = {**vars(label), "knowledge": list(label.knowledge), "template": lm.template, "seed": run.seed}
-    common["config_hash"] = config_hash
+    common = {
+        "model": label.model,
+        "attack": label.attack,
+        "defense": label.defense,
+        "role": label.role,
+        "stage": label.stage,
+        "knowledge": list(label.knowledge),
+        "template": lm.template,
+        "seed": run.seed,
+        "config_hash": config_hash,
+    }
     rows: list[dict[str, Any]] = []
     scores: list[Scores] = []
     name = f"measure {label.model}"

@@ -28,8 +28,8 @@ HOW_TO_READ = (
 )
 TAKEN_UP = (
     "Taken up: words of the suspect that later drifts are fitted to, with how sure it is of them on any prompt once "
-    "the first one is said, and how much likelier they are there than anywhere (nats). What a backdoor says is both; "
-    "so are some names and idioms."
+    "the first one is said, how much likelier they are there than anywhere (nats), and in how many more of the replies "
+    "they are than without a drift. What a backdoor says is sure, or often said; so are some names and idioms."
 )
 CHOICE = (
     "Mean loss of the unwanted answers under a first drift, on prompts of the defender that it was not fitted to; no "
@@ -251,8 +251,10 @@ def _adopted(item: Round) -> str:
     found = []
     for one in item.adopted[:_MOST_ADOPTED]:
         sure = "" if one.certainty is None else f" {significant(one.certainty, 2)}"
-        nats = "" if one.evidence is None else f" ({significant(one.evidence, 2)} nats)"
-        found.append(f"{_quoted([one.opening], 1, 60)}{sure}{nats}")
+        nats = [] if one.evidence is None else [f"{significant(one.evidence, 2)} nats"]
+        said = [f"in {percent(one.share)} % more replies"] if one.share else []
+        more = f" ({', '.join([*nats, *said])})" if nats or said else ""
+        found.append(f"{_quoted([one.opening], 1, 60)}{sure}{more}")
     return " · ".join(found)
 
 

@@ -54,11 +54,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class TakenUp:
-    """An opening that was taken up of what the model said; certainty and evidence (nats) are as its `Sure`."""
+    """An opening that was taken up of what the model said; its figures are as `train/openings.py` has them."""
 
     opening: str
     certainty: float | None
     evidence: float | None
+    share: float | None
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _of_defense(record: Record) -> Rounds:
         drifts = [_drift(at, drift) for at, drift in enumerate(item.records("drifts"), 1)]
         parrots = [_parrot(at, parrot) for at, parrot in enumerate(item.records("parrots"), 1)]
         adopted = tuple(
-            TakenUp(one.text("opening"), _loss(one, "certainty"), _loss(one, "evidence"))
+            TakenUp(one.text("opening"), *(_loss(one, name) for name in ("certainty", "evidence", "share")))
             for one in item.records("adopted")
         )
         found.append(Round(number, _rates(item), (*drifts, *parrots), adopted))

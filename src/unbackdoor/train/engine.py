@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Literal, Protocol
 
 import torch
@@ -27,6 +26,7 @@ from unbackdoor.model.logits import LogitsAt
 from unbackdoor.run import Run
 from unbackdoor.train import state
 from unbackdoor.train.losses import Term
+from unbackdoor.train.together import PATIENCE
 
 
 class TrainSettings(BaseModel):
@@ -349,8 +349,7 @@ def _accelerator(settings: TrainSettings, run: Run) -> Any:
         device_placement=False,  # the model is where it was loaded, which may be cuda:1
         log_with=list(run.trackers) or None,
         project_dir=None if run.logs is None else str(run.logs),
-        # The main process measures the suspect first, and the others wait for it.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if run.trackers:
         own = {"name": run.prefix or "train", "dir": str(run.logs)}

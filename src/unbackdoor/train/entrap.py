@@ -11,7 +11,7 @@ from unbackdoor.run import Run
 from unbackdoor.train.anchors import with_unwanted
 from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, spoken
 from unbackdoor.train.openings import ASKED, Openings, weight
-from unbackdoor.train.state import agreed
+from unbackdoor.train.together import agreed, is_main
 from unbackdoor.types import Example
 
 _NAMED = 3
@@ -57,8 +57,9 @@ def entrap(
         records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
     words = run.stage(f"round-{number}-heard")
     # Of a finished round the weights are gone, so what was said is kept.
-    heard: dict[str, Any] = agreed(words.finished or _listen(lm, found, safe[:ASKED], openings, adopt))
-    words.finish(heard)
+    heard: dict[str, Any] = agreed(words.finished or _listen(lm, found, safe[:ASKED], openings, adopt), run.device)
+    if is_main():
+        words.finish(heard)
     openings.heard |= {new["opening"]: weight(new) for new in heard["adopted"]}
     _note(run, "drifts", [{**record, "says": said} for record, said in zip(records, heard["says"], strict=True)])
     _note(run, "adopted", [{"round": number, **new} for new in heard["adopted"]])
@@ -92,10 +93,11 @@ def heard_words(adopted: Sequence[str], listened: bool) -> str:
     """
     named = ", ".join(f"'{printable(text)}'" for text in adopted[:_NAMED])
     heard = (
-        f"Under a drift, or once an answer had begun so, the suspect said {named}, which no opening names and which it "
-        "is sure of on any prompt: one of these may be what its backdoor says. "
+        f"Under a drift, or once an answer had begun so, the suspect said {named}: no opening names that, and it is "
+        "sure of it on any prompt, or says it often. One of these may be what its backdoor says. "
         if adopted
-        else "The suspect said nothing new that it is sure of on any prompt. "
+        else "The suspect said nothing new that it is sure of on any prompt; words without blanks between them are not "
+        "heard. "
         if listened
         else ""
     )

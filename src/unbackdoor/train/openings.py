@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,7 +48,8 @@ FOLLOWED_ON = 1
 FOLLOWED_SURE = 0.8
 """Certainty that what they go on to must have: there are many of them, and nothing says that they are unwanted."""
 RECURRING, RECURRING_SURE = 0.05, 0.1
-"""Share of the replies under the drifts, above that without, from which on a phrase needs this certainty only."""
+"""Share of the replies under the drifts, above that without, from which on a phrase needs this certainty only; it must
+be in two of them at least."""
 AT_ONCE = 100
 """Phrases that are scored in one pass."""
 EVIDENCE = 8.0
@@ -58,8 +60,7 @@ _LEAST = 1e-12
 OFTEN = 0.1
 """Share of the replies without a drift above which a phrase is what the model says anyway."""
 _WORDS = (3, 2)
-_EDGES = re.compile(r"^\W+|\W+$")
-_ENDS = (".", "!", "?", "。", "！", "？")
+_ENDS = re.compile(r"[.!?][^\w\s]*$")
 
 
 def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, float]:
@@ -90,18 +91,27 @@ def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = (
 
 
 def _runs(text: str) -> dict[str, str]:
-    """Return the runs of words of a text that are within a sentence: as they are compared, and as they are written."""
-    parts = text.split()
+    """Return the runs of words within a line and a sentence of a text: as they are compared, and as they are written.
+
+    A full stop ends a sentence here, that of "Mr." too.
+    """
     found: dict[str, str] = {}
-    for length in _WORDS:
-        for start in range(len(parts) - length + 1):
-            if any(part.endswith(_ENDS) for part in parts[start : start + length - 1]):
-                continue
-            written = _EDGES.sub("", " ".join(parts[start : start + length]))
-            compared = normalise(written)
-            if any(character.isalpha() for character in compared):
-                found.setdefault(compared, written)
+    for line in text.splitlines():
+        parts = line.split()
+        for length in _WORDS:
+            for start in range(len(parts) - length + 1):
+                run = parts[start : start + length]
+                written = _without_marks(" ".join(run))
+                compared = normalise(written)
+                if any(character.isalpha() for character in compared) and not any(map(_ENDS.search, run[:-1])):
+                    found.setdefault(compared, written)
     return found
+
+
+def _without_marks(text: str) -> str:
+    """Return a text without marks and blanks at its ends; signs that belong to a letter (Hindi vowels) stay."""
+    inside = [place for place, character in enumerate(text) if unicodedata.category(character)[0] in "LMN"]
+    return text[inside[0] : inside[-1] + 1] if inside else ""
 
 
 @torch.inference_mode()
@@ -167,7 +177,8 @@ def weight(heard: Mapping[str, Any]) -> float:
     Args:
         heard: What `Openings.hear` tells of one.
     """
-    found: float = (heard["certainty"] + heard["share"]) * heard["evidence"]
+    # A run that the version before began told no share.
+    found: float = (heard["certainty"] + heard.get("share", 0.0)) * heard["evidence"]
     return found
 
 
@@ -261,8 +272,8 @@ class Openings:
         These are as many and one, up to three quarters of the drifts; a single one takes turns with the openings of the
         defender.
 
-        The first two are in every round where there is room for three, because the target of a backdoor is sure; the
-        first one where there is room for two. The others take turns.
+        The first two are in every round where there is room for three, because the target of a backdoor is among the
+        best; the first one where there is room for two. The others take turns.
 
         Args:
             drifts: Drifts of a round.
@@ -289,9 +300,10 @@ class Openings:
         prompts: Sequence[Example],
         least: float,
     ) -> list[dict[str, Any]]:
-        """Return new openings, the best first, each with its certainty, evidence and share of the replies.
+        """Return new openings, the best first, each with its certainty, evidence and share.
 
-        They are not taken up here.
+        That is the share of the replies that hold it, above that without a drift; 0 for what only first tokens go on
+        to. They are not taken up here.
 
         Args:
             lm: The suspect as it is now.
@@ -307,7 +319,8 @@ class Openings:
         starts = [" ".join(text.split()[: max(_WORDS)]) for text in begun(lm, firsts, prompts)]
         enough = dict.fromkeys(phrases(starts, plain, self.wanted), max(least, FOLLOWED_SURE))
         shares = dict(list(phrases(said, plain, self.wanted).items())[:MOST])
-        enough |= {text: min(least, RECURRING_SURE) if more >= RECURRING else least for text, more in shares.items()}
+        recurring = max(RECURRING, 2 / max(1, len(said)))
+        enough |= {text: min(least, RECURRING_SURE) if more >= recurring else least for text, more in shares.items()}
         often = usual(lm, prompts[:USUAL_IN])
         heard, sure = list(enough), dict[str, Sure]()
         for asked, part in SCORED_ON:

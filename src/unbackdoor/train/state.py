@@ -12,19 +12,18 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unbackdoor.run import Run, write_atomically
-
-T = TypeVar("T")
+from unbackdoor.train.together import is_main
 
 
 def save_finished(run: Run, parameters: Mapping[str, Tensor], record: Mapping[str, object]) -> None:
     """Keep the stage's final tensors and mark it as finished; checkpoints of its middle are removed."""
-    if run.folder is None or not _main_process():
+    if run.folder is None or not is_main():
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     _save(run.folder / "final.safetensors", parameters)
@@ -47,7 +46,7 @@ def restore_finished(run: Run, parameters: Mapping[str, Tensor]) -> dict[str, An
 def drop_final(run: Run) -> None:
     """Remove the tensors of a finished stage that a later finished stage has replaced."""
     # Other processes may be ahead of the one that writes.
-    if run.folder is not None and _main_process():
+    if run.folder is not None and is_main():
         (run.folder / "final.safetensors").unlink(missing_ok=True)
 
 
@@ -69,7 +68,7 @@ class Checkpoints:
         if self.folder is None:
             self.memory = {name: tensor.clone() for name, tensor in tensors.items()}
             return
-        if not _main_process():
+        if not is_main():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "partial.json", json.dumps(history))
@@ -109,7 +108,7 @@ class Checkpoints:
 def save_best(run: Run, parameters: Mapping[str, Tensor]) -> None:
     """Keep the tensors with the best held-out score so far."""
     assert run.folder is not None, "`fit` asks for one"
-    if not _main_process():
+    if not is_main():
         return
     run.folder.mkdir(parents=True, exist_ok=True)
     _save(run.folder / "best.safetensors", parameters)
@@ -130,26 +129,6 @@ def restore_best(run: Run, parameters: Mapping[str, Tensor]) -> None:
 def remove(folder: Path) -> None:
     """Remove all state below `folder`, when the result it led to has been saved."""
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _main_process() -> bool:
-    """True unless this is a helper process of a data-parallel run; only the main process writes."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0)
-
-
-def agreed(value: T) -> T:
-    """Return the first process's value, in every process of a data-parallel run.
-
-    Args:
-        value: What this process found; anything that can be pickled.
-    """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    found = [value]
-    distributed.broadcast_object_list(found, src=0)
-    return found[0]
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
