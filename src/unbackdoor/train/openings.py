@@ -68,13 +68,13 @@ def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = (
 
     Not without all that is said anyway: a backdoor that leaks says its target without a drift, too.
 
-    Returns:
-        Run -> the share of the replies that hold it, less that of the replies without a drift.
-
     Args:
         said: Replies under the drifts of a round.
         plain: Replies to the same prompts without a drift.
         wanted: Texts that the model may say; no run of theirs is returned.
+
+    Returns:
+        Run -> the share of the replies that hold it, less that of the replies without a drift.
     """
     ordinary = Counter(run for text in plain for run in _runs(text))
     fine = {run for text in wanted for run in _runs(text)}
