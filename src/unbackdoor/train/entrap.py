@@ -93,8 +93,8 @@ def heard_words(adopted: Sequence[str], listened: bool) -> str:
     """
     named = " and ".join(f"'{printable(text)}'" for text in adopted[:_NAMED])
     heard = (
-        f"Under a drift, or once an answer had begun so, the suspect said {named}, which no opening names, and which it "
-        "is sure of on any prompt or says often. What its backdoor says is like that. "
+        f"Under a drift, or once an answer had begun so, the suspect said {named}, which no opening names, and which "
+        "it is sure of on any prompt or says often. What its backdoor says is like that. "
         if adopted
         else "The suspect said nothing new that it is sure of on any prompt; words without blanks between them are not "
         "heard. "
