@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from openai import OpenAI
@@ -23,9 +23,12 @@ class Server:
     process: subprocess.Popen[str]
     url: str
     errors: list[str]
+    clients: list[OpenAI] = field(default_factory=list)
 
     def client(self, key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        """Return a client, which is closed with the server; a socket that is left open fails some later test."""
+        self.clients.append(OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60))
+        return self.clients[-1]
 
     def metrics(self) -> dict[str, float]:
         import httpx2
@@ -49,6 +52,7 @@ def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> It
         command, env={**own, **(environment or {})}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     errors: list[str] = []
+    server: Server | None = None
     reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True)
     reader.start()
     try:
@@ -59,8 +63,11 @@ def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> It
             process.wait(timeout=60)
             reader.join()
             raise AssertionError(f"{line}{''.join(errors)}")
-        yield Server(process, found[0], errors)
+        server = Server(process, found[0], errors)
+        yield server
     finally:
+        for client in server.clients if server else ():
+            client.close()
         if process.poll() is None:
             process.terminate()
             process.wait(timeout=60)
