@@ -91,10 +91,10 @@ def heard_words(adopted: Sequence[str], listened: bool) -> str:
         adopted: Openings that were taken up, the best first.
         listened: Whether the words were looked at for openings to take up.
     """
-    named = " and ".join(f"'{printable(text)}'" for text in adopted[:_NAMED])
+    named = ", ".join(f"'{printable(text)}'" for text in adopted[:_NAMED])
     heard = (
         f"Under a drift, or once an answer had begun so, the suspect said {named}, which no opening names, and which "
-        "it is sure of on any prompt or says often. What its backdoor says is like that. "
+        "it is sure of on any prompt or says often. If it has a backdoor, that may say one of these. "
         if adopted
         else "The suspect said nothing new that it is sure of on any prompt; words without blanks between them are not "
         "heard. "
