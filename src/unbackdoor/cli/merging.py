@@ -55,12 +55,7 @@ def _merge(
         return
     out = common.out or Path("runs") / "merge"
     if common.dry_run:
-        from unbackdoor.pipeline.merging import plan_merge
-
-        found = plan_merge(recipe)
-        if not common.overwrite:
-            refuse_finished(out)
-        print_json(found.to_json()) if common.json_output else output.plan(found)
+        _show_plan(recipe, out, common)
         return
     from unbackdoor.pipeline.merging import run_merge
 
@@ -74,6 +69,16 @@ def _merge(
         printable_lines(f"{facts['tensors']} tensors merged by {facts['method']}, {facts['copied']} of them copied.")
     )
     typer.echo(str(outcome.folder))
+
+
+def _show_plan(recipe: recipes.MergeRecipe, out: Path, common: Common) -> None:
+    """Show what a merge would do."""
+    from unbackdoor.pipeline.merging import plan_merge
+
+    found = plan_merge(recipe)
+    if not common.overwrite:
+        refuse_finished(out)
+    print_json(found.to_json()) if common.json_output else output.plan(found)
 
 
 def _numbers(text: str) -> Any:

@@ -50,17 +50,15 @@ def two_models(
     """
     if suspect is None or other is None:
         raise UserError("merge needs two models, the suspect and the other: unbackdoor merge A B, or a YAML file.")
-    unused = {
-        "base": base is not None and method not in NEEDS_BASE,
-        "layers": bool(layers) and method != "passthrough",
-        "t": t != 0.5 and method == "passthrough",
-        "density": density != DENSITY and method not in _THINNED,
-        "scale": scale != 1.0 and method not in NEEDS_BASE,
-        "threshold": threshold != THRESHOLD and method != "slerp",
+    given = {
+        "base": base is not None,
+        "layers": bool(layers),
+        "t": t != 0.5,
+        "density": density != DENSITY,
+        "scale": scale != 1.0,
+        "threshold": threshold != THRESHOLD,
     }
-    for name, idle in unused.items():
-        if idle:
-            raise UserError(f"{method} does not use {name}; leave it out.")
+    _refuse_unused(method, [name for name, is_given in given.items() if is_given])
     if method in NEEDS_BASE and base is None:
         raise UserError(f"{method} needs --base, the model that both were trained from.")
     check_ranges({"t": t}, "")
@@ -78,6 +76,21 @@ def two_models(
     if method in _THINNED:
         more["density"] = density
     return Merge(method, (both,), suspect, base=base, parameters=more, seed=seed)
+
+
+def _refuse_unused(method: Method, given: Sequence[str]) -> None:
+    """Raise if the method does not use one of what was given."""
+    used = {
+        "base": method in NEEDS_BASE,
+        "layers": method == "passthrough",
+        "t": method != "passthrough",
+        "density": method in _THINNED,
+        "scale": method in NEEDS_BASE,
+        "threshold": method == "slerp",
+    }
+    for name in given:
+        if not used[name]:
+            raise UserError(f"{method} does not use {name}; leave it out.")
 
 
 def _rest(t: Schedule) -> Schedule:

@@ -121,13 +121,13 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
         probes = tuple(found.attack.probes(planted.secret, found.asked, Run(recipe.seed)))
         questions = questions_for(recipe, probes, planted.secret.goal, planted.secret.targets, found.data)
         label = Label(f"{recipe.model} + {recipe.attack}", "suspect", "before", recipe.attack)
-        seconds = training_seconds(run.curves)
         victim = portrait.kept(
             place.stages / "suspect.json",
             lambda: portrait.portray(
-                planted.lm, questions, label, _ask(run), config_hash=identity, training_seconds=seconds
+                planted.lm, questions, label, _ask(run),
+                config_hash=identity, training_seconds=training_seconds(run.curves),
             ),
-        )
+        )  # fmt: skip
         untouched = portrait.kept(
             place.stages / "reference.json",
             lambda: portrait.portray(

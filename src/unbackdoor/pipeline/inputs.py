@@ -130,22 +130,7 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
     Raises:
         UserError: If anything is wrong with it.
     """
-    from unbackdoor.pipeline.steps import defense_called
-
-    defense = defense_called(recipe.defense, recipe.settings)
-    given = _given(recipe)
-    if Need.EVIDENCE not in defense.needs | defense.uses and carries_guards(recipe.model):
-        # Then it is for the guard that the suspect carries, which acts when the suspect is asked.
-        given.pop(Need.EVIDENCE)
-    knowledge_for(defense, given)
-    if recipe.evidence is not None:
-        check_source(recipe.evidence)
-    _check_weights_mode(recipe, parse_spec(recipe.model), defense)
-    for spec in (recipe.model, recipe.reference):
-        if spec is not None:
-            check_model(spec)
-    check_device(recipe.device)
-    check_metrics(recipe.metrics or ())
+    defense, given = _checked_defense(recipe)
     facts = _read_facts(recipe, given, progress)
     probes, goal, secret = read_questions(recipe.probes, recipe.goal, recipe.metrics)
     _check_watch(recipe, probes, goal)
@@ -177,6 +162,27 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
         reader.check_asked(probes, recipe.max_new_tokens)
         data = reader.measurable(data, progress)
     return PurifyInputs(defense, facts, probes, goal, targets, data, secret.attack if secret else "")
+
+
+def _checked_defense(recipe: PurifyRecipe) -> tuple[Defense, dict[Need, Any]]:
+    """Return the defense and what it was given, after a look at all that can be told before a row is read."""
+    from unbackdoor.pipeline.steps import defense_called
+
+    defense = defense_called(recipe.defense, recipe.settings)
+    given = _given(recipe)
+    if Need.EVIDENCE not in defense.needs | defense.uses and carries_guards(recipe.model):
+        # Then it is for the guard that the suspect carries, which acts when the suspect is asked.
+        given.pop(Need.EVIDENCE)
+    knowledge_for(defense, given)
+    if recipe.evidence is not None:
+        check_source(recipe.evidence)
+    _check_weights_mode(recipe, parse_spec(recipe.model), defense)
+    for spec in (recipe.model, recipe.reference):
+        if spec is not None:
+            check_model(spec)
+    check_device(recipe.device)
+    check_metrics(recipe.metrics or ())
+    return defense, given
 
 
 def _given(recipe: PurifyRecipe) -> dict[Need, Any]:

@@ -115,17 +115,7 @@ def measure(
     Raises:
         UserError: If a figure is not finite: no report could show it, and the model is good for nothing.
     """
-    subject = Subject(
-        lm,
-        fill_holes(lm, questions.probes, questions.max_new_tokens),
-        questions.goal,
-        before,
-        questions.data,
-        questions.targets,
-        questions.labels,
-        questions.max_new_tokens,
-        questions.stop_when_decided,
-    )
+    subject = _subject(lm, questions, before)
     common = {
         "model": label.model,
         "attack": label.attack,
@@ -155,6 +145,20 @@ def measure(
             run.progress.advance(name, done, {})
     run.progress.finish(name)
     return Measurement(rows, scores, _replies(subject, label), [dict(record) for record in journal])
+
+
+def _subject(lm: LM, questions: Questions, before: LM | None) -> Subject:
+    return Subject(
+        lm,
+        fill_holes(lm, questions.probes, questions.max_new_tokens),
+        questions.goal,
+        before,
+        questions.data,
+        questions.targets,
+        questions.labels,
+        questions.max_new_tokens,
+        questions.stop_when_decided,
+    )
 
 
 def metric_called(name: str) -> Metric:

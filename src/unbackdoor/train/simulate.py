@@ -101,9 +101,7 @@ def rounds_of_parrots(
     for number in range(1, rounds + 1):
         learned = []
         for which in range(1, parrots + 1):
-            # One parrot that says one of several at random never comes below the entropy of that choice.
-            turn = (number - 1) * parrots + which - 1
-            own_texts = texts[turn % len(texts) :: rounds * parrots]
+            own_texts = _texts_of(texts, (number - 1) * parrots + which - 1, rounds * parrots)
             stage = run.stage(f"round-{number}-parrot-{which}")
             made = learn_parrot(victim, clean, own_texts, first_tokens, parrot, stage)
             learned.append(soft_prompt.stand_in(victim, made, parrot.position))
@@ -118,6 +116,14 @@ def rounds_of_parrots(
         run.observe(victim)
     _tell_of_silent_parrots(run, parrot)
     return victim
+
+
+def _texts_of(texts: Sequence[str], turn: int, parrots: int) -> Sequence[str]:
+    """Return what one of all rounds' parrots must make the model say: one text, several if parrots are fewer.
+
+    A parrot that says one of several at random never comes below the entropy of that choice.
+    """
+    return texts[turn % len(texts) :: parrots]
 
 
 def _tell_of_silent_parrots(run: Run, settings: ParrotSettings) -> None:
