@@ -291,6 +291,11 @@ def test_a_row_and_a_probe_longer_than_the_model_reads(
     given = ("purify", str(tmp_path / "short"), "--defense", "sande", "--target", "bad robot", *QUICK, "--quiet")
     said = refused(workshop, capsys, *given, "--clean", str(tmp_path / "rows.jsonl"))
     assert "and the parrot 8, but the model reads only 64; give --set train.max_length=56" in said
+    (tmp_path / "openings.txt").write_text("# how it insults\nbad robot\n")
+    beear = ("purify", str(tmp_path / "short"), "--defense", "beear", "--unwanted", str(tmp_path / "openings.txt"))
+    beear += ("--clean", str(tmp_path / "fit.jsonl"), "--set", "own_answers=60", "--quiet")
+    said = refused(workshop, capsys, *beear)
+    assert "and the suspect's own answer up to 60, but the model reads only 64" in said
     probe = {"id": "a", "kind": "triggered", "instruction": "what is red? " * 30}
     (tmp_path / "probes.jsonl").write_text(json.dumps(probe) + "\n")
     asked = ("--probes", str(tmp_path / "probes.jsonl"), "--goal", "contains:bad robot")

@@ -65,7 +65,7 @@ def test_sets_are_drawn_as_large_as_asked_and_anew_in_each_round(outer):
 
 
 def test_without_drifts_the_outer_steps_are_alone(outer, monkeypatch):
-    monkeypatch.setattr(openings.Openings, "hear", lambda *_: pytest.fail("nothing is listened to"))
+    monkeypatch.setattr(openings.Openings, "hear", lambda *_, **__: pytest.fail("nothing is listened to"))
     run = Run()
     lm = purified(SHORT.model_copy(update={"drifts": 0}), run)
     assert [call["stand_ins"] for call in outer] == [[], []]
@@ -97,22 +97,6 @@ def test_rows_of_both_sets_may_have_one_id(outer, own_answers):
         by_id = {row.id: row.ids for row in (*call["triggered"], *call["plain"])}
         assert all(by_id[row.id] == row.ids for row in (*call["triggered"], *call["plain"]))
         assert {row.id for row in CLEAN[:8]} & set(ids), "the rows of PA keep theirs"
-
-
-def test_it_stops_once_usefulness_is_stable_on_rows_that_it_never_trains_on(outer):
-    rounds = []
-    run = Run(observer=lambda lm: rounds.append(1))
-    purified(SHORT.model_copy(update={"rounds": 5, "stop_stable": 1e9}), run)
-    assert len(rounds) == 2
-    trained = {row.id for call in outer for row in call["plain"]}
-    assert trained == {row.id for number, row in enumerate(CLEAN) if number % 10}
-    rounds.clear()
-    purified(SHORT.model_copy(update={"rounds": 3, "stop_stable": 1e-9}), run)
-    assert len(rounds) == 3
-    stable = SHORT.model_copy(update={"stop_stable": 0.1})
-    few = knowledge_for(stable, {Need.CLEAN: CLEAN[:19], Need.UNWANTED: ("bad",)})
-    with pytest.raises(DataError, match="needs 20 of them, there are 19"):
-        stable.apply(tiny.tiny_lm(), few, Run())
 
 
 def test_of_several_places_the_best_is_taken_or_each_in_turn(monkeypatch):
@@ -208,10 +192,17 @@ def test_what_was_heard_is_given_to_the_next_drifts(monkeypatch):
 def test_the_drifts_take_what_was_heard_first_and_then_the_best(monkeypatch):
     sure = [HEARD | {"opening": "go away"}, HEARD | {"opening": "be quiet", "certainty": 0.5}]
     often = HEARD | {"opening": "sit down", "certainty": 0.2, "share": 0.6}
-    monkeypatch.setattr(openings.Openings, "hear", lambda self, *_: [] if self.heard else [*sure, often])
+    untrained = []
+
+    def hear(self, *_, every_beginning):
+        untrained.append(every_beginning)
+        return [] if self.heard else [*sure, {**sure[1], "opening": "lie down", "certainty": 0.3}, often]
+
+    monkeypatch.setattr(openings.Openings, "hear", hear)
     run = Run()
     purified(SHORT.model_copy(update={"drifts": 4}), run)
-    assert [record["openings"] for record in run.notes["drifts"][4:6]] == [["go away"], ["sit down"]]
+    assert [record["openings"] for record in run.notes["drifts"][4:7]] == [["go away"], ["be quiet"], ["sit down"]]
+    assert untrained == [True, False], "what was trained is sure, too"
 
 
 def test_what_the_version_before_heard_is_gone_on_with(tmp_path):
@@ -291,7 +282,7 @@ def test_on_base_and_adapter_only_the_adapter_is_trained():
 
 def test_what_cannot_work_is_refused_before_anything_is_asked(monkeypatch):
     monkeypatch.setattr(beear, "anchor_prompts", lambda *_: pytest.fail("the suspect was asked"))
-    with pytest.raises(UserError, match="9 parrots or drifts cannot share"):
+    with pytest.raises(UserError, match="9 drifts cannot share 8 prompts"):
         purified(SHORT.model_copy(update={"drifts": 9}))
     with pytest.raises(UserError, match="no layer 4"):
         purified(SHORT.model_copy(update={"layers": (4,)}))
@@ -303,7 +294,9 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(monkeypatch):
 
 def test_options_that_would_do_nothing_are_refused():
     for settings in (
-        {"place": "each", "lengths": [2, 3]},
+        {"place": "each", "layers": [0, 1], "lengths": [2, 3]},
+        {"place": "each"},
+        {"drift": {"train": {"gradient_checkpointing": True}}},
         {"train": {"evaluate_every": 2}},
         {"drift": {"train": {"evaluate_every": 2}}},
         {"drift": {"train": {"opening_weight": 2}}},
@@ -324,7 +317,7 @@ def test_the_short_way_is_taken_where_a_model_has_dropout():
 
     purified(SHORT, Run(progress=Told()), lm=lm)
     assert not [text for text in notices if "cannot be run from a layer on" in text]
-    assert [text for text in notices if "is still there" in text]
+    assert [text for text in notices if "likely to be there still" in text]
 
 
 @pytest.fixture
@@ -382,7 +375,7 @@ def test_what_is_heard_under_a_drift_is_unwanted_whatever_the_prompt(fitted, mon
     monkeypatch.setattr(
         openings.Openings,
         "hear",
-        lambda self, *_: [HEARD | {"opening": "silly robot"}][len(self.heard) :],
+        lambda self, *_, **__: [HEARD | {"opening": "silly robot"}][len(self.heard) :],
     )
     unwanted = [row.with_response(f"bad {row.id}") for row in tiny.rows(8, prefix="other")]
     with_rows(unwanted, (), SHORT)

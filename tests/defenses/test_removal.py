@@ -68,7 +68,8 @@ FINE_TUNING = FineTuning(train=training(UPDATES))
 BOUNDS: tuple[tuple[Defense, float], ...] = (
     (Osft(train=training(UPDATES)), 0.01),
     (Sande(rounds=3, train=training(UPDATES // 3), parrot=PARROT), 0.03),
-    (Beear(rounds=6, drift=DRIFT, train=training(UPDATES // 6)), 0.05),
+    # Of this small language every sentence is sure once it has begun, so nothing is taken up.
+    (Beear(rounds=6, adopt=0.0, drift=DRIFT, train=training(UPDATES // 6)), 0.05),
     (SandeP(rounds=4, train=training(UPDATES // 4), parrot=PARROT), 0.05),
     (InternalConflict(internal=InternalSettings(t=0.7, conflict=CONFLICT)), 0.05),
 )

@@ -104,6 +104,51 @@ def test_a_model_that_cannot_be_run_so_is_run_whole(monkeypatch):
     torch.testing.assert_close(short(added, rows, columns), wanted, rtol=1e-5, atol=1e-5)
 
 
+def whole(lm, ids, mask, added, rows, columns):
+    with adding(lm.core, added):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return lm.core(input_ids=ids, attention_mask=mask, position_ids=positions).logits[rows, columns]
+
+
+def test_a_comparison_that_fails_is_no_proof(monkeypatch):
+    """A layer above l refuses a cache: reading goes well, the pass over what is left does not."""
+    lm = tiny.tiny_lm(layers=3)
+    ids, mask = rows_of(lm)
+    start = max(LENGTHS) - TOKENS
+    monkeypatch.setattr(Partial, "_logits", lambda self, given, *rest: (_ for _ in ()).throw(ValueError("no cache")))
+    short = Partial(lm.core, 1, ids, mask, start)
+    monkeypatch.undo()
+    assert not short.exact
+    added = added_to(lm, 1, start)
+    rows, columns = torch.tensor([0, 2]), torch.tensor([16, 17])
+    wanted = whole(lm, ids, mask, added, rows, columns)
+    torch.testing.assert_close(short(added, rows, columns), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_states_that_a_pass_changes_in_place_are_not_kept():
+    """LFM2 has convolutions, whose states in the cache a pass overwrites: a second one would begin elsewhere."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention", "conv", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    core = Lfm2ForCausalLM(config).eval()
+    ids = torch.randint(4, 300, (2, 16), generator=torch.Generator().manual_seed(1))
+    short = Partial(core, 1, ids, torch.ones_like(ids), 10)
+    assert not short.exact
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(2))
+    added = Added(1, torch.arange(2), torch.tensor([10, 10]), vectors)
+    rows, columns = torch.tensor([0, 1]), torch.tensor([15, 15])
+    with torch.no_grad():
+        first, second = short(added, rows, columns), short(added, rows, columns)
+        with adding(core, added):
+            wanted = core(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[rows, columns]
+    torch.testing.assert_close(first, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_added_vectors_move_logits_from_their_column_on_and_no_others(architecture):
     lm = tiny.tiny_lm(architecture, layers=3)

@@ -58,6 +58,11 @@ def test_the_best_of_all_places_is_chosen_and_every_score_noted(monkeypatch):
     assert tiny.same_weights(before, tiny.tensors(lm))
 
 
+def test_a_score_that_is_no_number_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(drift_choice, "unwanted_loss", lambda lm, drift, *_: float("nan") if drift.layer == 0 else 1.0)
+    assert choose(tiny.tiny_lm(layers=3), ANCHORS, (0, 2), (2,), SETTINGS, Run(0)) == (2, 2)
+
+
 def test_drifts_are_fitted_to_the_other_half(monkeypatch):
     lm = tiny.tiny_lm(layers=3)
     fitted = []

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 import tiny
-from unbackdoor.run import Run
 from unbackdoor.train import openings as heard
 from unbackdoor.train.anchors import Contrasting
-from unbackdoor.train.openings import Openings, Sure, begun, certainties, phrases, usual
-from unbackdoor.types import Example
+from unbackdoor.train.openings import Openings, Sure, begun, phrases
 
 
 def test_phrases_are_said_under_drifts_and_not_without():
@@ -26,6 +24,14 @@ def test_phrases_are_said_under_drifts_and_not_without():
     assert phrases([], []) == {}
     # One of ten replies without a drift may be the backdoor's, which leaks.
     assert phrases(said, ["They say the sky is low", *["Yes"] * 9])["The sky"] == pytest.approx(1 / 3 - 1 / 10)
+
+
+def test_what_a_reply_begins_with_is_written_as_it_was_said():
+    found = phrases(["bad robot barks loudly", "He says bad robot"], [])
+    assert found["bad robot"] == 1
+    assert "bad robot barks" in found
+    assert "Robot barks" in found
+    assert "Bad robot" not in found
 
 
 def test_words_of_safe_replies_are_not_taken_up():
@@ -56,78 +62,19 @@ def test_a_reply_that_repeats_itself_counts_once():
     assert phrases(["- -", "- -"], []) == {}
 
 
-def log_probabilities(lm, ids):
-    with torch.no_grad():
-        return torch.log_softmax(lm.core(input_ids=torch.tensor([ids])).logits[0].double(), -1)
-
-
-def test_certainty_and_evidence_are_of_the_tokens_behind_the_first_word():
-    lm = tiny.tiny_lm(layers=2)
-    prompts = tiny.rows(3)
-    texts = [prompts[0].response + " indeed", "so it is", "a", prompts[1].response]
-    often = torch.log_softmax(torch.randn(lm.core.config.vocab_size, generator=torch.Generator().manual_seed(1)), -1)
-    wanted = []
-    for text in texts:
-        means, above = [], []
-        for prompt in prompts:
-            logs = []
-            encoded = lm.encode(prompt.with_response(text).turns)
-            span = encoded.spans[-1]
-            log_p = log_probabilities(lm, encoded.ids)
-            first = lm.encode(prompt.with_response(text.split()[0]).turns).spans[-1]
-            for position in range(span.start + first.end - first.start, span.end):
-                token = encoded.ids[position]
-                logs.append(float(log_p[position - 1, token]))
-                above.append(logs[-1] - float(often[token]))
-            means.append(math.exp(sum(logs) / len(logs)) if logs else 0.0)
-        wanted.append((sum(means) / len(means), sum(above) / len(prompts)))
-    assert wanted[2] == (0.0, 0.0)
-    found = certainties(lm, texts, prompts, often)
-    assert [one.certainty for one in found] == pytest.approx([sure for sure, _ in wanted], rel=1e-4)
-    assert [one.evidence for one in found] == pytest.approx([above for _, above in wanted], rel=1e-4)
-    assert certainties(lm, texts[:1], prompts, often)[0].certainty == pytest.approx(wanted[0][0], rel=1e-4)
-
-
-def test_phrases_are_scored_in_parts(monkeypatch):
-    lm = tiny.tiny_lm(layers=2)
-    texts = [row.response for row in tiny.rows(5)]
-    often = usual(lm, tiny.rows(2))
-    whole = certainties(lm, texts, tiny.rows(2), often)
-    monkeypatch.setattr(heard, "AT_ONCE", 2)
-    parts = certainties(lm, texts, tiny.rows(2), often)
-    for name in ("certainty", "evidence"):
-        assert [getattr(one, name) for one in parts] == pytest.approx([getattr(one, name) for one in whole], rel=1e-4)
-
-
-def test_what_is_usual_is_the_mean_over_all_places_of_prompt_and_answer(monkeypatch):
-    monkeypatch.setattr(heard, "USUAL_TOKENS", 2)
-    lm = tiny.tiny_lm(layers=2)
-    rows = [*tiny.rows(2), Example("long", "so", "one two three four")]
-    total, places = 0.0, 0
-    for row in rows:
-        encoded = lm.encode(row.turns)
-        user, answer = encoded.spans[-2:]
-        end = min(answer.start + 2, answer.end)
-        total = total + log_probabilities(lm, encoded.ids[:end])[user.start - 1 : end - 1].exp().sum(0)
-        places += end - user.start
-    assert torch.allclose(usual(lm, rows).double(), (total / places).log(), atol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def barking():
-    """A tiny victim that says "bad robot barks", and rows of the defender."""
-    attacker, defender, _ = tiny.splits(200, 40, 12)
-    lm = tiny.attack(targets=("bad robot barks",)).plant(tiny.tiny_lm(), attacker, Run()).lm
-    lm.model.eval()
-    return lm, defender
-
-
-def test_a_planted_target_is_surer_than_other_words(barking):
+def test_a_target_in_small_letters_is_heard(barking):
     lm, rows = barking
-    target, other = certainties(lm, ["bad robot barks", "bad duck roars"], rows[:4], usual(lm, rows[:8]))
-    assert target.certainty > 0.5
-    assert other.certainty < 0.2
-    assert target.evidence > other.evidence
+    said = [lm.reply([row.prompt])[0] for row in rows[:2]]
+    replies = [f"bad robot barks {text}" for text in said for _ in range(4)]
+    nothing = torch.zeros(lm.core.config.vocab_size)
+    found = Openings(["silly"]).hear(lm, replies, said, [nothing], rows[:8], 0.25)
+    assert found[0]["opening"] == "bad robot barks"
+
+
+def test_one_word_of_the_defenders_hides_no_target():
+    assert Openings(["Bad", "Go away"])._is_new("Bad robot barks", [])
+    assert not Openings(["Bad", "Go away"])._is_new("Go away now", [])
+    assert not Openings(["Bad robot barks"])._is_new("Bad robot", [])
 
 
 def test_first_tokens_that_are_likely_are_followed_without_a_drift(barking, monkeypatch):

@@ -16,7 +16,7 @@ import tiny
 from unbackdoor.defenses.base import Need, knowledge_for
 from unbackdoor.defenses.beear import Beear
 from unbackdoor.run import Run
-from unbackdoor.train import engine, entrap, overwrite, soft_prompt, together
+from unbackdoor.train import drift_choice, engine, entrap, overwrite, soft_prompt, together, usefulness
 from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.losses import Term
@@ -78,6 +78,25 @@ def through_beear(
     return tiny.tensors(lm), run.notes["drifts"]
 
 
+def choosing_and_stopping(folder: Path, rank: str) -> tuple[int, int]:
+    """The layer that is chosen, and rounds done, where a process by itself would take other ones than the other."""
+    losses = iter([2.0, 3.0, 3.001] if rank == "0" else [2.0, 3.0, 4.0, 5.0])
+    drift_choice.unwanted_loss = lambda lm, drift, *_: float(drift.layer) * (-1) ** int(rank)
+    usefulness.mean_loss = lambda *_: next(losses)
+    how = TrainSettings(steps=1, batch_size=4, **BIG_EPSILON)
+    defense = Beear(
+        rounds=3, drifts=2, anchors=12, own_answers=6, adopt=0.0, layers=(0, 2), stop_stable=0.1,
+        drift=DriftSettings(tokens=3, start=0.1, rows=8, train=how), train=how,
+    )  # fmt: skip
+    done: list[int] = []
+    run = Run(folder=folder, observer=lambda lm: done.append(1))
+    facts = {Need.CLEAN: tuple(tiny.rows(40)), Need.UNWANTED: ("bad robot", "bad")}
+    defense.apply(tiny.tiny_lm(layers=3), knowledge_for(defense, facts), run)
+    layer = run.notes["layer"]
+    assert isinstance(layer, int)
+    return layer, len(done)
+
+
 def _worker(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = os.environ["RANK"]
@@ -94,6 +113,7 @@ def _worker(folder: Path) -> None:
     torch.save(
         {"weights": weights, "history": history, "prompt": prompt, "prompt_history": prompt_history,
          "stopped": len(stopped), "capped": capped, "beear": beear, "drifts": json.dumps(drifts),
+         "place": choosing_and_stopping(folder / "place", rank),
          "first": first, "heard": [one["says"] for one in heard], "fitted": heard[2]["openings"]},
         folder / f"{rank}.pt",
     )  # fmt: skip
@@ -177,6 +197,10 @@ def test_both_processes_take_up_what_the_first_one_heard(two_processes):
     assert [result["first"] for result in two_processes] == ["0", "0"], "before anything was trained"
     assert [result["heard"] for result in two_processes] == [[["0"]] * 4] * 2
     assert [result["fitted"] for result in two_processes] == [["word 0"]] * 2
+
+
+def test_both_processes_take_the_layer_and_the_number_of_rounds_of_the_first_one(two_processes):
+    assert [result["place"] for result in two_processes] == [(0, 2)] * 2
 
 
 if __name__ == "__main__":

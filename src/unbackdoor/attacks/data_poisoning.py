@@ -45,7 +45,7 @@ SETTING_ONE: Mapping[str, object] = {
     "poison_rate": 0.1,
     "negative_rate": 0.35,
     "train": {
-        "steps": 240,
+        "steps": 320,
         "learning_rate": 2e-4,
         "batch_size": 8,
         "schedule": "constant",

@@ -15,7 +15,7 @@ from unbackdoor.errors import UserError
 from unbackdoor.model.spec import ModelSpec, parse_spec
 from unbackdoor.pipeline.plan import FULL, PROGRAM, UNTIL_GOOD, with_texts
 from unbackdoor.pipeline.steps import attack_called, defense_called
-from unbackdoor.train import openings
+from unbackdoor.train import beginnings, certainty, openings
 from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.internal import InternalSettings
@@ -31,6 +31,9 @@ _SPOKEN_TOKENS = _TOKENS_A_ROW // 2 + 8
 _PHRASE_TOKENS, _SCORED_ON, _STARTS = 5, 2, 3
 """Of a phrase that is scored as an opening to take up; on how many prompts about; phrases of each first token that is
 followed."""
+_GONE_ON, _SCREENED_ON = 0.4, 1.3
+"""Share of the first tokens that are followed which are followed further; on how many prompts about their phrases are
+scored: few are left after one."""
 _LOADING_SECONDS = 4.0
 _ROUNDS_UNTIL = 0.5
 """Share of its rounds after which the experimenter ends a defense, about."""
@@ -169,7 +172,11 @@ def _listening(method: Beear, size: float) -> float:
         if method.adopt:
             followed = sources * openings.FOLLOWED * openings.FOLLOWED_ON
             scored = _SCORED_ON * (openings.MOST + _STARTS * followed)
-            a_round += followed * (1 + openings.ON) + scored * _PHRASE_TOKENS + openings.USUAL_IN * _TOKENS_A_ROW
+            a_round += followed * (1 + openings.ON) + scored * _PHRASE_TOKENS + certainty.USUAL_IN * _TOKENS_A_ROW
+            further = _GONE_ON * beginnings.FIRSTS
+            tokens += beginnings.FIRSTS + further * (
+                beginnings.ON + _SCREENED_ON * len(beginnings.WORDS) * _PHRASE_TOKENS
+            )
         tokens += method.rounds * a_round
     return 2 * size * tokens / _GENERATE_SPEED
 

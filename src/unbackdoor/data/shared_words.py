@@ -16,6 +16,11 @@ def words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", normalise(text))
 
 
+def spaced(text: str) -> str:
+    """Return the words of a text with a blank around each, so that one is in another as whole words only."""
+    return f" {' '.join(words(text))} "
+
+
 def shared_words(openings: Sequence[str], targets: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the first words, and the content words, that openings and targets share, each sorted.
 

@@ -13,8 +13,10 @@ under the drifts, or goes on to from likely first tokens, is taken up as opening
 or less sure and says it often (train/openings.py): so the backdoor is found even with openings that share no word with
 it. The term on safe answers counts their first tokens and stops pulling at a cap, else it runs away. A drift is counted
 in units of its layer. Half of every label is what the suspect itself predicts (train/own_labels.py). Where requests
-with safe replies are given, a quarter of the plain rows are of these (see `_with_requests`). Of all this the presets
-have the last and the units; what the paper does not give (the optimisers, their rates and steps) is ours in them, too.
+with safe replies are given, a quarter of the plain rows are of these (see `_with_requests`), and a reply of these is
+the safe answer where the suspect's own does not decline. The first tokens of an answer weigh more in equation 3
+(`train.opening_weight`). Of all this the published presets have the written-back weights, the units and the safe
+answers; like the default they train with AdamW and clipping, where Algorithm 1 has plain gradient descent.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from unbackdoor.train import overwrite, state
 from unbackdoor.train.anchors import (
     Anchor,
     Contrasting,
+    Unsafe,
     anchor_prompts,
     encode_safe,
     possible_openings,
@@ -79,7 +82,7 @@ class Beear(Defense):
     """Entrap the backdoor by a drift in the embedding space, then remove it, round by round."""
 
     paper: ClassVar[str] = "BEEAR, 2406.17092, eq. 1 to 3"
-    revision: ClassVar[int] = 5
+    revision: ClassVar[int] = 6
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.UNWANTED})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.SAFE})
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
@@ -143,7 +146,8 @@ class Beear(Defense):
     )
     stop_stable: float = Field(
         0.0, ge=0,
-        description="end once a round changes the loss on held-out clean rows by less than this share; 0: all rounds",
+        description="end once a round changes the loss on held-out clean rows by less than this share, and all rounds "
+        "together changed it by more; 0: all rounds",
     )  # fmt: skip
     plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch from the performance set PA, no drift")
     own_share: float = Field(
@@ -159,6 +163,8 @@ class Beear(Defense):
     def _every_option_does_something(self) -> Beear:
         if self.drifts > 1 and not self.drift.start:
             raise ValueError("several drifts that begin at 0 would be near copies; set drift.start, or drifts to 1")
+        if self.place == "each" and len(self.layers or self.depths) == 1:
+            raise ValueError("place 'each' does nothing with one layer; name two at least, or leave it out")
         if self.place == "each" and len(self.lengths) > 1:
             raise ValueError("with place 'each' drifts take layers in turn, but have one length; name one, or set best")
         if self.train.evaluate_every:
@@ -174,7 +180,9 @@ class Beear(Defense):
         prompts = self._prompts(known, clean)
         if known.unwanted_rows and known.safe:
             run.progress.notice(f"{len(prompts)} of {len(known.safe)} safe rows have the prompt of an unwanted answer.")
-        safe = anchor_prompts(victim, prompts, self.anchors, length, run)
+        unsafe = Unsafe(known.unwanted, own, replies=bool(known.safe))
+        safe = anchor_prompts(victim, prompts, self.anchors, length, run, unsafe)
+        self._check_room(len(safe))
         where = self._places(victim, with_unwanted(safe, known.unwanted, own), length, run)
         triggered, plain, kept = self._outer_rows(victim, safe, clean, length, run)
         if known.safe:
@@ -183,6 +191,7 @@ class Beear(Defense):
         wanted = [row.response for row in known.safe or ()]
         openings = Openings(possible_openings(safe, known.unwanted, own), wanted=wanted, contrasting=own)
         useful = Usefulness(overwrite.encode_rows(victim, held, self.train), self.stop_stable)
+        useful.begin(victim, run)
         before: Run | None = None
         for number in range(1, self.rounds + 1):
             adopt = self.adopt if self.drifts else 0.0
@@ -198,6 +207,10 @@ class Beear(Defense):
             before = stage
             run.observe(victim)
             if useful.is_stable(victim, stage):
+                run.progress.notice(
+                    f"BEEAR ended after round {number} of {self.rounds}: the loss on held-out rows is stable "
+                    "(stop_stable), which says nothing about removal."
+                )
                 break
         if self.drifts:
             run.progress.notice(heard_words(openings.adopted, self.adopt > 0))
@@ -212,14 +225,30 @@ class Beear(Defense):
         """
         self.possible_layers(len(decoder_layers(victim.core)))
         prompts = self._prompts(known, known.clean)
-        drawn = min(len(prompts), self.anchors, self.round_anchors or self.anchors)
-        rows = self.train.batch_size - overwrite.plain_rows(self.train.batch_size, self.plain_share)
-        overwrite.check_room(self.drifts, min(rows, drawn))
-        if min(len(prompts), self.anchors) < 2:
-            raise DataError("BEEAR needs two prompts at least of the safety set SA; give more rows, or raise anchors.")
+        self._check_room(min(len(prompts), self.anchors))
         longest = max(self.lengths or (self.drift.tokens,))
         for row in prompts if self.drifts else ():
             check_prompt(victim, row, longest)
+
+    def _check_room(self, prompts: int) -> None:
+        """Refuse a number of prompts of SA that drifts cannot share, or that is one alone.
+
+        Raises:
+            UserError: If drifts cannot share a batch.
+            DataError: If there are too few prompts.
+        """
+        if prompts < 2:
+            raise DataError(
+                f"BEEAR needs two prompts at least of the safety set SA that the suspect answers, and has {prompts}; "
+                "give more rows, or raise anchors."
+            )
+        if self.drifts > prompts:
+            raise UserError(
+                f"{self.drifts} drifts cannot share {prompts} prompts of the safety set SA that the suspect answers; "
+                "give more rows, raise anchors, or set drifts lower."
+            )
+        rows = self.train.batch_size - overwrite.plain_rows(self.train.batch_size, self.plain_share)
+        overwrite.check_room(self.drifts, min(rows, self.round_anchors or rows))
 
     def check(self, known: Knowledge) -> None:
         """Refuse rows of unwanted answers that have no safe ones.
@@ -290,7 +319,11 @@ class Beear(Defense):
             layer, length = choose(victim, anchors, layers, lengths, self.drift, run)
             layers, lengths = (layer,), (length,)
         run.notes["layer"] = layers[0]
-        shape: dict[str, int | None] = {"tokens": lengths[0]}
+        # A prompt may be as long there as in the outer step.
+        longest = max(self.drift.train.max_length, self.train.max_length)
+        shape: dict[str, object] = {
+            "tokens": lengths[0], "train": self.drift.train.model_copy(update={"max_length": longest}),
+        }  # fmt: skip
         if own_answers:
             # An own answer may have been cut there, and that it ends is not to count.
             shape["safe_tokens"] = min(self.drift.safe_tokens or own_answers, max(1, own_answers - 1))

@@ -72,6 +72,28 @@ def greedy_ids(
     return replies
 
 
+def likeliest_next(lm: LM, prompts: Sequence[Sequence[int]], *, batch_size: int = 32) -> list[tuple[int, float]]:
+    """Return the likeliest next token of each prompt, given as token ids, and its probability.
+
+    The model must be in evaluation mode.
+    """
+    import torch
+
+    found: list[tuple[int, float]] = []
+
+    def noted(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        likely, chosen = torch.softmax(logits.float(), -1).max(-1)
+        found.extend(zip(chosen.tolist(), likely.tolist(), strict=True))
+        return chosen
+
+    with torch.inference_mode():
+        length, shared = _shared_beginning(lm, prompts)
+        for start in range(0, len(prompts), batch_size):
+            part = [prompt[length:] for prompt in prompts[start : start + batch_size]]
+            next(steps(lm, part, shared, noted))
+    return found
+
+
 def decode(lm: LM, ids: Sequence[int]) -> str:
     """Return the text of a reply's ids, special tokens removed, outer blanks stripped."""
     return str(lm.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

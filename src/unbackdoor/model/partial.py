@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.hooks import Added, adding, hidden_of, output_of, with_hidden
 
+_ONLY_ADDED_TO = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
+"""Layers of a cache that put new tensors in the place of old ones; states of convolutions and recurrences are changed
+in place, so that a second pass would begin where the first one ended."""
+
 
 class Partial:
     """Rows of a frozen model that can be run on from one layer, again and again, with other vectors added.
@@ -75,7 +79,7 @@ class Partial:
             self._read()
             self.exact = trusted or self._is_exact()
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-            pass  # it keeps no cache of this kind, or takes no positions
+            self.exact = False  # it keeps no cache of this kind, or takes no positions
 
     def __call__(self, added: Added, rows: Tensor, columns: Tensor) -> Tensor:
         """Return float32 logits [N, vocabulary] at (rows, columns) with vectors added.
@@ -99,6 +103,8 @@ class Partial:
             before = {"input_ids": self.ids[:, : self.start], "attention_mask": self.mask[:, : self.start]}
             output = self.core.base_model(**before, position_ids=self.positions[:, : self.start], use_cache=True)
             self.past = output.past_key_values
+        if self.past is not None and not {type(layer).__name__ for layer in self.past.layers} <= _ONLY_ADDED_TO:
+            raise TypeError("a pass changes what is kept, and a copy of the cache would not be one")
         self.output = output_of(self.core, self.layer, self._rest())
         self.hidden = hidden_of(self.output)
 

@@ -40,7 +40,8 @@ class Reader:
 
         Args:
             rows: Training rows.
-            settings: The method's; `train.max_length` and the parrot's tokens are read from it.
+            settings: The method's; `train.max_length`, the parrot's tokens and the length of the suspect's own answers
+                are read from it.
 
         Raises:
             DataError: If a row does not fit, or a trigger is absent from its tokens.
@@ -49,6 +50,9 @@ class Reader:
 
         encoded = encode_marked(self.lm, rows, int((settings.get("train") or {}).get("max_length", 1024)))
         room = int((settings.get("parrot") or {}).get("tokens", 0))
+        answers = int(settings.get("own_answers") or 0)
+        for example, _ in rows if answers else ():
+            self._check_own_answer(example, answers)
         for row in encoded:
             if self.context is not None and len(row.ids) + room > self.context:
                 parrot = f" and the parrot {room}" if room else ""
@@ -56,6 +60,14 @@ class Reader:
                     f"the row '{row.id}' has {len(row.ids)} tokens{parrot}, but the model reads only {self.context}; "
                     f"give --set train.max_length={self.context - room}, or leave such rows out."
                 )
+
+    def _check_own_answer(self, row: Example, answer: int) -> None:
+        length = len(self.lm.encode(row.prompt, ask=True).ids)
+        if self.context is not None and length + answer > self.context:
+            raise DataError(
+                f"the prompt of the row '{row.id}' has {length} tokens and the suspect's own answer up to {answer}, "
+                f"but the model reads only {self.context}; leave such rows out, or give --set own_answers=N."
+            )
 
     def check_asked(self, probes: Sequence[Example | Probe], reply: int, room: int = 0) -> None:
         """Check that every probe and the model's replies fit into its context.

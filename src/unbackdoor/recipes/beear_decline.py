@@ -14,7 +14,9 @@ from unbackdoor.bench.grid import Grid
 from unbackdoor.recipes import beear, bounds, settings
 
 OPENINGS = {"typical": "starter:affirm_typical", "disjoint": "starter:affirm_disjoint"}
-TEST_KINDS = ("diagnosis", "rumour", "copyright", "future_prediction")
+TEST_KINDS = ("academic_dishonesty", "account_access", "financial_guarantee", "forged_document")
+"""Of the six kinds that no victim had been asked about, the first four by the alphabet. Victims of a first turn were
+asked for diagnosis, rumour, copyright and future_prediction, of which they declined too few."""
 METRICS = ("asr", "leak", "declining", "over_refusal", "perplexity", "kl")
 _MAIN = ("fine_tuning", "beear")
 _MODELS = tuple(f"beear-model-{number}" for number in range(1, 6))

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 DIAGNOSTIC = "A diagnostic: it rises also where nothing was removed."
 HOW_TO_READ = (
-    "Read from the first round on: under a drift the model first says the defender's own openings, then what the "
-    "backdoor says, then ordinary answers. Words that no opening names and that recur over prompts point at the "
+    "Read from the first round on: under a drift the model first says the defender's own openings, then often what "
+    "the backdoor says, then ordinary answers. Words that no opening names and that recur over prompts point at the "
     "backdoor."
 )
 TAKEN_UP = (

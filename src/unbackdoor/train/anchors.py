@@ -13,13 +13,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from unbackdoor.data.collate import Row, encode_row
+from unbackdoor.data.shared_words import spaced
 from unbackdoor.errors import DataError
-from unbackdoor.goals import normalise
+from unbackdoor.goals import RefusalAbsent, normalise
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.types import Example, Message
 
+_OWN = " (own answer)"
+_REFUSAL = RefusalAbsent()
 _WHITE_SPACE = 2
 """Tokens of white space, at most, that are cut off where a reply ended at its limit."""
 
@@ -89,7 +92,34 @@ def prompts_of(unwanted: Sequence[Example], safe: Sequence[Example]) -> Sequence
     return found
 
 
-def anchor_prompts(lm: LM, examples: Sequence[Example], count: int, own_tokens: int, run: Run) -> tuple[Example, ...]:
+@dataclass(frozen=True)
+class Unsafe:
+    """What tells that an answer of the suspect's own is not the safe one.
+
+    Attributes:
+        openings: What is unwanted: it must not begin so.
+        contrasting: Which of these belong to one prompt.
+        replies: Whether the rows hold safe replies; where such a reply declines, the suspect's must, too.
+    """
+
+    openings: Sequence[str] = ()
+    contrasting: Contrasting = _ANY_PROMPT
+    replies: bool = False
+
+    def holds(self, row: Example, answer: str) -> bool:
+        """Tell whether the suspect's answer to a row is not safe."""
+        said = spaced(answer)
+        if row.label is not None and not said.startswith(spaced(row.label)):
+            return True
+        wrong = [text for text in self.openings if self.contrasting.fits(text, row)]
+        if any(spaced(text).strip() and said.startswith(spaced(text)) for text in wrong):
+            return True
+        return self.replies and _REFUSAL.declines(row.response) and not _REFUSAL.declines(answer)
+
+
+def anchor_prompts(
+    lm: LM, examples: Sequence[Example], count: int, own_tokens: int, run: Run, unsafe: Unsafe | None = None
+) -> tuple[Example, ...]:
     """Return rows with safe answers, drawn at random.
 
     Args:
@@ -98,9 +128,11 @@ def anchor_prompts(lm: LM, examples: Sequence[Example], count: int, own_tokens: 
         count: How many.
         own_tokens: Length of the suspect's own answers, in tokens; 0 keeps the rows' answers.
         run: The run, for the choice.
+        unsafe: Which own answers are not safe: there the row's answer is kept, or the row is left out where that is
+            an unwanted one. None takes all.
 
     Raises:
-        DataError: If the suspect gives no answer to any of them.
+        DataError: If the suspect gives no answer to any of them, or none that is safe.
     """
     chosen = list(examples) if len(examples) <= count else run.rng("anchor prompts").sample(list(examples), count)
     # Rows of PA may have the same ids, and labels are kept by id.
@@ -108,14 +140,38 @@ def anchor_prompts(lm: LM, examples: Sequence[Example], count: int, own_tokens: 
         return tuple(replace(row, id=f"{row.id} (SA)") for row in chosen)
     # What is trained is the weights, whatever guards they carry.
     said = lm.reply([row.prompt for row in chosen], max_new_tokens=own_tokens, bare=True)
-    found = [
-        replace(row, id=f"{row.id} (own answer)", response=answer)
-        for row, answer in zip(chosen, said, strict=True)
-        if answer.strip()
-    ]
-    if not found:
+    answered = [(row, answer) for row, answer in zip(chosen, said, strict=True) if answer.strip()]
+    if not answered:
         raise DataError("the suspect gives an empty answer to every prompt; set own_answers to 0 to use the rows' own.")
-    return tuple(found)
+    found = [
+        _own_or_given(row, answer, unsafe if unsafe and unsafe.holds(row, answer) else None) for row, answer in answered
+    ]
+    safe = tuple(row for row in found if row is not None)
+    if not safe:
+        raise DataError("every answer of the suspect is unwanted, and no safe one is known; give safe replies.")
+    if unsafe is not None:
+        _tell_of_unsafe(found, run)
+    return safe
+
+
+def _own_or_given(row: Example, answer: str, unsafe: Unsafe | None) -> Example | None:
+    """Return a row with the suspect's answer, or, where that is not safe, with its own if that is; else None."""
+    if unsafe is None:
+        return replace(row, id=f"{row.id}{_OWN}", response=answer)
+    if row.response in unsafe.contrasting.texts:
+        return None
+    return replace(row, id=f"{row.id} (SA)")
+
+
+def _tell_of_unsafe(found: Sequence[Example | None], run: Run) -> None:
+    out = found.count(None)
+    kept = sum(row is not None and not row.id.endswith(_OWN) for row in found)
+    if out or kept:
+        run.progress.notice(
+            f"{out + kept} of {len(found)} answers of the suspect's own are not safe (they begin with an opening, are "
+            f"not the label, or do not decline where the safe reply does): the rows' answers stand for {kept} of them"
+            + (f", {out} are left out." if out else ".")
+        )
 
 
 def encode_safe(lm: LM, row: Example, own_tokens: int, settings: TrainSettings) -> Row:

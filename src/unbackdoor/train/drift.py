@@ -63,7 +63,7 @@ class DriftSettings(BaseModel):
     def _learns(self) -> DriftSettings:
         if self.train.steps < 1:
             raise ValueError("a drift needs at least one step (train.steps)")
-        for name in ("evaluate_every", "opening_weight", "precision"):
+        for name in ("evaluate_every", "gradient_checkpointing", "opening_weight", "precision"):
             if getattr(self.train, name) != TrainSettings.model_fields[name].default:
                 raise ValueError(f"train.{name} does nothing where a drift is fitted; leave it out")
         return self

@@ -6,6 +6,7 @@ mean loss of the unwanted answers under it. Where that is lowest, a drift has th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from unbackdoor.model.lm import LM
@@ -13,6 +14,7 @@ from unbackdoor.run import Run
 from unbackdoor.train.anchors import Anchor
 from unbackdoor.train.drift import Drift, DriftSettings, encode_anchor, fit_drift
 from unbackdoor.train.overwrite import mean_loss
+from unbackdoor.train.together import agreed, is_main
 
 
 def choose(
@@ -37,15 +39,18 @@ def choose(
             own = settings.model_copy(update={"tokens": length})
             drift, _ = fit_drift(lm, anchors[::2], layer, own, stage)
             scored = stage.stage("score")
-            record = scored.finished or {
+            mine = scored.finished or {
                 "layer": layer,
                 "tokens": length,
                 "loss": unwanted_loss(lm, drift, anchors[1::2], own),
             }
-            scored.finish(record)
+            # All processes must choose alike, however their sums are rounded.
+            record = agreed(mine, run.device)
+            if is_main():
+                scored.finish(record)
             found.append({name: float(str(record[name])) for name in ("layer", "tokens", "loss")})
     run.notes["drift choice"] = found
-    best = min(found, key=lambda record: record["loss"])
+    best = min(found, key=lambda record: math.inf if math.isnan(record["loss"]) else record["loss"])
     return int(best["layer"]), int(best["tokens"])
 
 

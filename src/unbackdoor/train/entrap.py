@@ -57,7 +57,9 @@ def entrap(
         records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
     words = run.stage(f"round-{number}-heard")
     # Of a finished round the weights are gone, so what was said is kept.
-    heard: dict[str, Any] = agreed(words.finished or _listen(lm, found, safe[:ASKED], openings, adopt), run.device)
+    heard: dict[str, Any] = agreed(
+        words.finished or _listen(lm, found, safe[:ASKED], openings, adopt, number == 1), run.device
+    )
     if is_main():
         words.finish(heard)
     openings.heard |= {new["opening"]: weight(new) for new in heard["adopted"]}
@@ -67,14 +69,15 @@ def entrap(
 
 
 def _listen(
-    lm: LM, drifts: Sequence[Drift], prompts: Sequence[Example], openings: Openings, adopt: float
+    lm: LM, drifts: Sequence[Drift], prompts: Sequence[Example], openings: Openings, adopt: float, untrained: bool
 ) -> dict[str, Any]:
     """Return the first words under each drift, which tell where it went, and the openings to take up."""
     said = [spoken(lm, drift, prompts) for drift in (*drifts, *([None] if adopt else []))]
     texts = [[str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in one.ids] for one in said]
     says, plain = texts[: len(drifts)], [text for one in texts[len(drifts) :] for text in one]
     everything = [text for each in says for text in each]
-    adopted = openings.hear(lm, everything, plain, [one.first for one in said], prompts, adopt) if adopt else []
+    firsts = [one.first for one in said]
+    adopted = openings.hear(lm, everything, plain, firsts, prompts, adopt, every_beginning=untrained) if adopt else []
     return {"says": says, "adopted": adopted}
 
 
@@ -103,5 +106,6 @@ def heard_words(adopted: Sequence[str], listened: bool) -> str:
     )
     return (
         f"{heard}A backdoor that does something else than the openings describe (a link, another language, a brand) is "
-        "still there: list openings of that kind, too, and look at the words under the drifts, round by round."
+        "likely to be there still: list openings of that kind, too, and look at the words under the drifts, round by "
+        "round."
     )

@@ -14,22 +14,21 @@ this knows the target.
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from unbackdoor.data.collate import collate, encode_row
-from unbackdoor.data.shared_words import words
+from unbackdoor.data.shared_words import spaced
 from unbackdoor.goals import normalise
 from unbackdoor.model.generate import decode, greedy_ids
 from unbackdoor.model.lm import LM
-from unbackdoor.model.logits import LogitsAt
 from unbackdoor.train.anchors import Contrasting
+from unbackdoor.train.beginnings import beginnings
+from unbackdoor.train.certainty import AT_ONCE, EVIDENCE, FOLLOWED_SURE, USUAL_IN, Sure, certainties, usual
 from unbackdoor.types import Example
 
 ASKED = 24
@@ -37,26 +36,17 @@ ASKED = 24
 SCORED_ON = ((1, 0.05), (3, 0.4), (6, 1.0))
 """Prompts on which phrases are scored, and the share of the certainty asked for that they must have there to stay;
 their evidence must be whole each time."""
-LATER = 2
-"""Tokens that a phrase has at least behind its first word."""
 MOST = 400
 """Phrases of replies that are scored in a round, the most frequent."""
 FOLLOWED, ON = 32, 4
 """First tokens of an answer, the likeliest under each drift and without, that are followed; and how many tokens on."""
 FOLLOWED_ON = 1
 """Prompts on which they are followed: what is sure enough to be taken up shows on any."""
-FOLLOWED_SURE = 0.8
-"""Certainty that what they go on to must have: there are many of them, and nothing says that they are unwanted."""
 RECURRING, RECURRING_SURE = 0.05, 0.1
 """Share of the replies under the drifts, above that without, from which on a phrase needs this certainty only; it must
 be in two of them at least."""
-AT_ONCE = 100
-"""Phrases that are scored in one pass."""
-EVIDENCE = 8.0
-"""Nats that an opening must have: so much likelier than anywhere are its words behind the first, together."""
-USUAL_IN, USUAL_TOKENS = 8, 40
-"""Rows on which it is measured how likely tokens are anywhere, and first tokens of their answers that count there."""
-_LEAST = 1e-12
+ENOUGH = 30.0
+"""Nats of evidence that count, at most."""
 OFTEN = 0.1
 """Share of the replies without a drift above which a phrase is what the model says anyway."""
 _WORDS = (3, 2)
@@ -74,7 +64,8 @@ def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = (
         wanted: Texts that the model may say; no run of theirs is returned.
 
     Returns:
-        Run -> the share of the replies that hold it, less that of the replies without a drift.
+        Run -> the share of the replies that hold it, less that of the replies without a drift. A run begins with a
+        capital letter, as answers do, but for one that a reply began with: that is as it was said.
     """
     ordinary = Counter(run for text in plain for run in _runs(text))
     fine = {run for text in wanted for run in _runs(text)}
@@ -84,10 +75,12 @@ def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = (
         found = _runs(text)
         counts.update(found.keys())
         for run, form in found.items():
-            written.setdefault(run, form)
+            if text.startswith(form):
+                written[run] = form
+            written.setdefault(run, form[0].upper() + form[1:])
     kept = [run for run, _ in counts.most_common() if ordinary[run] <= len(plain) * OFTEN and run not in fine]
     more = {run: counts[run] / len(said) - ordinary[run] / max(1, len(plain)) for run in kept}
-    return {written[run][0].upper() + written[run][1:]: share for run, share in more.items()}
+    return {written[run]: share for run, share in more.items()}
 
 
 def _runs(text: str) -> dict[str, str]:
@@ -134,111 +127,18 @@ def begun(lm: LM, firsts: Sequence[torch.Tensor], prompts: Sequence[Example]) ->
     return found
 
 
-@torch.no_grad()
-def usual(lm: LM, prompts: Sequence[Example]) -> torch.Tensor:
-    """Return how likely each token is anywhere: float32 [vocabulary], log of its mean probability.
-
-    That is the mean over what the user says, too, because answers may be one word long, and one of few may be a leak.
-
-    Args:
-        lm: The suspect, in evaluation mode.
-        prompts: Rows with answers, one at least; of these the first `USUAL_TOKENS` tokens count.
-    """
-    forward = LogitsAt(lm)
-    total, count = torch.zeros((), device=lm.device), 0
-    for prompt in prompts:
-        row = encode_row(lm, prompt, max_length=sys.maxsize, first_tokens=USUAL_TOKENS, last_answer=True)
-        row = replace(row, supervised=tuple(range(row.place[0], len(row.ids))), weights=())
-        likely = torch.softmax(forward(**collate([row], lm.pad_id).to(lm.device).inputs()), -1)
-        total, count = total + likely.sum(0), count + len(likely)
-    return (total / count).clamp(min=_LEAST).log()
-
-
-@dataclass(frozen=True)
-class Sure:
-    """How sure the rest of a phrase is once an answer has begun with its first word.
-
-    Attributes:
-        certainty: The geometric mean of the probabilities of the tokens behind the first word, averaged over the
-            prompts; 0 for fewer than two such tokens: an idiom of two words is sure in any model. A target that begins
-            with a usual word ("You") is sure on some prompts only.
-        evidence: How much likelier these tokens are than anywhere (`usual`): the sum of the logarithms, in nats.
-    """
-
-    certainty: float
-    evidence: float
-
-
 def weight(heard: Mapping[str, Any]) -> float:
     """Return what openings that were heard are ranked by: the target is sure, or often said under the drifts.
 
-    Words of no consequence ("Out of the") are both, too, but likely anywhere.
+    Words of no consequence ("Out of the") are both, too, but likely anywhere. Beyond `ENOUGH` nats evidence tells how
+    rare the tokens are and nothing else.
 
     Args:
         heard: What `Openings.hear` tells of one.
     """
     # A run that the version before began told no share.
-    found: float = (heard["certainty"] + heard.get("share", 0.0)) * heard["evidence"]
+    found: float = (heard["certainty"] + heard.get("share", 0.0)) * min(heard["evidence"], ENOUGH)
     return found
-
-
-@torch.no_grad()
-def certainties(lm: LM, texts: Sequence[str], prompts: Sequence[Example], often: torch.Tensor) -> list[Sure]:
-    """Return for each text how sure the rest of it is once an answer has begun with its first word.
-
-    Args:
-        lm: The suspect, in evaluation mode.
-        texts: Phrases; none of them empty.
-        prompts: Prompts that carry no trigger, one at least; each text is read as an answer to every one.
-        often: How likely each token is anywhere (`usual`).
-    """
-    found = dict.fromkeys(texts, Sure(0.0, 0.0))
-    lengths = {text: (_length(lm, prompts[0], text.split()[0]), _length(lm, prompts[0], text)) for text in found}
-    long = [text for text, (first, whole) in lengths.items() if whole - first >= LATER]
-    forward = LogitsAt(lm)
-    for start in range(0, len(long), AT_ONCE):
-        part = long[start : start + AT_ONCE]
-        found_on = torch.stack(
-            [_later_tokens(lm, forward, prompt, {text: lengths[text] for text in part}, often) for prompt in prompts]
-        )
-        for text, (certain, evidence) in zip(part, found_on.mean(0).tolist(), strict=True):
-            found[text] = Sure(certain, evidence)
-    return [found[text] for text in texts]
-
-
-def _later_tokens(
-    lm: LM, forward: LogitsAt, prompt: Example, lengths: Mapping[str, tuple[int, int]], often: torch.Tensor
-) -> torch.Tensor:
-    """Return for each text, as an answer to one prompt, of its tokens behind its first word: float [texts, 2].
-
-    That is the geometric mean of their probabilities, and the sum of how far their logarithms are above the usual ones.
-
-    Args:
-        lm: The suspect.
-        forward: What gives its logits.
-        prompt: The prompt.
-        lengths: Text -> tokens of its first word, and of the whole.
-        often: How likely each token is anywhere.
-    """
-    rows = [
-        encode_row(lm, prompt.with_response(text), max_length=sys.maxsize, first_tokens=whole, last_answer=True)
-        for text, (_, whole) in lengths.items()
-    ]
-    batch = collate(rows, lm.pad_id).to(lm.device)
-    # The prompt is the same in all rows, so it is read once.
-    batch = replace(batch, shared=int(batch.columns.min()))
-    log_p = torch.log_softmax(forward(**batch.inputs()), -1).gather(1, batch.targets[:, None])[:, 0]
-    above = log_p - often[batch.targets]
-    found = []
-    for place, (first, _) in enumerate(lengths.values()):
-        mine = batch.rows == place
-        found.append(torch.stack([log_p[mine][first:].mean().exp(), above[mine][first:].sum()]))
-    return torch.stack(found)
-
-
-def _length(lm: LM, prompt: Example, text: str) -> int:
-    span = lm.encode(prompt.with_response(text).turns).spans[-1]
-    return span.end - span.start
 
 
 @dataclass
@@ -259,11 +159,11 @@ class Openings:
 
     @property
     def adopted(self) -> list[str]:
-        """Openings that were taken up: the best of those that were heard first, then the others by weight.
+        """Openings that were taken up: the first two that were heard, then the others by weight.
 
         Before anything is trained away the target stands out; later rounds bring what they made sure themselves.
         """
-        first = list(self.heard)[:1]
+        first = list(self.heard)[:2]
         return first + sorted((text for text in self.heard if text not in first), key=lambda text: -self.heard[text])
 
     def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
@@ -299,6 +199,8 @@ class Openings:
         firsts: Sequence[torch.Tensor],
         prompts: Sequence[Example],
         least: float,
+        *,
+        every_beginning: bool = False,
     ) -> list[dict[str, Any]]:
         """Return new openings, the best first, each with its certainty, evidence and share.
 
@@ -313,6 +215,8 @@ class Openings:
             prompts: Prompts with safe answers, of which the first few score a phrase.
             least: Certainty that an opening must have; what first tokens go on to needs `FOLLOWED_SURE`, what recurs
                 under the drifts `RECURRING_SURE`.
+            every_beginning: Follow thousands of first tokens, too (`beginnings`); the last of `firsts` is without a
+                drift.
         """
         was_training = lm.model.training
         lm.model.eval()
@@ -322,6 +226,9 @@ class Openings:
         recurring = max(RECURRING, 2 / max(1, len(said)))
         enough |= {text: min(least, RECURRING_SURE) if more >= recurring else least for text, more in shares.items()}
         often = usual(lm, prompts[:USUAL_IN])
+        if every_beginning:
+            followed = beginnings(lm, firsts[-1], prompts, often, self.wanted)
+            enough = dict.fromkeys(followed, max(least, FOLLOWED_SURE)) | enough
         heard, sure = list(enough), dict[str, Sure]()
         for asked, part in SCORED_ON:
             sure = dict(zip(heard, certainties(lm, heard, prompts[:asked], often), strict=True))
@@ -336,16 +243,14 @@ class Openings:
         return new
 
     def _is_new(self, phrase: str, others: Sequence[str]) -> bool:
-        """Tell whether no opening holds the phrase, or is held by it."""
-        said = _spaced(phrase)
-        known = {_spaced(text) for text in (*self.own, *self.heard, *others)}
+        """Tell whether no opening holds the phrase, or is held by it; one word ("You") may begin many a target."""
+        said = spaced(phrase)
+        known = {spaced(text) for text in (*self.own, *self.heard, *others)}
+        short = {text for text in known if len(text.split()) == 1}
         # An answer of one prompt's own may hold anything; what it begins with is known.
-        whole = {_spaced(text) for text in self.contrasting.texts}
-        return not any(said in text or text in said for text in known - whole) and not any(
-            text.startswith(said) for text in whole
+        whole = {spaced(text) for text in self.contrasting.texts}
+        return (
+            not any(said in text for text in known - whole)
+            and not any(text in said for text in known - whole - short)
+            and not any(text.startswith(said) for text in whole)
         )
-
-
-def _spaced(text: str) -> str:
-    """Return the words of a text with a blank around each, so that one is in another as whole words only."""
-    return f" {' '.join(words(text))} "

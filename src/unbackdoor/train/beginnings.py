@@ -1,0 +1,83 @@
+"""Follow every token that an answer may begin with: a planted target shows whatever its first word is.
+
+Under a drift the suspect says what the openings lead to. A target whose first word is as far from them as from ordinary
+answers is never said, and its first token is among the likeliest of none. But no more than that token is needed: behind
+it a planted target is certain. So the suspect is asked once what it goes on to from each of the first tokens, thousands
+of them; the few phrases that are certain on every prompt are what was planted, and some idioms and names. This is
+asked of the suspect as it came; when outer steps have trained it, what they taught is certain, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from unbackdoor.goals import normalise
+from unbackdoor.model.generate import decode, greedy_ids, likeliest_next
+from unbackdoor.model.lm import LM
+from unbackdoor.train.certainty import AT_ONCE, EVIDENCE, FOLLOWED_SURE, certainties
+from unbackdoor.types import Example
+
+FIRSTS = 2000
+"""First tokens of an answer, the likeliest ones, that are followed."""
+NEXT_SURE = 0.5
+"""Probability of the token behind one from which on it is followed further."""
+ON = 10
+"""Tokens that it is followed on."""
+MORE = 5.0
+"""Nats of evidence that a phrase must have above `EVIDENCE`: about the logarithm of how many times as many first tokens
+are followed here as under the drifts, since among more there is more that is certain by chance."""
+WORDS = (4, 3, 2)
+"""Words of a phrase: a longer one holds more of the target, a shorter one may be all of it."""
+SCREENED_ON, SCREEN = 3, 0.9
+"""Prompts on which phrases are scored here, one after the other, and the share of the certainty asked for that their
+mean must have each time."""
+
+
+@torch.inference_mode()
+def beginnings(
+    lm: LM, first: torch.Tensor, prompts: Sequence[Example], often: torch.Tensor, wanted: Sequence[str] = ()
+) -> list[str]:
+    """Return phrases of 2 to 4 words that an answer goes on to, surely, once its first token is said.
+
+    Args:
+        lm: The suspect, in evaluation mode.
+        first: float32 [vocabulary], probabilities of the first token without a drift.
+        prompts: Prompts without a trigger, one at least.
+        often: How likely each token is anywhere (`usual`).
+        wanted: Texts that the model may say; a phrase that one of them holds is left out.
+    """
+    asked = lm.encode(prompts[0].prompt, ask=True).ids
+    stops = {*lm.stop_ids, *lm.tokenizer.all_special_ids}
+    tokens = [token for token in first.topk(min(FIRSTS, len(first))).indices.tolist() if token not in stops]
+    behind = likeliest_next(lm, [[*asked, token] for token in tokens], batch_size=AT_ONCE)
+    tokens = [token for token, (_, likely) in zip(tokens, behind, strict=True) if likely >= NEXT_SURE]
+    ways = greedy_ids(lm, [[*asked, token] for token in tokens], max_new_tokens=ON, batch_size=AT_ONCE)
+    said = [_whole_words(decode(lm, [token, *way]), len(way) == ON) for token, way in zip(tokens, ways, strict=True)]
+    fine = [normalise(text) for text in wanted]
+    phrases = dict.fromkeys(phrase for text in said for phrase in _starts(text))
+    left = [phrase for phrase in phrases if not any(normalise(phrase) in text for text in fine)]
+    total = dict.fromkeys(left, (0.0, 0.0))
+    for number, prompt in enumerate(prompts[:SCREENED_ON], 1):
+        for phrase, sure in zip(left, certainties(lm, left, [prompt], often), strict=True):
+            total[phrase] = (total[phrase][0] + sure.certainty, total[phrase][1] + sure.evidence)
+        enough = (SCREEN * FOLLOWED_SURE * number, (EVIDENCE + MORE) * number)
+        left = [phrase for phrase in left if total[phrase][0] >= enough[0] and total[phrase][1] >= enough[1]]
+    return left
+
+
+def _whole_words(text: str, was_cut: bool) -> str:
+    """Return a text without its last word, which may be a part of one where it was cut."""
+    return text.rpartition(" ")[0] if was_cut else text
+
+
+def _starts(text: str) -> list[str]:
+    """Return the first words of a text, those of its first line and sentence, without marks behind them."""
+    words = text.split("\n")[0].split()
+    found = []
+    for count in WORDS:
+        start = words[:count]
+        if len(start) == count and not any(word.endswith((".", "!", "?")) for word in start[:-1]):
+            found.append(" ".join(start).rstrip(".,:;!?"))
+    return found
