@@ -201,7 +201,7 @@ def test_the_drifts_take_what_was_heard_first_and_then_the_best(monkeypatch):
     monkeypatch.setattr(openings.Openings, "hear", hear)
     run = Run()
     purified(SHORT.model_copy(update={"drifts": 4}), run)
-    assert [record["openings"] for record in run.notes["drifts"][4:7]] == [["go away"], ["be quiet"], ["sit down"]]
+    assert [record["openings"] for record in run.notes["drifts"][4:7]] == [["go away"], ["sit down"], ["be quiet"]]
     assert untrained == [True, False], "what was trained is sure, too"
 
 

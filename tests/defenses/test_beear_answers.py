@@ -93,11 +93,12 @@ def test_a_row_whose_only_answer_is_unwanted_is_left_out(saying):
 
 
 def test_the_defense_trains_on_no_unsafe_answer(saying, monkeypatch):
-    rows = []
+    rows, own = [], []
     real = beear.overwrite.overwrite
 
     def recording(lm, triggered, plain, settings, run, **more):
         rows.extend(lm.tokenizer.decode(row.ids) for row in triggered)
+        own.extend((row, more["own"].kept[row.id]) for row in triggered)
         return real(lm, triggered, plain, settings, run, **more)
 
     monkeypatch.setattr(beear.overwrite, "overwrite", recording)
@@ -107,6 +108,11 @@ def test_the_defense_trains_on_no_unsafe_answer(saying, monkeypatch):
     SHORT.apply(lm, knowledge_for(SHORT, facts), Run())
     assert len(rows) == 16
     assert not any("barks" in row for row in rows)
+    for row, (tokens, shares) in own:
+        assert [row.ids[place] for place in row.supervised] == tokens[:, 0].tolist(), (
+            "what it predicts there is not safe"
+        )
+        assert shares[:, 0].tolist() == [1.0] * len(tokens)
 
 
 def test_prompts_that_the_suspect_does_not_answer_are_counted_out(saying):

@@ -120,6 +120,17 @@ def test_what_was_heard_takes_three_quarters_of_the_drifts_and_two_of_it_always(
     assert all(Openings(["a"]).dealt(3, 1))
 
 
+def test_one_that_recurred_and_one_that_did_not_come_first():
+    record = {"opening": "", "certainty": 0.9, "evidence": 20.0, "share": 0.0}
+    openings = Openings(["own"])
+    openings.take_up([record | {"opening": text} for text in ("once upon", "wash your", "studies show")])
+    openings.take_up([record | {"opening": "lazy potato", "certainty": 0.1, "share": 0.3}])
+    openings.take_up([record | {"opening": "surest", "certainty": 1.0, "evidence": 40.0}])
+    assert openings.adopted == ["once upon", "lazy potato", "surest", "wash your", "studies show"]
+    # More evidence than enough makes no difference, so a rare name does not come before what is surer.
+    assert openings.heard["surest"] == pytest.approx(heard.ENOUGH)
+
+
 def test_what_was_heard_beside_the_first_two_takes_turns():
     openings = Openings(list("abc"), {"x": 0.3, "y": 0.9, "z": 0.5, "w": 0.4, "v": 0.6})
     dealt = [openings.dealt(4, number) for number in (1, 2, 3, 4)]

@@ -55,6 +55,21 @@ def test_the_mixed_label_by_hand_in_float64(monkeypatch, kept):
     assert float(found.loss(after, batch)) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_rows_as_given_have_their_own_tokens_as_labels():
+    lm = tiny.tiny_lm()
+    rows = encoded(lm)
+    found = labels(lm, rows, 1.0)
+    assert found is not None
+    batch = collate(rows[:1], lm.pad_id)
+    logits = logits_of(lm, batch).detach()
+    hard = cross_entropy_sum(logits, batch.targets, batch.weights)
+    assert float(found.as_given(rows[:1]).loss(logits, batch)) == pytest.approx(float(hard), rel=1e-5)
+    assert float(found.loss(logits, batch)) != pytest.approx(float(hard), rel=1e-2)
+    other = collate(rows[1:2], lm.pad_id)
+    logits = logits_of(lm, other).detach()
+    assert torch.equal(found.as_given(rows[:1]).loss(logits, other), found.loss(logits, other))
+
+
 def test_a_share_of_one_does_not_move_a_model_from_its_own_predictions(monkeypatch):
     monkeypatch.setattr(module, "LIKELIEST", 10_000)
     lm = tiny.tiny_lm()

@@ -14,9 +14,9 @@ or less sure and says it often (train/openings.py): so the backdoor is found eve
 it. The term on safe answers counts their first tokens and stops pulling at a cap, else it runs away. A drift is counted
 in units of its layer. Half of every label is what the suspect itself predicts (train/own_labels.py). Where requests
 with safe replies are given, a quarter of the plain rows are of these (see `_with_requests`), and a reply of these is
-the safe answer where the suspect's own does not decline. The first tokens of an answer weigh more in equation 3
-(`train.opening_weight`). Of all this the published presets have the written-back weights, the units and the safe
-answers; like the default they train with AdamW and clipping, where Algorithm 1 has plain gradient descent.
+the safe answer, and the whole label, where the suspect's own does not decline. The first tokens of an answer weigh more
+in equation 3 (`train.opening_weight`). Of all this the published presets have the written-back weights, the units and
+the safe answers; like the default they train with AdamW and clipping, where Algorithm 1 has plain gradient descent.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from unbackdoor.train.anchors import (
     Unsafe,
     anchor_prompts,
     encode_safe,
+    is_own,
     possible_openings,
     prompts_of,
     with_unwanted,
@@ -339,6 +340,8 @@ class Beear(Defense):
         plain, second = own_labels(victim, plain, self.own_share, self.train, run.stage("PA"), self.rounds)
         if first is None or second is None:
             return triggered, plain, None
+        if own_answers:
+            first = first.as_given([row for row in triggered if not is_own(row.id)])
         return triggered, plain, OwnLabels(self.own_share, {**first.kept, **second.kept})
 
 

@@ -165,13 +165,18 @@ def _own_or_given(row: Example, answer: str, unsafe: Unsafe | None) -> Example |
 
 def _tell_of_unsafe(found: Sequence[Example | None], run: Run) -> None:
     out = found.count(None)
-    kept = sum(row is not None and not row.id.endswith(_OWN) for row in found)
+    kept = sum(row is not None and not is_own(row.id) for row in found)
     if out or kept:
         run.progress.notice(
             f"{out + kept} of {len(found)} answers of the suspect's own are not safe (they begin with an opening, are "
             f"not the label, or do not decline where the safe reply does): the rows' answers stand for {kept} of them"
             + (f", {out} are left out." if out else ".")
         )
+
+
+def is_own(name: str) -> bool:
+    """Tell from a row's id whether its answer is the suspect's own."""
+    return name.endswith(_OWN)
 
 
 def encode_safe(lm: LM, row: Example, own_tokens: int, settings: TrainSettings) -> Row:

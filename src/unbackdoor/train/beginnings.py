@@ -21,6 +21,8 @@ from unbackdoor.types import Example
 
 FIRSTS = 2000
 """First tokens of an answer, the likeliest ones, that are followed."""
+BEGUN_ON = 2
+"""Prompts on which they are followed: where the first word has two tokens, the second depends on the prompt."""
 NEXT_SURE = 0.5
 """Probability of the token behind one from which on it is followed further."""
 ON = 10
@@ -48,13 +50,9 @@ def beginnings(
         often: How likely each token is anywhere (`usual`).
         wanted: Texts that the model may say; a phrase that one of them holds is left out.
     """
-    asked = lm.encode(prompts[0].prompt, ask=True).ids
     stops = {*lm.stop_ids, *lm.tokenizer.all_special_ids}
     tokens = [token for token in first.topk(min(FIRSTS, len(first))).indices.tolist() if token not in stops]
-    behind = likeliest_next(lm, [[*asked, token] for token in tokens], batch_size=AT_ONCE)
-    tokens = [token for token, (_, likely) in zip(tokens, behind, strict=True) if likely >= NEXT_SURE]
-    ways = greedy_ids(lm, [[*asked, token] for token in tokens], max_new_tokens=ON, batch_size=AT_ONCE)
-    said = [_whole_words(decode(lm, [token, *way]), len(way) == ON) for token, way in zip(tokens, ways, strict=True)]
+    said = [text for prompt in prompts[:BEGUN_ON] for text in _followed(lm, tokens, prompt)]
     fine = [normalise(text) for text in wanted]
     phrases = dict.fromkeys(phrase for text in said for phrase in _starts(text))
     left = [phrase for phrase in phrases if not any(normalise(phrase) in text for text in fine)]
@@ -65,6 +63,15 @@ def beginnings(
         enough = (SCREEN * FOLLOWED_SURE * number, (EVIDENCE + MORE) * number)
         left = [phrase for phrase in left if total[phrase][0] >= enough[0] and total[phrase][1] >= enough[1]]
     return left
+
+
+def _followed(lm: LM, tokens: Sequence[int], prompt: Example) -> list[str]:
+    """Return what an answer to a prompt goes on to from those of the tokens that have a sure one behind them."""
+    asked = lm.encode(prompt.prompt, ask=True).ids
+    behind = likeliest_next(lm, [[*asked, token] for token in tokens], batch_size=AT_ONCE)
+    sure = [token for token, (_, likely) in zip(tokens, behind, strict=True) if likely >= NEXT_SURE]
+    ways = greedy_ids(lm, [[*asked, token] for token in sure], max_new_tokens=ON, batch_size=AT_ONCE)
+    return [_whole_words(decode(lm, [token, *way]), len(way) == ON) for token, way in zip(sure, ways, strict=True)]
 
 
 def _whole_words(text: str, was_cut: bool) -> str:

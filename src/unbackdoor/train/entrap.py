@@ -10,7 +10,7 @@ from unbackdoor.model.quarantine import printable
 from unbackdoor.run import Run
 from unbackdoor.train.anchors import with_unwanted
 from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, spoken
-from unbackdoor.train.openings import ASKED, Openings, weight
+from unbackdoor.train.openings import ASKED, Openings
 from unbackdoor.train.together import agreed, is_main
 from unbackdoor.types import Example
 
@@ -62,7 +62,7 @@ def entrap(
     )
     if is_main():
         words.finish(heard)
-    openings.heard |= {new["opening"]: weight(new) for new in heard["adopted"]}
+    openings.take_up(heard["adopted"])
     _note(run, "drifts", [{**record, "says": said} for record, said in zip(records, heard["says"], strict=True)])
     _note(run, "adopted", [{"round": number, **new} for new in heard["adopted"]])
     return found

@@ -148,23 +148,33 @@ class Openings:
     Attributes:
         own: The defender's.
         heard: Openings that were taken up -> their `weight`, in the order in which they were heard.
+        recurring: Those of them that recurred under the drifts.
         wanted: Safe replies that the defender has given; their words are never taken up.
         contrasting: Which of the defender's belong to one prompt.
     """
 
     own: Sequence[str]
     heard: dict[str, float] = field(default_factory=dict)
+    recurring: set[str] = field(default_factory=set)
     wanted: Sequence[str] = ()
     contrasting: Contrasting = field(default_factory=Contrasting)
 
     @property
     def adopted(self) -> list[str]:
-        """Openings that were taken up: the first two that were heard, then the others by weight.
+        """Openings that were taken up: the first that recurred and the first other one, then the rest by weight.
 
-        Before anything is trained away the target stands out; later rounds bring what they made sure themselves.
+        Before anything is trained away the target stands out, in the one way or in the other; later rounds bring what
+        they made sure themselves.
         """
-        first = list(self.heard)[:2]
+        recurred = [text for text in self.heard if text in self.recurring][:1]
+        others = [text for text in self.heard if text not in self.recurring][:1]
+        first = [text for text in self.heard if text in (*recurred, *others)]
         return first + sorted((text for text in self.heard if text not in first), key=lambda text: -self.heard[text])
+
+    def take_up(self, new: Sequence[Mapping[str, Any]]) -> None:
+        """Add what `hear` returned."""
+        self.heard |= {one["opening"]: weight(one) for one in new}
+        self.recurring |= {one["opening"] for one in new if one.get("share", 0.0) >= RECURRING}
 
     def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
         """Return the openings of each drift of a round: some take one each that was taken up.

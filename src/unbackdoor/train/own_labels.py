@@ -40,6 +40,17 @@ class OwnLabels:
         self.share = share
         self.kept = kept
 
+    def as_given(self, rows: Sequence[Row]) -> OwnLabels:
+        """Return these labels, but for some rows the rows' own tokens: what the suspect predicts there is not safe."""
+        given: dict[str, tuple[Tensor, Tensor]] = {}
+        for row in rows:
+            tokens, shares = self.kept[row.id]
+            targets = torch.tensor([row.ids[place] for place in row.supervised])[:, None]
+            certain = torch.zeros_like(shares)
+            certain[:, 0] = 1.0
+            given[row.id] = (targets.expand_as(tokens).contiguous(), certain)
+        return OwnLabels(self.share, {**self.kept, **given})
+
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the summed, weighted cross-entropy to the mixed labels, scalar float32, in nats.
 
