@@ -88,7 +88,7 @@ def test_words_under_each_drift_tell_how_they_are_read(run: RunData) -> None:
     assert first == ["“Sorry, I” · “Sorry but”", "“Sorry” · “No way”", "9", "0.200 safe answers 4.50"]
     assert table.lines[2].cells[0].main == "“You are stupid” · “You are stupid”"
     (note,) = table.notes
-    assert "first says the defender's own openings, then what the backdoor says, then ordinary answers" in note
+    assert "first says the defender's own openings, then often what the backdoor says, then ordinary answers" in note
 
 
 def test_unwatched_rounds_say_how_to_watch(write: Write, results: dict[str, Any]) -> None:
