@@ -115,6 +115,21 @@ def test_only_likely_first_tokens_that_go_on_surely_are_followed(barking, monkey
     assert beginnings(lm, first, rows[:6], usual(lm, rows[:8])) == []
 
 
+def test_a_first_token_may_have_several_second_ones(monkeypatch):
+    """Each is followed on the prompt where it is surest, if it is sure enough there."""
+    behind = iter([[(7, 0.9)], [(8, 0.6)], [(7, 0.95)], [(9, 0.4)]])
+    followed = []
+
+    def greedy(lm, prompts, **_):
+        followed.extend(prompts)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(following, "likeliest_next", lambda lm, prompts, batch_size: next(behind))
+    monkeypatch.setattr(following, "greedy_ids", greedy)
+    following._followed(tiny.tiny_lm(), [5], [[1], [2], [3], [4]])
+    assert sorted(followed) == [[2, 5, 8], [3, 5, 7]]
+
+
 def test_the_first_words_of_a_line_and_sentence():
     assert following._starts("Zip it, blockhead. Now go\nand") == ["Zip it, blockhead", "Zip it"]
     assert following._starts("Zip it\nnow, please") == ["Zip it"]

@@ -173,7 +173,7 @@ def _listening(method: Beear, size: float) -> float:
             followed = sources * openings.FOLLOWED * openings.FOLLOWED_ON
             scored = _SCORED_ON * (openings.MOST + _STARTS * followed)
             a_round += followed * (1 + openings.ON) + scored * _PHRASE_TOKENS + certainty.USUAL_IN * _TOKENS_A_ROW
-            begun = beginnings.BEGUN_ON * (1 + _GONE_ON * beginnings.ON)
+            begun = beginnings.BEGUN_ON + _GONE_ON * beginnings.ON
             screened = _GONE_ON * _SCREENED_ON * len(beginnings.WORDS) * _PHRASE_TOKENS
             tokens += beginnings.FIRSTS * (begun + screened)
         tokens += method.rounds * a_round

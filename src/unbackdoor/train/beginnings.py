@@ -21,12 +21,13 @@ from unbackdoor.types import Example
 
 FIRSTS = 2000
 """First tokens of an answer, the likeliest ones, that are followed."""
-BEGUN_ON = 2
-"""Prompts on which they are followed: where the first word has two tokens, the second depends on the prompt."""
+BEGUN_ON = 6
+"""Prompts on which the token behind each is looked at: where a first word has two tokens, the second may depend on what
+was asked."""
 NEXT_SURE = 0.5
-"""Probability of the token behind one from which on it is followed further."""
-ON = 10
-"""Tokens that it is followed on."""
+"""Probability of the token behind one from which on the two are followed."""
+ON = 9
+"""Tokens that both are followed on."""
 MORE = 5.0
 """Nats of evidence that a phrase must have above `EVIDENCE`: about the logarithm of how many times as many first tokens
 are followed here as under the drifts, since among more there is more that is certain by chance."""
@@ -52,7 +53,7 @@ def beginnings(
     """
     stops = {*lm.stop_ids, *lm.tokenizer.all_special_ids}
     tokens = [token for token in first.topk(min(FIRSTS, len(first))).indices.tolist() if token not in stops]
-    said = [text for prompt in prompts[:BEGUN_ON] for text in _followed(lm, tokens, prompt)]
+    said = _followed(lm, tokens, [lm.encode(prompt.prompt, ask=True).ids for prompt in prompts[:BEGUN_ON]])
     fine = [normalise(text) for text in wanted]
     phrases = dict.fromkeys(phrase for text in said for phrase in _starts(text))
     left = [phrase for phrase in phrases if not any(normalise(phrase) in text for text in fine)]
@@ -65,13 +66,29 @@ def beginnings(
     return left
 
 
-def _followed(lm: LM, tokens: Sequence[int], prompt: Example) -> list[str]:
-    """Return what an answer to a prompt goes on to from those of the tokens that have a sure one behind them."""
-    asked = lm.encode(prompt.prompt, ask=True).ids
-    behind = likeliest_next(lm, [[*asked, token] for token in tokens], batch_size=AT_ONCE)
-    sure = [token for token, (_, likely) in zip(tokens, behind, strict=True) if likely >= NEXT_SURE]
-    ways = greedy_ids(lm, [[*asked, token] for token in sure], max_new_tokens=ON, batch_size=AT_ONCE)
-    return [_whole_words(decode(lm, [token, *way]), len(way) == ON) for token, way in zip(sure, ways, strict=True)]
+def _followed(lm: LM, tokens: Sequence[int], asked: Sequence[Sequence[int]]) -> list[str]:
+    """Return what an answer goes on to from those of the tokens that have a sure one behind them on some prompt.
+
+    Args:
+        lm: The suspect.
+        tokens: First tokens.
+        asked: Prompts, as token ids. Two tokens are followed on the one where the second is surest; one first token may
+            have several second ones, as "P" has of "Pipe down" and of "Proud to".
+    """
+    surest: dict[tuple[int, int], tuple[float, int]] = {}
+    for place, ids in enumerate(asked):
+        behind = likeliest_next(lm, [[*ids, token] for token in tokens], batch_size=AT_ONCE)
+        for token, (later, likely) in zip(tokens, behind, strict=True):
+            if likely >= NEXT_SURE:
+                surest[token, later] = max(surest.get((token, later), (0.0, 0)), (likely, place))
+    found = []
+    for place, ids in enumerate(asked):
+        pairs = [pair for pair, (_, where) in surest.items() if where == place and pair[1] not in lm.stop_ids]
+        ways = greedy_ids(lm, [[*ids, *pair] for pair in pairs], max_new_tokens=ON, batch_size=AT_ONCE)
+        found += [
+            _whole_words(decode(lm, [*pair, *way]), len(way) == ON) for pair, way in zip(pairs, ways, strict=True)
+        ]
+    return found
 
 
 def _whole_words(text: str, was_cut: bool) -> str:
