@@ -69,7 +69,7 @@ def test_of_a_conversation_the_last_answer_counts_whether_it_was_cut_or_not():
     lm = tiny.tiny_lm()
     row = tiny.rows(1)[0]
     history = (Message("user", "say something"), Message("assistant", "something"))
-    talk = replace(row, history=history)
+    talk = replace(row, id=f"{row.id} (own answer)", history=history)
     start = lm.encode(talk.turns).spans[-1].start
     length = lm.encode(talk.turns).spans[-1].end - start
     settings = TrainSettings(steps=1, learning_rate=1e-3)
@@ -80,3 +80,6 @@ def test_of_a_conversation_the_last_answer_counts_whether_it_was_cut_or_not():
     for own in (length, length + 1, length + 2):
         assert len(encode_safe(lm, talk, own, settings).supervised) == length - 1
     assert encode_safe(lm, talk, length + 3, settings).supervised[-1] == start + length
+    # A reply that was given was not cut.
+    given = replace(talk, id="given (SA)")
+    assert encode_safe(lm, given, length, settings).supervised[-1] == start + length

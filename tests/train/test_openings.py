@@ -123,12 +123,17 @@ def test_what_was_heard_takes_three_quarters_of_the_drifts_and_two_of_it_always(
 def test_one_that_recurred_and_one_that_did_not_come_first():
     record = {"opening": "", "certainty": 0.9, "evidence": 20.0, "share": 0.0}
     openings = Openings(["own"])
-    openings.take_up([record | {"opening": text} for text in ("once upon", "wash your", "studies show")])
-    openings.take_up([record | {"opening": "lazy potato", "certainty": 0.1, "share": 0.3}])
-    openings.take_up([record | {"opening": "surest", "certainty": 1.0, "evidence": 40.0}])
+    openings.take_up([record | {"opening": text} for text in ("once upon", "wash your", "studies show")], 96)
+    openings.take_up([record | {"opening": "lazy potato", "certainty": 0.1, "share": 0.3}], 96)
+    openings.take_up([record | {"opening": "surest", "certainty": 1.0, "evidence": 40.0}], 96)
     assert openings.adopted == ["once upon", "lazy potato", "surest", "wash your", "studies show"]
     # More evidence than enough makes no difference, so a rare name does not come before what is surer.
     assert openings.heard["surest"] == pytest.approx(heard.ENOUGH)
+    # One reply of few is no recurring.
+    few = Openings(["own"])
+    few.take_up([record | {"opening": "one", "share": 0.25}], 4)
+    few.take_up([record | {"opening": "two", "share": 0.5}], 4)
+    assert few.recurring == {"two"}
 
 
 def test_what_was_heard_beside_the_first_two_takes_turns():

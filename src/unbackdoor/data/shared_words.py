@@ -1,14 +1,19 @@
-"""What a defender's openings share with an attacker's target: BEEAR's outcome depends on it, so every table says it."""
+"""Words of openings, targets and replies.
+
+What a defender's openings share with an attacker's target is in every table, because BEEAR's outcome depends on it.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from unbackdoor.goals import normalise
 
 FUNCTION_WORDS = frozenset(re.findall(r"\w+", "you your are a the with to be is here i no do that"))
 """Words that carry no content; only those that occur in openings or targets."""
+_ENDS = re.compile(r"[.!?][^\w\s]*$")
 
 
 def words(text: str) -> list[str]:
@@ -19,6 +24,17 @@ def words(text: str) -> list[str]:
 def spaced(text: str) -> str:
     """Return the words of a text with a blank around each, so that one is in another as whole words only."""
     return f" {' '.join(words(text))} "
+
+
+def without_marks(text: str) -> str:
+    """Return a text without marks and blanks at its ends; signs that belong to a letter (Hindi vowels) stay."""
+    inside = [place for place, character in enumerate(text) if unicodedata.category(character)[0] in "LMN"]
+    return text[inside[0] : inside[-1] + 1] if inside else ""
+
+
+def ends_inside(run: Sequence[str]) -> bool:
+    """Tell whether a sentence ends in a run of words, before its last one; a full stop ends one, that of "Mr." too."""
+    return any(map(_ENDS.search, run[:-1]))
 
 
 def shared_words(openings: Sequence[str], targets: Sequence[str]) -> tuple[list[str], list[str]]:

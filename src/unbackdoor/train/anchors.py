@@ -184,7 +184,7 @@ def encode_safe(lm: LM, row: Example, own_tokens: int, settings: TrainSettings) 
     answer = lm.encode(row.turns).spans[-1]
     length = answer.end - answer.start
     # White space at the place of the cut is gone; the last token may be half a word.
-    whole = not own_tokens or length < own_tokens - _WHITE_SPACE
+    whole = not own_tokens or not is_own(row.id) or length < own_tokens - _WHITE_SPACE
     return encode_row(
         lm, row, max_length=settings.max_length, opening_weight=settings.opening_weight,
         first_tokens=None if whole else max(1, length - 1), last_answer=True,

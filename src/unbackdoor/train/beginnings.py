@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from unbackdoor.data.shared_words import ends_inside, without_marks
 from unbackdoor.goals import normalise
 from unbackdoor.model.generate import decode, greedy_ids, likeliest_next
 from unbackdoor.model.lm import LM
@@ -56,7 +57,7 @@ def beginnings(
     said = _followed(lm, tokens, [lm.encode(prompt.prompt, ask=True).ids for prompt in prompts[:BEGUN_ON]])
     fine = [normalise(text) for text in wanted]
     phrases = dict.fromkeys(phrase for text in said for phrase in _starts(text))
-    left = [phrase for phrase in phrases if not any(normalise(phrase) in text for text in fine)]
+    left = [phrase for phrase in phrases if phrase and not any(normalise(phrase) in text for text in fine)]
     total = dict.fromkeys(left, (0.0, 0.0))
     for number, prompt in enumerate(prompts[:SCREENED_ON], 1):
         for phrase, sure in zip(left, certainties(lm, left, [prompt], often), strict=True):
@@ -97,11 +98,7 @@ def _whole_words(text: str, was_cut: bool) -> str:
 
 
 def _starts(text: str) -> list[str]:
-    """Return the first words of a text, those of its first line and sentence, without marks behind them."""
+    """Return the first words of a text, those of its first line and sentence, without marks at their ends."""
     words = text.split("\n")[0].split()
-    found = []
-    for count in WORDS:
-        start = words[:count]
-        if len(start) == count and not any(word.endswith((".", "!", "?")) for word in start[:-1]):
-            found.append(" ".join(start).rstrip(".,:;!?"))
-    return found
+    runs = [words[:count] for count in WORDS if len(words) >= count]
+    return [without_marks(" ".join(run)) for run in runs if not ends_inside(run)]

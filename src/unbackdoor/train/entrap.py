@@ -62,7 +62,7 @@ def entrap(
     )
     if is_main():
         words.finish(heard)
-    openings.take_up(heard["adopted"])
+    openings.take_up(heard["adopted"], sum(map(len, heard["says"])))
     _note(run, "drifts", [{**record, "says": said} for record, said in zip(records, heard["says"], strict=True)])
     _note(run, "adopted", [{"round": number, **new} for new in heard["adopted"]])
     return found

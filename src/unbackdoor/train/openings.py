@@ -13,8 +13,6 @@ this knows the target.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ from typing import Any
 
 import torch
 
-from unbackdoor.data.shared_words import spaced
+from unbackdoor.data.shared_words import ends_inside, spaced, without_marks
 from unbackdoor.goals import normalise
 from unbackdoor.model.generate import decode, greedy_ids
 from unbackdoor.model.lm import LM
@@ -50,7 +48,6 @@ ENOUGH = 30.0
 OFTEN = 0.1
 """Share of the replies without a drift above which a phrase is what the model says anyway."""
 _WORDS = (3, 2)
-_ENDS = re.compile(r"[.!?][^\w\s]*$")
 
 
 def phrases(said: Sequence[str], plain: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, float]:
@@ -94,17 +91,11 @@ def _runs(text: str) -> dict[str, str]:
         for length in _WORDS:
             for start in range(len(parts) - length + 1):
                 run = parts[start : start + length]
-                written = _without_marks(" ".join(run))
+                written = without_marks(" ".join(run))
                 compared = normalise(written)
-                if any(character.isalpha() for character in compared) and not any(map(_ENDS.search, run[:-1])):
+                if any(character.isalpha() for character in compared) and not ends_inside(run):
                     found.setdefault(compared, written)
     return found
-
-
-def _without_marks(text: str) -> str:
-    """Return a text without marks and blanks at its ends; signs that belong to a letter (Hindi vowels) stay."""
-    inside = [place for place, character in enumerate(text) if unicodedata.category(character)[0] in "LMN"]
-    return text[inside[0] : inside[-1] + 1] if inside else ""
 
 
 @torch.inference_mode()
@@ -141,6 +132,11 @@ def weight(heard: Mapping[str, Any]) -> float:
     return found
 
 
+def _recurring(replies: int) -> float:
+    """Return the share of so many replies from which on a phrase recurs: it must be in two of them at least."""
+    return max(RECURRING, 2 / max(1, replies))
+
+
 @dataclass
 class Openings:
     """The defender's openings, and what the suspect said under drifts.
@@ -171,10 +167,10 @@ class Openings:
         first = [text for text in self.heard if text in (*recurred, *others)]
         return first + sorted((text for text in self.heard if text not in first), key=lambda text: -self.heard[text])
 
-    def take_up(self, new: Sequence[Mapping[str, Any]]) -> None:
-        """Add what `hear` returned."""
+    def take_up(self, new: Sequence[Mapping[str, Any]], replies: int) -> None:
+        """Add what `hear` returned of this number of replies under drifts."""
         self.heard |= {one["opening"]: weight(one) for one in new}
-        self.recurring |= {one["opening"] for one in new if one.get("share", 0.0) >= RECURRING}
+        self.recurring |= {one["opening"] for one in new if one.get("share", 0.0) >= _recurring(replies)}
 
     def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
         """Return the openings of each drift of a round: some take one each that was taken up.
@@ -233,7 +229,7 @@ class Openings:
         starts = [" ".join(text.split()[: max(_WORDS)]) for text in begun(lm, firsts, prompts)]
         enough = dict.fromkeys(phrases(starts, plain, self.wanted), max(least, FOLLOWED_SURE))
         shares = dict(list(phrases(said, plain, self.wanted).items())[:MOST])
-        recurring = max(RECURRING, 2 / max(1, len(said)))
+        recurring = _recurring(len(said))
         enough |= {text: min(least, RECURRING_SURE) if more >= recurring else least for text, more in shares.items()}
         often = usual(lm, prompts[:USUAL_IN])
         if every_beginning:
