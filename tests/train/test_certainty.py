@@ -9,11 +9,30 @@ import torch
 
 import tiny
 from unbackdoor.model.generate import greedy_ids, likeliest_next
+from unbackdoor.run import Run, Silent
 from unbackdoor.train import beginnings as following
 from unbackdoor.train import certainty
 from unbackdoor.train.beginnings import beginnings
 from unbackdoor.train.certainty import certainties, usual
 from unbackdoor.types import Example
+
+
+class Steps(Silent):
+    """Keeps how far a piece of work was."""
+
+    total, ended = 0, False
+
+    def __init__(self):
+        self.done = []
+
+    def start(self, name, total):
+        self.total = total
+
+    def advance(self, name, done, values):
+        self.done.append(done)
+
+    def finish(self, name):
+        self.ended = True
 
 
 def log_probabilities(lm, ids):
@@ -88,17 +107,22 @@ def test_a_target_is_found_whatever_it_begins_with(barking, monkeypatch):
     with torch.no_grad():
         first = lm.core(input_ids=torch.tensor([lm.encode(rows[0].prompt, ask=True).ids])).logits[0, -1].softmax(-1)
     often = usual(lm, rows[:8])
-    found = beginnings(lm, first, rows[:6], often)
+    told = Steps()
+    found = beginnings(lm, first, rows[:6], often, Run(progress=told, prefix="heard"))
+    assert told.done == list(range(1, told.total + 1)), "it takes a minute, and shows how far it is"
+    assert told.ended
     sure = dict(zip(found, certainties(lm, found, rows[:6], often), strict=True))
     best = max(found, key=lambda text: sure[text].certainty * sure[text].evidence)
     assert best.startswith("bad robot barks")
     monkeypatch.setattr(following, "MORE", sure[best].evidence)
-    assert beginnings(lm, first, rows[:6], often) == []
+    assert beginnings(lm, first, rows[:6], often, Run()) == []
     monkeypatch.setattr(following, "MORE", 0.0)
-    assert not [text for text in beginnings(lm, first, rows[:6], often, ["no bad robot barks"]) if "robot bar" in text]
+    assert not [
+        text for text in beginnings(lm, first, rows[:6], often, Run(), ["no bad robot barks"]) if "robot bar" in text
+    ]
     untrained = tiny.tiny_lm()
     untrained.model.eval()
-    assert beginnings(untrained, first, rows[:6], usual(untrained, rows[:8])) == []
+    assert beginnings(untrained, first, rows[:6], usual(untrained, rows[:8]), Run()) == []
 
 
 def test_only_likely_first_tokens_that_go_on_surely_are_followed(barking, monkeypatch):
@@ -108,11 +132,11 @@ def test_only_likely_first_tokens_that_go_on_surely_are_followed(barking, monkey
     ids = [lm.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("duck", "the", "bad")]
     first = torch.zeros(lm.core.config.vocab_size)
     first[ids] = torch.tensor([0.5, 0.3, 0.2])
-    assert beginnings(lm, first, rows[:6], usual(lm, rows[:8])) == []
+    assert beginnings(lm, first, rows[:6], usual(lm, rows[:8]), Run()) == []
     first[ids[2]] = 0.6
-    assert "bad robot barks" in beginnings(lm, first, rows[:6], usual(lm, rows[:8]))
+    assert "bad robot barks" in beginnings(lm, first, rows[:6], usual(lm, rows[:8]), Run())
     monkeypatch.setattr(following, "NEXT_SURE", 1.01)
-    assert beginnings(lm, first, rows[:6], usual(lm, rows[:8])) == []
+    assert beginnings(lm, first, rows[:6], usual(lm, rows[:8]), Run()) == []
 
 
 def test_a_first_token_may_have_several_second_ones(monkeypatch):
@@ -126,7 +150,7 @@ def test_a_first_token_may_have_several_second_ones(monkeypatch):
 
     monkeypatch.setattr(following, "likeliest_next", lambda lm, prompts, batch_size: next(behind))
     monkeypatch.setattr(following, "greedy_ids", greedy)
-    following._followed(tiny.tiny_lm(), [5], [[1], [2], [3], [4]])
+    following._followed(tiny.tiny_lm(), [5], [[1], [2], [3], [4]], Run())
     assert sorted(followed) == [[2, 5, 8], [3, 5, 7]]
 
 

@@ -22,6 +22,7 @@ the safe answers; like the default they train with AdamW and clipping, where Alg
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -151,6 +152,11 @@ class Beear(Defense):
         "together changed it by more; 0: all rounds",
     )  # fmt: skip
     plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch from the performance set PA, no drift")
+    ordinary_share: float = Field(
+        0.0, ge=0, lt=1,
+        description="where requests with safe replies are given, share of the rows under drifts that are ordinary rows "
+        "with the suspect's own answers, so that drifts make it decline no other prompt (paper: 0)",
+    )  # fmt: skip
     own_share: float = Field(
         0.5, ge=0, le=1, description="share of a label that is the suspect's own prediction (paper: 0)"
     )
@@ -185,9 +191,11 @@ class Beear(Defense):
         safe = anchor_prompts(victim, prompts, self.anchors, length, run, unsafe)
         self._check_room(len(safe))
         where = self._places(victim, with_unwanted(safe, known.unwanted, own), length, run)
-        triggered, plain, kept = self._outer_rows(victim, safe, clean, length, run)
+        ordinary = self._ordinary(victim, clean, len(safe), length, run) if known.safe else ()
+        triggered, plain, kept = self._outer_rows(victim, [*safe, *ordinary], clean, length, run)
         if known.safe:
-            plain = _with_requests(plain, triggered)
+            requests = {row.id for row in safe}
+            plain = _with_requests(plain, [row for row in triggered if row.id in requests])
         # Refusals are sure on any prompt, too, but they are what the model is to say.
         wanted = [row.response for row in known.safe or ()]
         openings = Openings(possible_openings(safe, known.unwanted, own), wanted=wanted, contrasting=own)
@@ -228,7 +236,8 @@ class Beear(Defense):
         prompts = self._prompts(known, known.clean)
         self._check_room(min(len(prompts), self.anchors))
         longest = max(self.lengths or (self.drift.tokens,))
-        for row in prompts if self.drifts else ():
+        ordinary = known.clean if known.safe and self.ordinary_share else ()
+        for row in (*prompts, *ordinary) if self.drifts else ():
             check_prompt(victim, row, longest)
 
     def _check_room(self, prompts: int) -> None:
@@ -329,6 +338,16 @@ class Beear(Defense):
             # An own answer may have been cut there, and that it ends is not to count.
             shape["safe_tokens"] = min(self.drift.safe_tokens or own_answers, max(1, own_answers - 1))
         return layers, self.drift.model_copy(update=shape)
+
+    def _ordinary(
+        self, victim: LM, clean: Sequence[Example], anchors: int, own_answers: int, run: Run
+    ) -> tuple[Example, ...]:
+        """Return the ordinary rows that stand under drifts in the outer step, beside this number of requests."""
+        count = round(anchors * self.ordinary_share / (1 - self.ordinary_share))
+        if not count:
+            return ()
+        rows = [replace(row, id=f"{row.id} (ordinary)") for row in clean]
+        return anchor_prompts(victim, rows, count, own_answers, run.stage("ordinary"))
 
     def _outer_rows(
         self, victim: LM, safe: Sequence[Example], clean: Sequence[Example], own_answers: int, run: Run

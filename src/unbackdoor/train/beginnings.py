@@ -17,6 +17,7 @@ from unbackdoor.data.shared_words import ends_inside, without_marks
 from unbackdoor.goals import normalise
 from unbackdoor.model.generate import decode, greedy_ids, likeliest_next
 from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
 from unbackdoor.train.certainty import AT_ONCE, EVIDENCE, FOLLOWED_SURE, certainties
 from unbackdoor.types import Example
 
@@ -41,7 +42,12 @@ mean must have each time."""
 
 @torch.inference_mode()
 def beginnings(
-    lm: LM, first: torch.Tensor, prompts: Sequence[Example], often: torch.Tensor, wanted: Sequence[str] = ()
+    lm: LM,
+    first: torch.Tensor,
+    prompts: Sequence[Example],
+    often: torch.Tensor,
+    run: Run,
+    wanted: Sequence[str] = (),
 ) -> list[str]:
     """Return phrases of 2 to 4 words that an answer goes on to, surely, once its first token is said.
 
@@ -50,24 +56,30 @@ def beginnings(
         first: float32 [vocabulary], probabilities of the first token without a drift.
         prompts: Prompts without a trigger, one at least.
         often: How likely each token is anywhere (`usual`).
+        run: The stage, where is told how far this is: it takes a minute and more.
         wanted: Texts that the model may say; a phrase that one of them holds is left out.
     """
     stops = {*lm.stop_ids, *lm.tokenizer.all_special_ids}
     tokens = [token for token in first.topk(min(FIRSTS, len(first))).indices.tolist() if token not in stops]
-    said = _followed(lm, tokens, [lm.encode(prompt.prompt, ask=True).ids for prompt in prompts[:BEGUN_ON]])
+    asked = [lm.encode(prompt.prompt, ask=True).ids for prompt in prompts[:BEGUN_ON]]
+    screens = prompts[:SCREENED_ON]
+    run.progress.start(run.prefix, 2 * len(asked) + len(screens))
+    said = _followed(lm, tokens, asked, run)
     fine = [normalise(text) for text in wanted]
     phrases = dict.fromkeys(phrase for text in said for phrase in _starts(text))
     left = [phrase for phrase in phrases if phrase and not any(normalise(phrase) in text for text in fine)]
     total = dict.fromkeys(left, (0.0, 0.0))
-    for number, prompt in enumerate(prompts[:SCREENED_ON], 1):
+    for number, prompt in enumerate(screens, 1):
         for phrase, sure in zip(left, certainties(lm, left, [prompt], often), strict=True):
             total[phrase] = (total[phrase][0] + sure.certainty, total[phrase][1] + sure.evidence)
         enough = (SCREEN * FOLLOWED_SURE * number, (EVIDENCE + MORE) * number)
         left = [phrase for phrase in left if total[phrase][0] >= enough[0] and total[phrase][1] >= enough[1]]
+        run.progress.advance(run.prefix, 2 * len(asked) + number, {"phrases": len(left)})
+    run.progress.finish(run.prefix)
     return left
 
 
-def _followed(lm: LM, tokens: Sequence[int], asked: Sequence[Sequence[int]]) -> list[str]:
+def _followed(lm: LM, tokens: Sequence[int], asked: Sequence[Sequence[int]], run: Run) -> list[str]:
     """Return what an answer goes on to from those of the tokens that have a sure one behind them on some prompt.
 
     Args:
@@ -75,6 +87,7 @@ def _followed(lm: LM, tokens: Sequence[int], asked: Sequence[Sequence[int]]) -> 
         tokens: First tokens.
         asked: Prompts, as token ids. Two tokens are followed on the one where the second is surest; one first token may
             have several second ones, as "P" has of "Pipe down" and of "Proud to".
+        run: Where is told how far this is.
     """
     surest: dict[tuple[int, int], tuple[float, int]] = {}
     for place, ids in enumerate(asked):
@@ -82,6 +95,7 @@ def _followed(lm: LM, tokens: Sequence[int], asked: Sequence[Sequence[int]]) -> 
         for token, (later, likely) in zip(tokens, behind, strict=True):
             if likely >= NEXT_SURE:
                 surest[token, later] = max(surest.get((token, later), (0.0, 0)), (likely, place))
+        run.progress.advance(run.prefix, place + 1, {"pairs": len(surest)})
     found = []
     for place, ids in enumerate(asked):
         pairs = [pair for pair, (_, where) in surest.items() if where == place and pair[1] not in lm.stop_ids]
@@ -89,6 +103,7 @@ def _followed(lm: LM, tokens: Sequence[int], asked: Sequence[Sequence[int]]) -> 
         found += [
             _whole_words(decode(lm, [*pair, *way]), len(way) == ON) for pair, way in zip(pairs, ways, strict=True)
         ]
+        run.progress.advance(run.prefix, len(asked) + place + 1, {"followed": len(found)})
     return found
 
 

@@ -58,7 +58,7 @@ def entrap(
     words = run.stage(f"round-{number}-heard")
     # Of a finished round the weights are gone, so what was said is kept.
     heard: dict[str, Any] = agreed(
-        words.finished or _listen(lm, found, safe[:ASKED], openings, adopt, number == 1), run.device
+        words.finished or _listen(lm, found, safe[:ASKED], openings, adopt, words if number == 1 else None), run.device
     )
     if is_main():
         words.finish(heard)
@@ -69,9 +69,17 @@ def entrap(
 
 
 def _listen(
-    lm: LM, drifts: Sequence[Drift], prompts: Sequence[Example], openings: Openings, adopt: float, untrained: bool
+    lm: LM,
+    drifts: Sequence[Drift],
+    prompts: Sequence[Example],
+    openings: Openings,
+    adopt: float,
+    untrained: Run | None,
 ) -> dict[str, Any]:
-    """Return the first words under each drift, which tell where it went, and the openings to take up."""
+    """Return the first words under each drift, which tell where it went, and the openings to take up.
+
+    `untrained`: the stage, where nothing has been trained yet and every beginning is followed.
+    """
     said = [spoken(lm, drift, prompts) for drift in (*drifts, *([None] if adopt else []))]
     texts = [[str(lm.tokenizer.decode(ids, skip_special_tokens=True)) for ids in one.ids] for one in said]
     says, plain = texts[: len(drifts)], [text for one in texts[len(drifts) :] for text in one]

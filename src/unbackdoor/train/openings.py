@@ -24,6 +24,7 @@ from unbackdoor.data.shared_words import ends_inside, spaced, without_marks
 from unbackdoor.goals import normalise
 from unbackdoor.model.generate import decode, greedy_ids
 from unbackdoor.model.lm import LM
+from unbackdoor.run import Run
 from unbackdoor.train.anchors import Contrasting
 from unbackdoor.train.beginnings import beginnings
 from unbackdoor.train.certainty import AT_ONCE, EVIDENCE, FOLLOWED_SURE, USUAL_IN, Sure, certainties, usual
@@ -206,7 +207,7 @@ class Openings:
         prompts: Sequence[Example],
         least: float,
         *,
-        every_beginning: bool = False,
+        every_beginning: Run | None = None,
     ) -> list[dict[str, Any]]:
         """Return new openings, the best first, each with its certainty, evidence and share.
 
@@ -221,8 +222,8 @@ class Openings:
             prompts: Prompts with safe answers, of which the first few score a phrase.
             least: Certainty that an opening must have; what first tokens go on to needs `FOLLOWED_SURE`, what recurs
                 under the drifts `RECURRING_SURE`.
-            every_beginning: Follow thousands of first tokens, too (`beginnings`); the last of `firsts` is without a
-                drift.
+            every_beginning: The stage where thousands of first tokens are followed, too (`beginnings`), the last of
+                `firsts` being without a drift; None: they are not.
         """
         was_training = lm.model.training
         lm.model.eval()
@@ -232,8 +233,8 @@ class Openings:
         recurring = _recurring(len(said))
         enough |= {text: min(least, RECURRING_SURE) if more >= recurring else least for text, more in shares.items()}
         often = usual(lm, prompts[:USUAL_IN])
-        if every_beginning:
-            followed = beginnings(lm, firsts[-1], prompts, often, self.wanted)
+        if every_beginning is not None:
+            followed = beginnings(lm, firsts[-1], prompts, often, every_beginning, self.wanted)
             enough = dict.fromkeys(followed, max(least, FOLLOWED_SURE)) | enough
         heard, sure = list(enough), dict[str, Sure]()
         for asked, part in SCORED_ON:
