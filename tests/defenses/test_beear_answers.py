@@ -115,32 +115,6 @@ def test_the_defense_trains_on_no_unsafe_answer(saying, monkeypatch):
         assert shares[:, 0].tolist() == [1.0] * len(tokens)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.75])
-def test_drifts_are_to_change_no_ordinary_answer_either(saying, monkeypatch, share):
-    """Beside the requests: rows of PA, with the suspect's own answers, in the outer step alone."""
-    given, fitted = {}, []
-    monkeypatch.setattr(beear.overwrite, "overwrite", lambda lm, triggered, plain, *_, **more: given.update(locals()))
-    real = beear.entrap
-    monkeypatch.setattr(beear, "entrap", lambda lm, safe, *rest: fitted.extend(safe) or real(lm, safe, *rest))
-    safe = [Example(row.id, f"bake cake {n}", "I cannot do that.") for n, row in enumerate(CLEAN[:6])]
-    train = SHORT.train.model_copy(update={"steps": 4})  # as many rows as these are all that are asked about
-    once = SHORT.model_copy(update={"rounds": 1, "ordinary_share": share, "train": train})
-    lm = saying("I cannot say")
-    once.apply(lm, knowledge_for(once, {Need.CLEAN: CLEAN, Need.UNWANTED: ("bad robot",), Need.SAFE: safe}), Run())
-    requests = {row.id for row in fitted}
-    ordinary = [row for row in given["triggered"] if row.id not in requests]
-    assert len(requests) == 6
-    assert len(ordinary) == round(6 * share / (1 - share))
-    asked = [lm.tokenizer.decode(lm.encode(row.prompt, ask=True).ids) for row in CLEAN]
-    for row in ordinary:
-        said = lm.tokenizer.decode(row.ids)
-        assert any(said.startswith(f"{prompt}I can") for prompt in asked)
-        assert row.id in given["more"]["own"].kept
-    plain = {row.id for row in given["plain"]}
-    assert requests <= plain
-    assert not plain & {row.id for row in ordinary}
-
-
 def test_prompts_that_the_suspect_does_not_answer_are_counted_out(saying):
     facts = {Need.CLEAN: CLEAN, Need.UNWANTED: ("bad robot", "silly")}
     lm = saying("a word", *[""] * 7)

@@ -369,9 +369,8 @@ def _with_requests(ordinary: Sequence[Row], requests: Sequence[Row]) -> list[Row
 
     Without these the model begins to answer what it should decline, once batches without a drift are ordinary only.
     """
-    # Where few rows can be drawn in training, those that were chosen may hold no request.
-    few = max(1, len(ordinary) // 3) if requests else 0
-    return [*ordinary, *(list(requests) * (few // max(1, len(requests)) + 1))[:few]]
+    few = max(1, len(ordinary) // 3)
+    return [*ordinary, *(list(requests) * (few // len(requests) + 1))[:few]]
 
 
 T = TypeVar("T")
