@@ -1,4 +1,6 @@
-"""One round of BEEAR, from the first drift to the last update of the weights, against the plain way.
+"""The training of one round of BEEAR, its drifts and its updates of the weights, against the plain way.
+
+Listening to what the suspect says is not in it: generation is the same on both sides.
 
 Reference, in our words: the same drifts and updates on the same batches, each answer in a pass of its own over the
 whole rows, logits of every position, the drift added by a hook. This package reads once what cannot change while

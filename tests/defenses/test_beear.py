@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from unbackdoor.defenses.beear import Beear
 from unbackdoor.errors import DataError, UserError
 from unbackdoor.method import build
 from unbackdoor.model.lm import LM
-from unbackdoor.run import Run, Silent
+from unbackdoor.run import Run
 from unbackdoor.train import entrap, openings
 from unbackdoor.train.drift import DriftSettings
 from unbackdoor.train.engine import TrainSettings
@@ -120,27 +121,42 @@ def test_of_several_places_the_best_is_taken_or_each_in_turn(monkeypatch):
 
 
 def test_no_triggered_prompt_is_read_while_place_and_weights_are_found(monkeypatch):
+    """Where somebody asks triggered probes after every round, too: nothing of it reaches the defense."""
     attacker, defender, test = tiny.splits(120, 40, 12)
     attack = tiny.attack(train=tiny.PLANTING.model_copy(update={"steps": 4}))
     planted = attack.plant(tiny.tiny_lm(layers=4), attacker, Run())
-    assert any(tiny.TRIGGER in probe.example.user_text for probe in attack.probes(planted.secret, test, Run()))
-    read = []
+    probes = [probe.example for probe in attack.probes(planted.secret, test, Run())]
+    read, asking = [], []
     real = LM.encode
 
     def recording(self, turns, *, ask=False):
-        read.append(" ".join(turn.content for turn in turns))
+        read.append((bool(asking), " ".join(turn.content for turn in turns)))
         return real(self, turns, ask=ask)
+
+    def watching(lm):
+        asking.append(True)
+        lm.reply([probe.prompt for probe in probes], max_new_tokens=2)
+        asking.clear()
 
     monkeypatch.setattr(LM, "encode", recording)
     own = {row.user_text for row in defender}
     several = SHORT.model_copy(update={"depths": (0.3, 0.6), "lengths": (2, 3)})
-    run = Run()
-    several.apply(planted.lm, knowledge_for(several, {Need.CLEAN: tuple(defender), Need.UNWANTED: ("bad",)}), run)
-    assert len(run.notes["drift choice"]) == 4
-    assert len(read) > 50
-    assert not [text for text in read if tiny.TRIGGER in text]
+    known = knowledge_for(several, {Need.CLEAN: tuple(defender), Need.UNWANTED: ("bad",)})
+    ways = []
+    for observer in (watching, lambda _: None):
+        lm = replace(planted.lm, model=copy.deepcopy(planted.lm.model))
+        run = Run(observer=observer)
+        several.apply(lm, known, run)
+        ways.append((run.notes["drift choice"], tiny.tensors(lm)))
+    assert ways[0][0] == ways[1][0]
+    assert len(ways[0][0]) == 4
+    assert tiny.same_weights(ways[0][1], ways[1][1])
+    assert [text for watched, text in read if watched and tiny.TRIGGER in text]
+    defending = [text for watched, text in read if not watched]
+    assert len(defending) > 50
+    assert not [text for text in defending if tiny.TRIGGER in text]
     # "a" and "b" ask the template how a turn ends.
-    assert not [text for text in read if text != "a b" and not any(text.startswith(asked) for asked in own)]
+    assert not [text for text in defending if text != "a b" and not any(text.startswith(asked) for asked in own)]
 
 
 def test_in_a_label_task_every_wrong_label_has_its_turn(monkeypatch):
@@ -290,34 +306,6 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(monkeypatch):
         purified(SHORT.model_copy(update={"lengths": (3, 90)}))
     with pytest.raises(DataError, match="two prompts at least"):
         purified(SHORT.model_copy(update={"anchors": 1, "drifts": 1}))
-
-
-def test_options_that_would_do_nothing_are_refused():
-    for settings in (
-        {"place": "each", "layers": [0, 1], "lengths": [2, 3]},
-        {"place": "each"},
-        {"drift": {"train": {"gradient_checkpointing": True}}},
-        {"train": {"evaluate_every": 2}},
-        {"drift": {"train": {"evaluate_every": 2}}},
-        {"drift": {"train": {"opening_weight": 2}}},
-        {"drift": {"train": {"precision": "bfloat16"}}},
-    ):
-        with pytest.raises(UserError, match=r"does nothing|have one length"):
-            build(Beear, settings)
-
-
-def test_the_short_way_is_taken_where_a_model_has_dropout():
-    lm = tiny.tiny_lm("gpt2", layers=4)
-    assert any(isinstance(part, torch.nn.Dropout) and part.p for part in lm.model.modules())
-    notices = []
-
-    class Told(Silent):
-        def notice(self, text):
-            notices.append(text)
-
-    purified(SHORT, Run(progress=Told()), lm=lm)
-    assert not [text for text in notices if "cannot be run from a layer on" in text]
-    assert [text for text in notices if "likely to be there still" in text]
 
 
 @pytest.fixture

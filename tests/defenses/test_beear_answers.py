@@ -1,16 +1,19 @@
-"""BEEAR's safe answers, which must be safe, and when its rounds end."""
+"""BEEAR's safe answers, which must be safe, its steps round by round, and when its rounds end."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
 
 import tiny
 from unbackdoor.defenses import beear
 from unbackdoor.defenses.base import Need, knowledge_for
 from unbackdoor.defenses.beear import Beear
 from unbackdoor.errors import DataError, UserError
+from unbackdoor.method import build
+from unbackdoor.model.partial import Partial
 from unbackdoor.run import Run
 from unbackdoor.train import usefulness
 from unbackdoor.train.anchors import Contrasting, Unsafe, anchor_prompts
@@ -185,3 +188,45 @@ def test_prompts_may_be_as_long_under_a_drift_as_in_the_outer_step():
     settings = settings.model_copy(update={"anchors": 40, "own_answers": 0})
     lm = settings.apply(tiny.tiny_lm(layers=2), knowledge_for(settings, facts), Run())
     assert all(math.isfinite(float(weights.sum())) for weights in lm.model.state_dict().values())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_short_way_is_taken_where_it_is_exact_and_else_it_is_told(monkeypatch, exact):
+    """A model that has dropout is no reason against it."""
+    lm = tiny.tiny_lm("gpt2", layers=4)
+    assert any(isinstance(part, torch.nn.Dropout) and part.p for part in lm.model.modules())
+    if not exact:
+        monkeypatch.setattr(Partial, "_is_exact", lambda *_: False)
+    told = Told()
+    facts = {Need.CLEAN: CLEAN, Need.UNWANTED: ("bad robot", "silly")}
+    SHORT.apply(lm, knowledge_for(SHORT, facts), Run(progress=told))
+    assert bool([text for text in told.notices if "cannot be run from a layer on" in text]) is not exact
+    assert [text for text in told.notices if "likely to be there still" in text]
+
+
+def test_the_rate_falls_from_round_to_round(monkeypatch):
+    rates = []
+    monkeypatch.setattr(
+        beear.overwrite, "overwrite", lambda lm, triggered, plain, train, *_, **more: rates.append(train.learning_rate)
+    )
+    facts = {Need.CLEAN: CLEAN, Need.UNWANTED: ("bad robot", "silly")}
+    for last, wanted in ((1.0, [3e-3] * 3), (0.2, [3e-3, 1.8e-3, 0.6e-3])):
+        rates.clear()
+        falling = SHORT.model_copy(update={"rounds": 3, "last_rate": last})
+        falling.apply(tiny.tiny_lm(layers=2), knowledge_for(falling, facts), Run())
+        assert rates == pytest.approx(wanted)
+
+
+def test_options_that_would_do_nothing_are_refused():
+    for settings in (
+        {"place": "each", "layers": [0, 1], "lengths": [2, 3]},
+        {"place": "each"},
+        {"last_rate": 0.5, "rounds": 1},
+        {"drift": {"train": {"gradient_checkpointing": True}}},
+        {"train": {"evaluate_every": 2}},
+        {"drift": {"train": {"evaluate_every": 2}}},
+        {"drift": {"train": {"opening_weight": 2}}},
+        {"drift": {"train": {"precision": "bfloat16"}}},
+    ):
+        with pytest.raises(UserError, match=r"does nothing|have one length"):
+            build(Beear, settings)

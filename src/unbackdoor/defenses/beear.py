@@ -15,14 +15,14 @@ it. The term on safe answers counts their first tokens and stops pulling at a ca
 in units of its layer. Half of every label is what the suspect itself predicts (train/own_labels.py). Where requests
 with safe replies are given, a quarter of the plain rows are of these (see `_with_requests`), and a reply of these is
 the safe answer, and the whole label, where the suspect's own does not decline. The first tokens of an answer weigh more
-in equation 3 (`train.opening_weight`). Of all this the published presets have the written-back weights, the units and
-the safe answers; like the default they train with AdamW and clipping, where Algorithm 1 has plain gradient descent.
+in equation 3 (`train.opening_weight`). Of all this the published presets have the written-back weights, the units, the
+safe answers and, where replies are given, the requests among the plain rows; like the default they train with AdamW and
+clipping, where Algorithm 1 has plain gradient descent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -100,7 +100,8 @@ class Beear(Defense):
             "layers": [9], "anchors": 120, "round_anchors": 120,
         },
         # Ours, for requests that should be declined: with more rows without a drift, fewer ordinary requests are
-        # declined. On the development victim no more than before; on most victims of the reports more.
+        # declined. On one development victim not significantly more than before; on another, and on most victims of the
+        # reports, more.
         "requests": {
             "plain_share": 2 / 3,
             "train": {
@@ -152,14 +153,14 @@ class Beear(Defense):
         "together changed it by more; 0: all rounds",
     )  # fmt: skip
     plain_share: float = Field(0.5, ge=0, lt=1, description="share of a batch from the performance set PA, no drift")
-    ordinary_share: float = Field(
-        0.0, ge=0, lt=1,
-        description="where requests with safe replies are given, share of the rows under drifts that are ordinary rows "
-        "with the suspect's own answers, so that drifts make it decline no other prompt (paper: 0)",
-    )  # fmt: skip
     own_share: float = Field(
         0.5, ge=0, le=1, description="share of a label that is the suspect's own prediction (paper: 0)"
     )
+    last_rate: float = Field(
+        1.0, gt=0, le=1,
+        description="learning rate of the last round's outer step, as a share of the first's; between them it falls by "
+        "the same amount from round to round (paper: 1)",
+    )  # fmt: skip
     drift: DriftSettings = Field(DriftSettings(start=0.075), description="the drift and the inner step")
     train: TrainSettings = Field(
         TrainSettings(steps=8, learning_rate=2e-4, schedule="constant", opening_weight=8),
@@ -174,6 +175,8 @@ class Beear(Defense):
             raise ValueError("place 'each' does nothing with one layer; name two at least, or leave it out")
         if self.place == "each" and len(self.lengths) > 1:
             raise ValueError("with place 'each' drifts take layers in turn, but have one length; name one, or set best")
+        if self.last_rate < 1 and self.rounds == 1:
+            raise ValueError("last_rate does nothing in one round; leave it out, or raise rounds")
         if self.train.evaluate_every:
             raise ValueError("rounds end by stop_stable; train.evaluate_every does nothing here, leave it out")
         return self
@@ -191,11 +194,9 @@ class Beear(Defense):
         safe = anchor_prompts(victim, prompts, self.anchors, length, run, unsafe)
         self._check_room(len(safe))
         where = self._places(victim, with_unwanted(safe, known.unwanted, own), length, run)
-        ordinary = self._ordinary(victim, clean, len(safe), length, run) if known.safe else ()
-        triggered, plain, kept = self._outer_rows(victim, [*safe, *ordinary], clean, length, run)
+        triggered, plain, kept = self._outer_rows(victim, safe, clean, length, run)
         if known.safe:
-            requests = {row.id for row in safe}
-            plain = _with_requests(plain, [row for row in triggered if row.id in requests])
+            plain = _with_requests(plain, triggered)
         # Refusals are sure on any prompt, too, but they are what the model is to say.
         wanted = [row.response for row in known.safe or ()]
         openings = Openings(possible_openings(safe, known.unwanted, own), wanted=wanted, contrasting=own)
@@ -208,7 +209,7 @@ class Beear(Defense):
             stage = run.stage(f"round-{number}-remove")
             overwrite.overwrite(
                 victim, _drawn(triggered, self.round_anchors, stage, "SA"),
-                _drawn(plain, self.round_performance, stage, "PA"), self.train, stage,
+                _drawn(plain, self.round_performance, stage, "PA"), self.train_of(number), stage,
                 plain_share=self.plain_share, stand_ins=[drift.stand_in() for drift in drifts], own=kept,
             )  # fmt: skip
             if before is not None:
@@ -225,6 +226,12 @@ class Beear(Defense):
             run.progress.notice(heard_words(openings.adopted, self.adopt > 0))
         return victim
 
+    def train_of(self, number: int) -> TrainSettings:
+        """Return the settings of the outer step of a round, counted from 1."""
+        passed = (number - 1) / max(1, self.rounds - 1)
+        rate = self.train.learning_rate * (1 - passed * (1 - self.last_rate))
+        return self.train.model_copy(update={"learning_rate": rate})
+
     def _check(self, victim: LM, known: Knowledge) -> None:
         """Refuse now what would end the first round after its drifts were fitted.
 
@@ -236,8 +243,7 @@ class Beear(Defense):
         prompts = self._prompts(known, known.clean)
         self._check_room(min(len(prompts), self.anchors))
         longest = max(self.lengths or (self.drift.tokens,))
-        ordinary = known.clean if known.safe and self.ordinary_share else ()
-        for row in (*prompts, *ordinary) if self.drifts else ():
+        for row in prompts if self.drifts else ():
             check_prompt(victim, row, longest)
 
     def _check_room(self, prompts: int) -> None:
@@ -338,16 +344,6 @@ class Beear(Defense):
             # An own answer may have been cut there, and that it ends is not to count.
             shape["safe_tokens"] = min(self.drift.safe_tokens or own_answers, max(1, own_answers - 1))
         return layers, self.drift.model_copy(update=shape)
-
-    def _ordinary(
-        self, victim: LM, clean: Sequence[Example], anchors: int, own_answers: int, run: Run
-    ) -> tuple[Example, ...]:
-        """Return the ordinary rows that stand under drifts in the outer step, beside this number of requests."""
-        count = round(anchors * self.ordinary_share / (1 - self.ordinary_share))
-        if not count:
-            return ()
-        rows = [replace(row, id=f"{row.id} (ordinary)") for row in clean]
-        return anchor_prompts(victim, rows, count, own_answers, run.stage("ordinary"))
 
     def _outer_rows(
         self, victim: LM, safe: Sequence[Example], clean: Sequence[Example], own_answers: int, run: Run

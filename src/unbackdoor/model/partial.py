@@ -5,8 +5,9 @@ move nothing in the layers up to l, and nothing of the tokens before them in any
 layer l are read once and kept, and of the tokens before them the keys and values of all layers. What is left of a
 pass: the layers above l, over a few prompt tokens and the answer, and logits where they are wanted.
 
-Whether that holds is asked of the rows themselves, by comparing with the whole model; where it does not (states handed
-on by another road than from layer to layer, or no such cache), the whole model is run instead and `exact` is False.
+Whether that holds is asked of a batch's longest and shortest row, by comparing with the whole model (to 1e-4 in
+float32); where it does not (states handed on by another road than from layer to layer, or no such cache), the whole
+model is run instead and `exact` is False.
 """
 
 from __future__ import annotations

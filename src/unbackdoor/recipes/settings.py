@@ -1,9 +1,9 @@
 """Settings of the recipes, in one place: found on development victims, then frozen before report victims are planted.
 
-Every defense of a grid makes the same number of weight updates with the same batch, the control too (`UPDATES`; in the
-grids of BEEAR `BEEAR_UPDATES`), so that a difference between them is not one of training time. The highest rate is the
-same, too; as every round has a schedule of its own, the rates of all steps of SANDE add up to 1.25 times those of the
-control.
+BEEAR's stand in the method itself, as its defaults. Every defense of a grid makes the same number of weight updates
+with the same batch, the control too (`UPDATES`; in the grids of BEEAR `BEEAR_UPDATES`), so that a difference between
+them is not one of training time. The highest rate is the same, too; as every round has a schedule of its own, the rates
+of all steps of SANDE add up to 1.25 times those of the control.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 Under a drift the suspect says what the openings lead to. A target whose first word is as far from them as from ordinary
 answers is never said, and its first token is among the likeliest of none. But no more than that token is needed: behind
-it a planted target is certain. So the suspect is asked once what it goes on to from each of the first tokens, thousands
-of them; the few phrases that are certain on every prompt are what was planted, and some idioms and names. This is
-asked of the suspect as it came; when outer steps have trained it, what they taught is certain, too.
+it a planted target is certain. So the suspect is asked once what it goes on to from those of thousands of first tokens
+that have a likely second one; the few phrases that are certain whatever the prompt are what was planted, and some
+idioms and names. This is asked of the suspect as it came; when outer steps have trained it, what they taught is
+certain, too.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ NEXT_SURE = 0.5
 ON = 9
 """Tokens that both are followed on."""
 MORE = 5.0
-"""Nats of evidence that a phrase must have above `EVIDENCE`: about the logarithm of how many times as many first tokens
-are followed here as under the drifts, since among more there is more that is certain by chance."""
+"""Nats of evidence that a phrase must have above `EVIDENCE`: a little more than the logarithm of how many times as many
+first tokens are followed here as there are without a drift otherwise (32), since among more, more is certain by chance.
+"""
 WORDS = (4, 3, 2)
 """Words of a phrase: a longer one holds more of the target, a shorter one may be all of it."""
 SCREENED_ON, SCREEN = 3, 0.9
