@@ -114,6 +114,12 @@ def test_merging_and_evidence_in_a_grid(plan: Plan, tmp_path: Path) -> None:
     guards = found["whole"]["measurement"]["guards"]
     assert {record["guard"] for record in guards} == {"evidence"}
     assert not found["inside"]["measurement"]["guards"]
+    told = json.loads((tmp_path / "out" / "results.json").read_text())["guards"]
+    assert [(one["model"].rsplit("/", 2)[-2], one["asked"]) for one in told] == [("whole", len(guards))]
+    assert told[0]["keywords"] + told[0]["none"] == len(guards)
+    page = (tmp_path / "out" / "tables.md").read_text()
+    assert "## What guards did" in page
+    assert f"| default, seed 0: After whole (evidence) | {len(guards)} | 0 | 0 | {told[0]['keywords']} | " in page
     rows = {row["metric"]: row["status"] for row in found["whole"]["measurement"]["rows"]}
     assert rows["asr"] == "measured"
     data["defenses"]["whole"]["evidence"] = f"wordnet:{tmp_path}"

@@ -180,7 +180,7 @@ def test_a_merge_in_mergekits_schema(models: Family, tmp_path: Path, capsys: pyt
 def test_an_adapter_comes_out_as_full_weights_and_says_so(
     models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from merge.test_models import adapter_of
+    from merge.helpers import adapter_of
 
     base = load(str(models.base))
     adapter_of(base, tmp_path / "adapter", 1)
@@ -217,7 +217,7 @@ def test_code_of_a_checkpoints_own_is_not_handed_on(tmp_path: Path, capsys: pyte
         (("<suspect>", "<other>", "--t", "1.5"), "t = 1.5 is outside [0, 1]"),
         (("<suspect>", "<other>", "--t", "half"), "--t 'half' is not understood"),
         (("<suspect>", "<other>", "--t", "["), "--t '[' is not understood"),
-        (("<suspect>", "<other>", "--t", ".nan"), "t"),
+        (("<suspect>", "<other>", "--t", ".nan"), "--t '.nan' is not understood"),
         (("<suspect>", "<other>", "--method", "average"), "method"),
         (("<suspect>", "<other>", "--method", "ties"), "ties needs --base"),
         (("<suspect>", "<other>", "--base", "<base>"), "linear does not use base"),
@@ -277,3 +277,59 @@ def test_a_disk_that_is_too_small_or_full(
     assert (tmp_path / "out" / "stages" / "weights" / "model.safetensors").exists()
     assert call(tmp_path, *two(models), "--out", "out", "--quiet") == 0
     assert verify(tmp_path / "out") == []
+
+
+def test_a_result_inside_a_model_is_refused(models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a result there would be read as a part of the model, and the merge could not go on."""
+    suspect = tmp_path / "suspect"
+    shutil.copytree(models.suspect, suspect)
+    assert call(tmp_path, str(suspect), str(models.other), "--out", str(suspect / "merged")) == 2
+    assert "lies in model" in capsys.readouterr().err
+    assert not (suspect / "merged").exists()
+
+
+def test_nothing_is_lost_where_files_cannot_have_two_names(
+    models: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unbackdoor.pipeline import merging
+
+    def no_links(source: object, copy: object) -> None:
+        raise OSError("no links here")
+
+    def stopped(source: object, partial: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", no_links)
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "copy_tokenizer", stopped)
+        assert call(tmp_path, *two(models), "--out", "out") != 0
+    assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 1
+    assert call(tmp_path, *two(models), "--out", "out") == 0
+    assert verify(tmp_path / "out") == []
+
+
+def test_code_of_the_tokenizer_is_not_handed_on(models: Family, tmp_path: Path) -> None:
+    suspect = tmp_path / "suspect"
+    shutil.copytree(models.suspect, suspect)
+    path = suspect / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"auto_map": {"AutoTokenizer": ["owner/repo--evil.Evil", None]}}))
+    (suspect / "tokenizer_odd.json").mkdir()
+    assert call(tmp_path, str(suspect), str(models.other), "--out", "out") == 0
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == content
+
+
+def test_layers_of_models_that_number_tokens_otherwise_are_warned_of(
+    models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(models.other, other)
+    path = other / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[5:7]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+    stack = ("--method", "passthrough", "--layers", "suspect:0:1", "--layers", "other:1:2")
+    assert call(tmp_path, str(models.suspect), str(other), *stack, "--out", "out") == 0
+    assert "tokens of" in capsys.readouterr().err

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import gzip
 import json
+import socketserver
+import sys
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from scripted import Step, chat, nowhere, scripted
 from unbackdoor.errors import UserError
 from unbackdoor.evidence.cache import Unavailable
-from unbackdoor.evidence.endpoint import LONGEST_BYTES, Endpoint, check_url, key_for, retry_after
+from unbackdoor.evidence.endpoint import (
+    AT_ONCE,
+    LONGEST_BYTES,
+    Endpoint,
+    check_packages,
+    check_url,
+    key_for,
+    retry_after,
+    same_place,
+)
 from unbackdoor.evidence.retrying import Retrying
 from unbackdoor.model.guard import Patience
 
@@ -120,6 +133,52 @@ def test_no_answer_is_waited_for_longer_than_somebody_waits(repetitions):
         assert len(server.seen) == 1
 
 
+def test_a_head_that_never_ends_is_given_up_like_any_other_silence():
+    """The client's own limit is for one read, and begins anew with every byte."""
+
+    class Dripping(socketserver.BaseRequestHandler):
+        def handle(self):
+            with suppress(OSError):
+                self.request.sendall(b"HTTP/1.1 200 OK\r\nx: ")
+                for _ in range(40):
+                    time.sleep(0.1)
+                    self.request.sendall(b"a")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dripping) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        asked = endpoint(f"http://127.0.0.1:{server.server_address[1]}/v1", repetitions=0, timeout=0.4)
+        started = time.monotonic()
+        (found,) = asked.write(["?"], 4)
+        assert time.monotonic() - started < 2.5
+        server.shutdown()
+    assert found == Unavailable("the endpoint did not answer in time")
+
+
+def test_who_is_interrupted_waits_for_no_call_and_begins_no_other(monkeypatch):
+    def interrupted(*_, **__):
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    with scripted(Step(delay=2.5, body=b"{}")) as server:
+        asked, started = endpoint(server.url, repetitions=5, timeout=2.0), time.monotonic()
+        monkeypatch.setattr("unbackdoor.evidence.threads.wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            asked.write(["?"] * 20, 4)
+        assert time.monotonic() - started < 1.7
+        time.sleep(2.4)
+        assert len(server.seen) == AT_ONCE
+
+
+def test_prompts_of_somebody_who_leaves_are_not_asked():
+    patience = Patience()
+    with scripted(Step(delay=0.6, body=chat("late").body)) as server:
+        threading.Timer(0.2, patience.cancelled.set).start()
+        found = endpoint(server.url).write(["?"] * 20, 4, patience)
+        assert len(server.seen) == AT_ONCE
+    assert found.count(Unavailable("its time was over")) == 20 - AT_ONCE
+
+
 def test_the_key_is_in_no_message_and_goes_nowhere_unencrypted(monkeypatch, capfd):
     monkeypatch.setenv("UNBACKDOOR_EVIDENCE_KEY", SECRET)
     with scripted(Step(401, SECRET.encode())) as server:
@@ -154,7 +213,52 @@ def test_retry_after_is_a_number_or_a_date():
     assert [retry_after(text, now) for text in (None, "soon", "nan", "", far)] == [None] * 5
 
 
-@pytest.mark.parametrize("url", ["https://h/v1", "http://127.0.0.1:8000/v1", "http://[::1]:80/v1"])
+@pytest.mark.parametrize("name", ["UNBACKDOOR_EVIDENCE_KEY", "OPENAI_API_KEY"])
+def test_a_key_is_stripped_and_one_that_no_header_can_hold_is_refused_unseen(monkeypatch, name):
+    url = "https://api.openai.com/v1"
+    monkeypatch.setenv(name, f" {SECRET}\n")
+    assert key_for(url) == SECRET
+    monkeypatch.setenv(name, " \n")
+    assert key_for(url) is None
+    for bad in (f"{SECRET}\u00e9", f"sk\n{SECRET}", f"{SECRET}\udcff", f"sk\x01{SECRET}"):
+        monkeypatch.setenv(name, bad)
+        with pytest.raises(UserError, match=f"{name} holds no key") as problem:
+            endpoint(url)
+        assert SECRET not in str(problem.value)
+
+
+def test_the_packages_are_asked_for_by_name_and_version(monkeypatch):
+    check_packages()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.54.0")
+    with pytest.raises(UserError, match=r"openai 3\.0 or later, and 2\.54\.0 .*--upgrade 'unbackdoor\[endpoint\]'"):
+        endpoint("https://h/v1")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "httpx2" else object())
+    with pytest.raises(UserError, match=r"the package httpx2; pip install 'unbackdoor\[endpoint\]'"):
+        endpoint("https://h/v1")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("http://localhost:8000/v1", "http://127.0.0.1:8000/v1/", True), ("https://H./v1", "https://h:443/v1", True),
+        ("http://127.0.0.2/v1", "http://[::1]:80/v1", True), ("http://0.0.0.0/v1", "http://[::ffff:7f00:1]/v1", True),
+        ("http://localhost:8000/v1", "http://localhost:8001/v1", False), ("http://h/v1", "https://h/v1", False),
+        ("http://h/v1", "http://h/v2", False), ("http://h/v1", "./suspect", False), ("./suspect", "./suspect", False),
+        ("http://h:x/v1", "http://h:x/v1", False), ("http://[h/v1", "http://h/v1", False),
+    ],
+)  # fmt: skip
+def test_whether_two_urls_lead_to_one_place(first, second, same):
+    assert same_place(first, second) is same
+    assert same_place(second, first) is same
+
+
+GOOD_URLS = [
+    "https://h/v1", "http://127.0.0.1:8000/v1", "http://[::1]:80/v1", "http://[fe80::1%eth0]/v1", "http://my_host./v1",
+    "https://b\u00fccher.example/v1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", GOOD_URLS)
 def test_good_urls(url):
     check_url(url)
 
@@ -165,6 +269,9 @@ def test_good_urls(url):
         ("h/v1", "no URL"), ("ftp://me:pw@h/v1", "'ftp://h/v1' is no URL"), ("me:pw@h", "'h' is no URL"),
         ("https://me:pw\n@h", "no URL"),
         ("https:///v1", "no URL"), ("https://h:x/v1", "no URL"),
+        ("http://a..b/v1", "no URL"), (f"http://{'a' * 70}.com/v1", "no URL"), ("http://[v1.a]/v1", "no URL"),
+        ("http://\u2603\u200b.com/v1", "no URL"), ("http://\u2603.com/v1", "no URL"), ("http://h/v1\x01", "no URL"),
+        ("http://h/v\udcff", "no URL"), ("http://h:70000/v1", "no URL"),
         ("https://h/v1 x", "no URL"), ("https://me:pw@h/v1", "password"), ("https://h/v1?key=1", "query"),
     ],
 )  # fmt: skip
@@ -172,3 +279,12 @@ def test_bad_urls(url, words):
     with pytest.raises(UserError, match=words) as problem:
         check_url(url)
     assert "pw" not in str(problem.value)
+
+
+def test_urls_are_looked_at_without_the_client_too(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    for url in GOOD_URLS:
+        check_url(url)
+    for url in ("http://a..b/v1", "http://[v1.a]/v1", "http://h/v1\x01"):
+        with pytest.raises(UserError, match="no URL"):
+            check_url(url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,8 +33,8 @@ def test_names_are_taken_apart_and_put_together(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("endpoint:https://h/v1", "#MODEL"), ("endpoint:#m", "no URL"), ("wordnet:", "names no folder"),
-        ("./nothing/here", "no folder or file"), ("", "empty"),
+        ("endpoint:https://h/v1", "#MODEL"), ("endpoint:https://h/v1#m\udcff", "#MODEL"), ("endpoint:#m", "no URL"),
+        ("wordnet:", "names no folder"), ("./nothing/here", "no folder or file"), ("", "empty"),
     ],
 )  # fmt: skip
 def test_bad_names(text, words):
@@ -138,6 +139,48 @@ def test_many_threads_load_a_local_model_once_and_ask_it_one_by_one(folder, monk
     over = Patience()
     over.cancelled.set()
     assert source.write(["what is hot?"], 6, over) == [Unavailable("its time was over")]
+
+
+def test_who_left_while_a_local_model_was_busy_is_not_answered(folder, monkeypatch):
+    begun, go_on, ran, real = threading.Event(), threading.Event(), [], LM.reply
+
+    def reply(self, *arguments, **more):
+        ran.append(1)
+        begun.set()
+        assert go_on.wait(20)
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(LM, "reply", reply)
+    source = open_source(str(folder), Asking())
+    left = [Patience(), Patience()]
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(source.write, ["what is hot?"], 6)
+        assert begun.wait(20)
+        others = [pool.submit(source.write, ["what is wet?"], 6, patience) for patience in left]
+        time.sleep(0.1)
+        for patience in left:
+            patience.cancelled.set()
+        assert [other.result(2) for other in others] == [[Unavailable("its time was over")]] * 2
+        go_on.set()
+        first.result(20)
+    assert ran == [1]
+
+
+def test_a_local_model_stops_in_the_middle_once_nobody_waits(folder, monkeypatch):
+    source = open_source(str(folder), Asking())
+    whole = source.write(["what is hot?"], 40)
+    assert source.write(["what is hot?"], 40, Patience(time.monotonic() + 60)) == whole
+    patience, pieces, real = Patience(time.monotonic() + 60), [], LM.reply_stream
+
+    def slow(self, *arguments, **more):
+        for piece in real(self, *arguments, **more):
+            pieces.append(piece)
+            patience.cancelled.set()
+            yield piece
+
+    monkeypatch.setattr(LM, "reply_stream", slow)
+    assert source.write(["what is hot?"], 40, patience) == [Unavailable("its time was over")]
+    assert len(pieces) == 1
 
 
 def test_the_cache_of_a_local_model_is_of_its_weights_and_not_of_its_name(folder, tmp_path):

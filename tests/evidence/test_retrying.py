@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from unbackdoor.evidence.retrying import Failed, Retrying
@@ -101,3 +103,46 @@ def test_a_question_whose_time_is_over_is_not_asked_and_says_nothing_about_the_s
         once.call(work, leaving)
     assert not clock.slept
     assert once.call(lambda: "yes") == "yes", "others ask at once"
+
+
+def test_what_was_silent_for_long_is_left_alone_whoever_waited_for_it():
+    """Once a request is over nobody can repeat its call; the next one would wait for the same silence."""
+    clock, calls = Clock(), []
+
+    def left_meanwhile(patience, slow):
+        def work():
+            calls.append(1)
+            patience.cancelled.set()
+            raise Failed("silent", again=True, slow=slow)
+
+        return work
+
+    for slow in (False, True):
+        once, patience = retrying(clock), Patience()
+        with pytest.raises(Failed, match="silent"):
+            once.call(left_meanwhile(patience, slow), patience)
+        if slow:
+            with pytest.raises(Failed, match=r"left alone.*silent"):
+                once.call(lambda: "never asked")
+        else:
+            assert once.call(lambda: "yes") == "yes"
+    assert calls == [1, 1]
+
+
+def test_what_was_silent_is_left_alone_also_where_the_time_ends_before_the_repetition():
+    clock, patience = Clock(), Patience()
+    once = Retrying(sleep=lambda *_: patience.cancelled.set(), clock=clock)
+    with pytest.raises(Failed, match="its time was over"):
+        once.call(failing(1, Failed("silent", again=True, slow=True)), patience)
+    with pytest.raises(Failed, match=r"left alone.*silent"):
+        once.call(lambda: "never asked")
+
+
+def test_a_part_of_the_patience_ends_earlier_and_with_the_whole():
+    whole = Patience(time.monotonic() + 100)
+    part = whole.part(0.5)
+    assert 49 < part.left() <= 50
+    assert Patience().part(0.5).left() == float("inf")
+    whole.cancelled.set()
+    assert part.left() == 0
+    assert whole.part(0.5).left() == 0

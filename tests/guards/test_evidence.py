@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import time
+from dataclasses import dataclass
 
 import pytest
 
@@ -10,10 +11,12 @@ import tiny
 from evidence.mini_wordnet import write
 from scripted import Step, chat, scripted
 from unbackdoor.evidence.conflict import EvidenceSettings
+from unbackdoor.evidence.likeness import sample
 from unbackdoor.guards.base import Place
 from unbackdoor.guards.evidence import Evidence
 from unbackdoor.method import build
-from unbackdoor.model.guard import AskHere, Guards, Refusal
+from unbackdoor.model.guard import AskHere, Guards, Patience, Refusal
+from unbackdoor.pipeline.guarding import with_guards
 from unbackdoor.types import GuardSpec, Message
 
 NOUNS = {"opposite": ["what is quite another thing"], "hot": ["of high temperature"], "grass": ["a green plant"]}
@@ -84,43 +87,90 @@ def test_the_cache_is_where_it_was_said_and_can_be_left_out(tmp_path):
         working(source, Place(cache=tmp_path / "no"), cached=False).rewrite([QUESTION], AskHere(lm, 8))
         assert not (tmp_path / "no").exists()
         working(source, Place(cache=tmp_path / "yes")).rewrite([QUESTION], AskHere(lm, 8))
+        working(source, Place(cache=tmp_path / "served", at_once=True)).rewrite([QUESTION], AskHere(lm, 8))
     assert list((tmp_path / "yes" / "evidence").rglob("*.json"))
+    assert not (tmp_path / "served").exists(), "a server keeps none of its clients' prompts"
+
+
+def saved(lm, folder, **more):
+    lm.model.save_pretrained(folder, **more)
+    lm.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def told(source: str, lm, **place) -> list[str]:
+    """Return what a guard of this source says when it is asked."""
+    said: list[str] = []
+    working(source, Place(notice=said.append, **place)).rewrite([QUESTION], AskHere(lm, 8))
+    return said
 
 
 def test_the_suspect_as_its_own_evidence_llm_is_warned_of(tmp_path, victim):
-    victim.lm.model.save_pretrained(tmp_path / "suspect")
-    victim.lm.tokenizer.save_pretrained(tmp_path / "suspect")
-    place, said = str(tmp_path / "suspect"), []
-    working(place, Place(model=place, notice=said.append))
-    working(place, Place(model=f"{place}+adapter", base=place, notice=said.append))
-    assert ["the guarded model itself" in said[0], "the guarded model's base" in said[1]] == [True, True]
-    said.clear()
-    from unbackdoor.model.load import load
+    place, weights = saved(victim.lm, tmp_path / "suspect"), sample(victim.lm)
+    (itself,) = told(place, victim.lm, model=place, weights=weights)
+    assert "the guarded model itself" in itself
+    (base,) = told(place, victim.lm, model=f"{place}+adapter", base=place, weights=weights)
+    assert "the guarded model's base" in base
+    # Other files of the same weights, and the weights from which it was trained.
+    sharded = saved(victim.lm, tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    for source in (sharded, saved(victim.clean, tmp_path / "clean")):
+        (alike,) = told(source, victim.lm, model=place, weights=weights)
+        assert "the guarded model's base, or that model under another name" in alike
+    assert not told(saved(tiny.tiny_lm(seed=77, layers=3), tmp_path / "other"), victim.lm, model=place, weights=weights)
+    assert not told(sharded, victim.lm, model="http://h/v1"), "before an upstream there is nothing to compare"
 
-    digests = load(place).facts["sha256"]
-    shutil.copytree(tmp_path / "suspect", tmp_path / "copy")
-    (tmp_path / "copy" / "generation_config.json").unlink()
-    guard = working(str(tmp_path / "copy"), Place(model=place, sha256=digests, notice=said.append))
-    assert not said
-    guard.rewrite([QUESTION], AskHere(victim.lm, 8))
+
+def test_a_guarded_model_brings_a_sample_of_its_weights(tmp_path, victim):
+    said, lm = [], tiny.clone(victim.lm)
+    lm.guards = (GuardSpec("evidence", {"source": saved(victim.clean, tmp_path / "clean")}),)
+    with_guards(lm, device="cpu", notice=said.append, own=["evidence"], at_once=True)
     assert len(said) == 1
-    assert "under another name" in said[0]
-    said.clear()
-    # The files of base and adapter together.
-    both = {**digests, "adapter/adapter_model.safetensors": "0" * 64}
-    guard = working(str(tmp_path / "copy"), Place(model="x", base=place, sha256=both, notice=said.append))
-    guard.rewrite([QUESTION], AskHere(victim.lm, 8))
-    assert len(said) == 1
-    said.clear()
-    for server, number in (("http://h/v1", 1), ("http://h/v1/", 1), ("http://other/v1", 0)):
-        working("endpoint:http://h/v1#m", Place(model=server, notice=said.append))
-        assert len(said) == number
-        said.clear()
-    victim.clean.model.save_pretrained(tmp_path / "copy")
-    guard = working(str(tmp_path / "copy"), Place(model=place, sha256=digests, notice=said.append))
-    guard.rewrite([QUESTION], AskHere(victim.lm, 8))
-    working("builtin:smollm2-135m", Place(model=place, notice=said.append))
-    assert not said
+    assert "weights are alike" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("server", "warned"),
+    [
+        ("http://localhost:8000/v1", True), ("http://127.0.0.1:8000/v1/", True), ("http://[::1]:8000/v1", True),
+        ("http://localhost:8001/v1", False), ("./suspect", False),
+    ],
+)  # fmt: skip
+def test_an_endpoint_at_the_guarded_server_is_warned_of_by_any_name(server, warned):
+    said: list[str] = []
+    working("endpoint:http://localhost:8000/v1#m", Place(model=server, notice=said.append))
+    assert [("the guarded server itself" in text) for text in said] == [True] * warned
+
+
+@dataclass
+class Asked:
+    """A suspect that answers at once, for somebody who waits so long."""
+
+    patience: Patience
+    special: frozenset[str] = frozenset()
+
+    def __call__(self, conversations, max_new_tokens):
+        return ["yes"] * len(conversations)
+
+    def fits(self, turns, new_tokens=None):
+        return True
+
+
+@pytest.mark.parametrize("timeout", [0.5, 2.5], ids=["shorter than its share", "longer than its share"])
+@pytest.mark.parametrize("without", ["answer", "refuse"])
+def test_a_silent_endpoint_leaves_time_for_the_policy_and_is_left_alone_then(timeout, without):
+    with scripted(Step(delay=6.0, body=b"{}")) as server:
+        guard = working(f"endpoint:{server.url}#m", timeout=timeout, without=without)
+        calls = []
+        for longest in (3.4, 1.5):
+            started = time.monotonic()
+            (found,) = guard.rewrite([QUESTION], Asked(Patience(started + 4.0)))
+            assert time.monotonic() - started < longest
+            assert isinstance(found, Refusal) is (without == "refuse")
+            assert found.facts["branch"] == "none"
+            calls.append(len(server.seen))
+    assert "left alone for a while, because the endpoint did not answer in time" in found.facts["reason"]
+    assert calls[1] == calls[0]
 
 
 def test_its_settings_are_those_of_the_procedure():

@@ -62,6 +62,25 @@ def family(
     return Family(**{name: save(lm, folder / name, dtype=dtype, shard=shard) for name, lm in made.items()})
 
 
+def adapter_of(lm: Any, folder: Path, seed: int, **settings: Any) -> Any:
+    """Save a random adapter and return the model that PEFT makes of it."""
+    from peft import LoraConfig, get_peft_model
+
+    transposed = "gpt2" in lm.spec
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings},
+        fan_in_fan_out=transposed,
+    )
+    model = get_peft_model(copy.deepcopy(lm.model), config)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.copy_(0.05 * torch.randn(tensor.shape, generator=draw))
+    model.save_pretrained(folder)
+    return model
+
+
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a folder's files."""
     found = {}

@@ -111,6 +111,14 @@ def test_the_base_among_the_models_is_no_task(models: Family, tmp_path: Path) ->
     assert same(merged(read(models, tmp_path, text)), merged(read(models, tmp_path, TIES)))
 
 
+def test_the_base_among_the_models_of_a_mean_gives_the_configuration(models: Family, tmp_path: Path) -> None:
+    merge = read(models, tmp_path, LINEAR + "base_model: <other>\n")
+    assert merge.suspect == str(models.other)
+    first = read(models, tmp_path, LINEAR)
+    assert first.suspect == str(models.suspect)
+    assert same(merged(merge), merged(first))
+
+
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "task_arithmetic"])
 def test_the_other_methods_with_a_base(models: Family, tmp_path: Path, method: str) -> None:
     text = TIES.replace("ties", method, 1).replace("density: 0.5", "density: 1.0").replace("normalize: true, ", "")
@@ -167,6 +175,8 @@ parameters: {weight: 5}
         (LINEAR + "chat_template: auto\n", "chat_template: is not supported"),
         (LINEAR + "modules: {}\n", "modules: is not supported"),
         (LINEAR + "dtype: int8\n", "dtype: 'int8' is not supported; write one of float32, bfloat16, float16"),
+        (LINEAR + "dtype: [float32]\n", "dtype: '['float32']' is not supported"),
+        (LINEAR + "base_model: <other>\ntokenizer_source: [base]\n", "tokenizer_source: '['base']' is not supported"),
         (LINEAR + "parameters: {t: 0.5}\n", "t: there is no such field in parameters"),
         (LINEAR.replace("weight: 3.0", "wieght: 3.0"), "Did you mean 'weight'"),
         (LINEAR.replace("weight: 3.0", "weight: heavy"), "models[1].parameters.weight: write a number"),
@@ -208,7 +218,10 @@ def test_what_is_not_supported_is_refused(models: Family, tmp_path: Path, text: 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (LINEAR.replace("weight: 3.0", "weight: [{filter: mlp, value: 1}]"), "no weight of .*other' is given for the"),
+        (
+            LINEAR.replace("weight: 3.0", "weight: [{filter: mlp, value: 1}]"),
+            "no weight .*of .*other' is given for the",
+        ),
         (SLERP.replace("[0, 3]", "[0, 4]"), "which has 3; write a range within 0 to 3"),
         (SLERP.replace("{model: <other>, layer_range: [0, 3]}", "{model: <other>, layer_range: [0, 2]}"), "as many of"),
         (SLERP.replace("      - {model: <other>, layer_range: [0, 3]}\n", ""), "slerp takes two models"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from dataclasses import replace
@@ -214,104 +213,6 @@ def test_schedules_over_depth_and_name(tmp_path: Path) -> None:
         merged(two(models, t=(Filtered(filter="self_attn", value=0.5),)))
 
 
-def adapter_of(lm: Any, folder: Path, seed: int, **settings: Any) -> Any:
-    """Save a random adapter and return the model that PEFT makes of it."""
-    from peft import LoraConfig, get_peft_model
-
-    transposed = "gpt2" in lm.spec
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings},
-        fan_in_fan_out=transposed,
-    )
-    model = get_peft_model(copy.deepcopy(lm.model), config)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "lora_" in name:
-                tensor.copy_(0.05 * torch.randn(tensor.shape, generator=draw))
-    model.save_pretrained(folder)
-    return model
-
-
-@pytest.mark.filterwarnings("ignore:.*no files have been modified.*", "ignore:Setting `save_embedding_layers`")
-@pytest.mark.parametrize(
-    ("architecture", "settings"),
-    [
-        ("llama", {}),
-        ("gpt2", {}),
-        ("llama", {"use_rslora": True, "alpha_pattern": {"q_proj": 3}, "rank_pattern": {"v_proj": 2}}),
-        ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
-        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    ],
-    ids=["llama", "gpt2", "patterns", "embedding", "whole module"],
-)
-def test_an_adapter_is_folded_in_as_peft_does_it(
-    tmp_path: Path, architecture: tiny.Architecture, settings: dict[str, Any]
-) -> None:
-    base = tiny.tiny_lm(architecture, layers=2)
-    folder = save(base, tmp_path / "base")
-    model = adapter_of(base, tmp_path / "adapter", 3, **settings)
-    wanted = model.merge_and_unload().state_dict()
-    source = open_source(f"{folder}+{tmp_path / 'adapter'}")
-    assert source.adapted
-    changed = 0
-    for name in source.infos:
-        found = source.read(name).float()
-        assert torch.allclose(found, wanted[name], atol=1e-6), name
-        changed += not torch.equal(found, stored(folder)[name])
-        rows = source.infos[name].rows
-        parts = [source.take(name, first, min(first + 3, rows)) for first in range(0, rows, 3)]
-        assert torch.allclose(torch.cat(parts).float(), found, atol=1e-7)
-    assert changed
-
-
-@pytest.mark.filterwarnings("ignore:.*no files have been modified.*")
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"use_dora": True}, "uses use_dora"),
-        ({"alpha_pattern": {"(a+)+$": 3}}, "is a regular expression"),
-        ({"peft_type": "IA3"}, "only LORA"),
-        ({"lora_alpha": None}, "is no number"),
-        ({"lora_alpha": "many"}, "is no number"),
-        ({"alpha_pattern": {"q_proj": [1]}}, "is no number"),
-    ],
-)
-def test_an_adapter_that_does_more_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    base = tiny.tiny_lm(layers=1)
-    folder = save(base, tmp_path / "base")
-    adapter_of(base, tmp_path / "adapter", 3)
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ModelError, match=words):
-        open_source(f"{folder}+{tmp_path / 'adapter'}")
-
-
-@pytest.mark.filterwarnings("ignore:.*no files have been modified.*")
-@pytest.mark.parametrize("shape", [(3, 64), (0, 64), (4,)])
-def test_an_adapter_whose_matrices_do_not_fit_together_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    base = tiny.tiny_lm(layers=1)
-    folder = save(base, tmp_path / "base")
-    adapter_of(base, tmp_path / "adapter", 3)
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = stored(tmp_path / "adapter")
-    name = next(name for name in tensors if "q_proj.lora_A" in name)
-    save_file({**tensors, name: torch.ones(shape)}, path)
-    with pytest.raises(ModelError, match="do not fit together"):
-        open_source(f"{folder}+{tmp_path / 'adapter'}")
-
-
-@pytest.mark.filterwarnings("ignore:.*no files have been modified.*")
-def test_an_adapter_on_another_base_is_refused(tmp_path: Path) -> None:
-    adapter_of(tiny.tiny_lm(layers=2), tmp_path / "adapter", 3)
-    smaller = save(tiny.tiny_lm(layers=1), tmp_path / "smaller")
-    with pytest.raises(ModelError, match="for which this base has no place"):
-        open_source(f"{smaller}+{tmp_path / 'adapter'}")
-    narrow = save(tiny.tiny_lm(layers=2, hidden=32), tmp_path / "narrow")
-    with pytest.raises(ModelError, match="in this base"):
-        open_source(f"{narrow}+{tmp_path / 'adapter'}")
-
-
 def test_a_base_whose_tokenizer_is_taken_is_checked_as_others_are(tmp_path: Path, models: Family) -> None:
     deeper = save(tiny.tiny_lm(layers=3), tmp_path / "deeper")
     merge = two_models(str(models.suspect), str(models.other), "ties", 0.5, base=str(deeper))
@@ -478,3 +379,23 @@ def test_every_architecture_merges_without_a_table(tmp_path: Path, architecture:
     # GPT-NeoX calls its head otherwise in files than in memory.
     own["embed_out.weight"] = own.get("lm_head.weight")
     assert all(torch.allclose(own[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("older", ["suspect", "other"])
+def test_masks_that_older_files_hold_are_no_difference(tmp_path: Path, older: str) -> None:
+    models = family(tmp_path, "gpt2")
+    folder = getattr(models, older)
+    wanted = merged(two(models))
+    tensors = stored(folder)
+    masks = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    save_file({**tensors, **masks}, folder / "model.safetensors", {"format": "pt"})
+    found = merged(two(models))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    # What is no mask is still missed.
+    save_file({**tensors, "transformer.h.0.attn.bias": torch.ones(8)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="merge models of one architecture"):
+        merged(two(models))

@@ -188,3 +188,21 @@ def test_a_guarded_model_can_still_be_trained_on(shop, purified):
     said = anchor_prompts(lm, tiny.rows(4), 4, 6, Run())
     assert said
     assert lm.reply([(Message("user", "what is hot?"),)], bare=True)
+
+
+@pytest.mark.parametrize("defense", ["external_conflict", "information_conflict", "internal_conflict"])
+def test_the_plan_counts_the_guards_own_questions(shop, tmp_path, defense):
+    from unbackdoor.pipeline.plans import plan_purify
+    from unbackdoor.pipeline.recipe import PurifyRecipe
+    from unbackdoor.pipeline.steps import defense_called
+
+    clean = tmp_path / "clean.jsonl"
+    clean.write_text("".join(json.dumps({"prompt": f"say {n}", "completion": "it is so"}) + "\n" for n in range(20)))
+    evidence = {} if defense == "internal_conflict" else {"evidence": f"wordnet:{shop / 'words'}"}
+    rows = {} if defense == "external_conflict" else {"clean": str(clean)}
+    recipe = PurifyRecipe(
+        model=str(shop / "victim"), defense=defense, probes=str(shop / "probes.jsonl"),
+        settings=dict(defense_called(defense, {}).settings()), **rows, **evidence,
+    )  # fmt: skip
+    parts = [part.name for part in plan_purify(recipe).parts]
+    assert ("the guard's own questions to the model" in parts) is (defense != "internal_conflict")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import queue
 import threading
 
@@ -14,10 +16,12 @@ from unbackdoor.errors import ModelError, UserError
 from unbackdoor.model.guard import FOREVER, Patience
 from unbackdoor.run import Silent
 from unbackdoor.serve import run
+from unbackdoor.serve.access import client_key, upstream_key
+from unbackdoor.serve.backends import Here
 from unbackdoor.serve.counters import Counters
 from unbackdoor.serve.engine import AskEngine, End, Engine, Gone, Job, Sampling, _Draws
 from unbackdoor.serve.protocol import Problem, parse, read_json
-from unbackdoor.serve.upstream import turns_of, with_turns
+from unbackdoor.serve.turns import merged, turns_of, with_turns
 from unbackdoor.types import Message
 
 QUESTION = (Message("user", "what is the opposite of hot?"),)
@@ -189,6 +193,34 @@ def test_turns_that_did_not_change_leave_the_request_as_it_came():
         turns_of({})
 
 
+def test_guarded_text_stands_where_the_first_text_stood_and_pictures_keep_their_order():
+    first, second = ({"type": "image_url", "image_url": {"url": f"data:,{name}"}} for name in "ab")
+    parts = [first, {"type": "text", "text": "what", "x": 1}, second, {"type": "text", "text": "is it?"}]
+    content = {"messages": [{"role": "user", "content": parts}]}
+    places, turns = turns_of(content)
+    assert turns == (Message("user", "what\nis it?"),)
+    (changed,) = with_turns(content, places, turns, (Message("user", "e what is it?"),))["messages"]
+    assert changed["content"] == [first, {"type": "text", "text": "e what is it?", "x": 1}, second]
+    (changed,) = with_turns(content | {"messages": [{"content": [first]}]}, [0], turns, (Message("user", "e"),))[
+        "messages"
+    ]
+    assert changed["content"] == [{"type": "text", "text": "e"}, first]
+
+
+def test_a_tools_result_as_the_last_message_is_refused_with_the_reason():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {}}]}
+    for role in ("tool", "function"):
+        messages = [{"role": "user", "content": "q"}, call, {"role": role, "content": "42"}]
+        with pytest.raises(Problem, match=r"result of a tool\. No guard looks at those") as problem:
+            turns_of({"messages": messages})
+        assert problem.value.status == 400
+        places, turns = turns_of({"messages": [*messages, {"role": "user", "content": "and?"}]})
+        assert (places, turns) == ([0, 3], (Message("user", "q"), Message("user", "and?")))
+        assert merged(turns) == (Message("user", "q\n\nand?"),)
+    apart = (Message("system", "s"), Message("user", "q"), Message("assistant", "a"), Message("user", "r"))
+    assert merged(apart) == apart
+
+
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
 def test_what_is_no_number_in_json_is_refused(number):
     with pytest.raises(Problem, match="not JSON"):
@@ -198,8 +230,9 @@ def test_what_is_no_number_in_json_is_refused(number):
 @pytest.mark.parametrize(
     "part",
     ["words", {"type": "input_text", "text": "words"}, {"type": "output_text", "text": "words"}, {"text": "words"},
-     {"type": "refusal", "refusal": "words"}, {"type": "text", "text": ["words"]}, {"type": ["text"]}, None],
-    ids=range(8),
+     {"type": "refusal", "refusal": "words"}, {"type": "text", "text": ["words"]}, {"type": ["text"]}, None,
+     {"type": "file", "file": {"file_data": "data:text/plain,words"}}],
+    ids=range(9),
 )  # fmt: skip
 def test_a_part_that_guards_cannot_see_is_refused(part):
     picture, text = {"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text", "text": "q"}
@@ -213,6 +246,41 @@ def test_the_longest_reply_is_the_smaller_of_two_limits():
     content = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
     assert parse(content)[0].limit is None
     assert parse({**content, "max_tokens": 5, "max_completion_tokens": 7})[0].limit == 7
+
+
+def test_fields_that_say_nothing_are_no_reason_to_refuse():
+    content = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    silent = dict.fromkeys(("top_logprobs", "reasoning_effort", "tools", "temperature", "stop", "some_new_field"))
+    idle = {"parallel_tool_calls": True, "prompt_cache_key": "k", "tool_choice": "auto", "user": "me"}
+    options = {"include_usage": None, "include_obfuscation": False}
+    request, _ = parse({**content, **silent, **idle, "stream_options": options})
+    assert not request.stream_options.include_usage
+    for told in ({"top_logprobs": 2}, {"reasoning_effort": "high"}, {"tool_choice": "required"}, {"messages": None}):
+        with pytest.raises(Problem):
+            parse({**content, **told})
+
+
+@pytest.mark.parametrize(("most", "room"), [(512, 64), (20, 20)])
+def test_a_reply_without_a_limit_has_what_is_left(engine, most, room):
+    here = Here(engine, "m", most, Counters(), lambda: 0)
+    body = {"model": "m", "messages": [{"role": "user", "content": "hot " * 100}]}
+    question = here.understand(body)
+    assert here.ask(question, FOREVER).reply_tokens == room
+    prompt = len(engine.encode(question.turns))
+    status, answer = asyncio.run(here.whole(question, question.turns, threading.Event()))
+    usage = json.loads(answer)["usage"]
+    assert (status, usage["prompt_tokens"], usage["completion_tokens"]) == (200, prompt, min(most, 256 - prompt))
+    limited = here.understand({**body, "max_tokens": 5})
+    assert here.ask(limited, FOREVER).reply_tokens == 5
+    found = json.loads(asyncio.run(here.whole(limited, limited.turns, threading.Event()))[1])
+    assert found["usage"]["completion_tokens"] == 5
+    if most == 512:
+        asking = here.understand({**body, "max_tokens": 300})
+        with pytest.raises(Problem, match="the reply up to 300, more than the model reads"):
+            asyncio.run(here.whole(asking, asking.turns, threading.Event()))
+    long = here.understand({"model": "m", "messages": [{"role": "user", "content": "hot " * 260}]})
+    with pytest.raises(Problem, match="the reply at least one, more than the model reads"):
+        asyncio.run(here.whole(long, long.turns, threading.Event()))
 
 
 @pytest.fixture
@@ -239,6 +307,47 @@ def words(tmp_path):
 def test_what_makes_no_server(settings, said):
     with pytest.raises(UserError, match=said):
         run.check(run.ServeRecipe(**settings))
+
+
+@pytest.mark.parametrize(
+    ("environment", "url", "said"),
+    [
+        ({"UNBACKDOOR_UPSTREAM_KEY": "secret"}, "http://h/v1", "unencrypted to 'h'; use an https://"),
+        ({"UNBACKDOOR_UPSTREAM_KEY": "secret"}, "http://10.0.0.1/v1", "unencrypted"),
+        ({"UNBACKDOOR_UPSTREAM_KEY": "s\u00e9cret"}, "https://h/v1", "UNBACKDOOR_UPSTREAM_KEY holds no key"),
+        ({"UNBACKDOOR_SERVE_KEY": "s\u00e9cret"}, "https://h/v1", "UNBACKDOOR_SERVE_KEY holds no key"),
+        ({"UNBACKDOOR_SERVE_KEY": "se\ncret"}, "https://h/v1", "UNBACKDOOR_SERVE_KEY holds no key"),
+        ({"UNBACKDOOR_SERVE_KEY": " \n"}, "https://h/v1", "holds blanks only"),
+        ({}, "http://a..b/v1", "no URL"), ({}, "http://[v1.a]/v1", "no URL"), ({}, "http://a/v\x011", "no URL"),
+        ({}, f"http://{'a' * 64}.de/v1", "no URL"),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_keys_and_urls_that_cannot_be_sent_show_at_the_start(monkeypatch, words, environment, url, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said) as problem:
+        run.check(run.ServeRecipe(upstream=url, guards={"evidence": {"source": words}}))
+    assert "cret" not in str(problem.value)
+
+
+def test_a_key_loses_the_line_break_of_a_mounted_secret_and_goes_to_this_machine_or_in_secret(monkeypatch):
+    monkeypatch.setenv("UNBACKDOOR_UPSTREAM_KEY", "key\n")
+    monkeypatch.setenv("MINE", " key\r\n")
+    for url in ("https://h/v1", "http://localhost:1/v1", "http://127.0.0.1/v1", "http://[::1]:8/v1"):
+        assert upstream_key(url) == client_key("MINE") == "key"
+    monkeypatch.setenv("UNBACKDOOR_UPSTREAM_KEY", "")
+    assert upstream_key("http://h/v1") is client_key("NONE_OF_THEM") is None
+
+
+def test_a_folder_is_called_by_its_name_however_it_is_written(tmp_path, monkeypatch):
+    (tmp_path / "clean" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("clean")
+    monkeypatch.chdir(tmp_path / "clean")
+    written = {".": "clean", "inner/..": "clean", "../link": "link", "org/name": "name", "/": "model"}
+    for model, name in written.items():
+        assert run.name_of(run.ServeRecipe(model=model)) == name
+    assert run.name_of(run.ServeRecipe(model=".", name="mine")) == "mine"
 
 
 def test_a_decode_guard_cannot_stand_before_an_upstream(monkeypatch):

@@ -104,7 +104,7 @@ def test_pictures_and_tool_calls_go_on_as_they_are(swapped):
     swapped.create([{"role": "user", "content": "hi"}, call, result, last])
     sent = swapped.upstream.seen[1].content["messages"]
     assert sent[:3] == [{"role": "user", "content": "hi"}, call, result]
-    assert sent[3]["content"] == [{"type": "text", "text": EVIDENCE + TEXT}, picture]
+    assert sent[3]["content"] == [picture, {"type": "text", "text": EVIDENCE + TEXT}]
     with pytest.raises(openai.BadRequestError, match="last message"):
         swapped.create([*QUESTION, result | {"role": "assistant"}])
 
@@ -113,6 +113,21 @@ def test_streams_pass_byte_for_byte(swapped):
     swapped.script(whole("cold"), streamed(*events("wa", "r", "m data: [DONE]"), pause=0.01))
     with swapped.create(stream=True) as stream:
         assert "".join(event.choices[0].delta.content for event in stream) == "warm data: [DONE]"
+    odd = (b": a comment\r\n\r\n", b'data:  {"choices":[ ], "x":"\\ud800"}\r\n', b"\r\nid: 7\n", *events("warm"))
+    swapped.script(whole("cold"), streamed(*odd))
+    body = {"model": "m", "messages": QUESTION, "stream": True}
+    assert httpx2.post(f"{swapped.proxy.url}/v1/chat/completions", json=body).content == b"".join(odd)
+
+
+def test_a_whole_answer_passes_byte_for_byte(swapped):
+    odd = b' {"choices":[{"message":{"content":"\\ud800"},"p":-Infinity}],\n"n": 1.0e2, "caf\\u00e9":"caf\xc3\xa9"}\n'
+    swapped.script(whole("cold"), Step(body=odd))
+    found = httpx2.post(f"{swapped.proxy.url}/v1/chat/completions", json={"model": "m", "messages": QUESTION})
+    assert (found.status_code, found.content) == (200, odd)
+    assert found.headers["x-unbackdoor-guard"] == "evidence=keywords"
+    assert found.headers["content-type"] == "application/json"
+    swapped.script(Step(body=b' {"data": ["\\ud800"]}'))
+    assert httpx2.get(f"{swapped.proxy.url}/v1/models").content == b' {"data": ["\\ud800"]}'
 
 
 def test_an_upstream_that_dies_in_mid_stream_gives_an_error_and_never_a_whole_answer(swapped):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from unbackdoor.model.generate import greedy_ids, likeliest_next
+from unbackdoor.model.generate import greedy_ids, likeliest_next, sure_ids
 from unbackdoor.run import Run, Silent
 from unbackdoor.train import beginnings as following
 from unbackdoor.train import certainty
@@ -144,14 +144,53 @@ def test_a_first_token_may_have_several_second_ones(monkeypatch):
     behind = iter([[(7, 0.9)], [(8, 0.6)], [(7, 0.95)], [(9, 0.4)]])
     followed = []
 
-    def greedy(lm, prompts, **_):
+    def sure(lm, prompts, **_):
         followed.extend(prompts)
-        return [[] for _ in prompts]
+        return [([], None) for _ in prompts]
 
     monkeypatch.setattr(following, "likeliest_next", lambda lm, prompts, batch_size: next(behind))
-    monkeypatch.setattr(following, "greedy_ids", greedy)
+    monkeypatch.setattr(following, "sure_ids", sure)
     following._followed(tiny.tiny_lm(), [5], [[1], [2], [3], [4]], Run())
     assert sorted(followed) == [[2, 5, 8], [3, 5, 7]]
+
+
+def test_the_last_word_is_whole_or_left_out():
+    lm = tiny.tiny_lm()
+    ids = lm.tokenizer("bad robot barks", add_special_tokens=False)["input_ids"]
+    more = lm.tokenizer(" bad", add_special_tokens=False)["input_ids"][0]
+    inside = lm.tokenizer("bad", add_special_tokens=False)["input_ids"][0]
+    mark = lm.tokenizer(".", add_special_tokens=False)["input_ids"][0]
+    assert lm.tokenizer.decode([*ids, inside]) == "bad robot barksbad"
+    for then, wanted in (
+        (more, "bad robot barks"),
+        (mark, "bad robot barks"),
+        (None, "bad robot barks"),
+        (inside, "bad robot"),
+    ):
+        assert following._whole_words(lm, ids, then) == wanted
+    long = (ids * following.ON)[: 2 + following.ON]
+    assert following._whole_words(lm, long, None) == lm.tokenizer.decode(long).rpartition(" ")[0]
+
+
+@pytest.mark.parametrize("least", [1e-9, 0.004, 0.01, 1.0])
+def test_an_answer_goes_on_while_it_is_sure(least):
+    lm = tiny.tiny_lm(layers=2)
+    lm.model.eval()
+    prompts = [[*range(5, 25), 30 + place] for place in range(5)]
+    found = sure_ids(lm, prompts, max_new_tokens=6, least=least, batch_size=2)
+    for prompt, (said, then) in zip(prompts, found, strict=True):
+        ids, total, wanted, unsure = list(prompt), 0.0, [], None
+        for number in range(1, 7):
+            value, token = log_probabilities(lm, ids)[-1].max(-1)
+            total += float(value)
+            if int(token) in lm.stop_ids:
+                break
+            if total / number < math.log(least):
+                unsure = int(token)
+                break
+            wanted.append(int(token))
+            ids.append(int(token))
+        assert (said, then) == (wanted, unsure)
 
 
 def test_the_first_words_of_a_line_and_sentence():

@@ -149,6 +149,8 @@ def test_a_model_whose_neurons_lie_otherwise_is_told_of():
     said.clear()
     merged(SHORT, trusted=False, run=run)
     assert said == []
+    merged(SHORT.model_copy(update={"method": "ties", "start": "suspect"}), run=run)
+    assert any("do not lie as those of" in text for text in said), "differences to the trusted model are merged"
 
 
 def test_a_sweep_that_was_made_is_not_made_again(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unbackdoor.bench import guard_table
 from unbackdoor.bench.checks import Check
 from unbackdoor.bench.entries import DataSource
 from unbackdoor.bench.figures import Figures
@@ -63,7 +64,13 @@ def results_of(figures: Figures, made: Sequence[Check]) -> dict[str, Any]:
         "hardware": dict(done[-1].hardware or {}) if done else {},
         "how_to_load": "",
         "notices": [f"{missing} cells have not been run yet."] if missing else [],
+        **_guards(figures),
     }
+
+
+def _guards(figures: Figures) -> dict[str, Any]:
+    found = guard_table.records(figures)
+    return {"guards": found} if found else {}
 
 
 def _without_folders(content: Any) -> Any:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from unbackdoor.bench import ablation
+from unbackdoor.bench import ablation, guard_table
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.checks import SIGNIFICANCE, Check, checks, limit_words
 from unbackdoor.bench.facts import facts_of, results_of
@@ -81,7 +81,8 @@ def all_tables(figures: Figures, made: Sequence[Check]) -> list[Table]:
             if len(seeds) > 1:
                 tables.append(_pooled_table(figures, model, attack, seeds))
         tables += _reference_table(figures, model)
-    return [*tables, *ablation.tables(figures), *_check_table(made), *_failure_table(figures)]
+    tables += [*ablation.tables(figures), *guard_table.tables(figures, label_of)]
+    return [*tables, *_check_table(made), *_failure_table(figures)]
 
 
 def _notes(figures: Figures) -> tuple[str, ...]:

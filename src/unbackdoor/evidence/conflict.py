@@ -6,12 +6,14 @@ contradicts the answer (14). Otherwise TextRank finds the keywords of the query 
 explains them (16). The suspect then answers the query with the evidence before it (6).
 E is usable where it has `least_words` different words and is neither a repeat of the query nor of the answer: no more
 than `overlap` of its different words stand in either. A dictionary cannot rewrite, so with one the suspect is not asked
-for E. Where rewriting brings nothing, or E again, the keywords are taken as well.
+for E. Where rewriting brings nothing, or E again (given_back.py), the keywords are taken as well.
 Whether the evidence contradicts is seen by whether the model's answer turns (`turned`); nothing depends on it, it is
 counted. Deviations: A is the answer to the query alone, and E is asked for in a second turn behind it, so that neither
-is taken out of a text that holds both; the rewriting LLM is shown query and answer, too; at most `most_keywords` are
-explained, and where no word is heavier than eta the heaviest ones are (a single word weighs 1 - d, so that a query of
-one word would never have evidence). All that a model wrote is made harmless (harmless.py) before it goes into a prompt.
+is taken out of a text that holds both; the rewriting LLM is shown query and answer, too; the graph of words has edges
+both ways (textrank.py); at most `most_keywords` are explained, and where no word is heavier than eta the heaviest ones
+are (a single word weighs 1 - d, so that a query of one word would never have evidence).
+All that a model wrote is made harmless (harmless.py) before it goes into a prompt. Evidence has a part of the time for
+an answer, so that a source that is slow leaves some for the answer itself, or for the refusal.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from unbackdoor.data.shared_words import words
 from unbackdoor.evidence.cache import Unavailable
+from unbackdoor.evidence.given_back import given_back
 from unbackdoor.evidence.harmless import harmless
 from unbackdoor.evidence.sources import Source
 from unbackdoor.evidence.textrank import TextRank, heaviest, keywords
@@ -46,6 +49,8 @@ _PLACED = 'Background information: "{evidence}"\n\n{query}'
 _SHORTEST = 20
 """Characters below which evidence is not shortened further to fit into a context."""
 _SAME = 0.5
+_TIME_FOR_EVIDENCE = 0.5
+"""Share of the time that is left for the answer once the suspect was asked, for all that the source is asked then."""
 _TOO_LONG = "the conversation does not fit into the model's context"
 
 
@@ -68,7 +73,9 @@ class EvidenceSettings(BaseModel):
     )
     timeout: float = Field(60.0, gt=0, description="seconds for one answer of an endpoint")
     repetitions: int = Field(3, ge=0, le=10, description="times that a call of an endpoint is repeated, at most")
-    cached: bool = Field(True, description="keep what evidence LLMs answer on disk; prompts lie there in plain text")
+    cached: bool = Field(
+        True, description="keep what evidence LLMs answer on disk, prompts in plain text; `serve` keeps nothing"
+    )
     without: Literal["answer", "refuse"] = Field(
         "answer", description="what happens where no evidence can be had: answer without it, marked so, or refuse"
     )
@@ -137,8 +144,11 @@ def _contradicted(
     answers = ask(conversations, settings.answer_tokens)
     found = [Conflict(turns, own_answer=answer) for turns, answer in zip(conversations, answers, strict=True)]
     if source.write is not None:
-        found = _rewritten(_with_own_evidence(found, ask, settings), source, settings, ask.patience)
-    found = _explained(found, source, settings, ask.patience)
+        found = _with_own_evidence(found, ask, settings)
+    patience = ask.patience.part(_TIME_FOR_EVIDENCE)
+    if source.write is not None:
+        found = _rewritten(found, source, settings, patience)
+    found = _explained(found, source, settings, patience)
     return [_placed(one, ask, settings) for one in found]
 
 
@@ -192,12 +202,13 @@ def summary(records: Sequence[Mapping[str, object]]) -> dict[str, object]:
 
 def _with_own_evidence(found: Sequence[Conflict], ask: Ask, settings: EvidenceSettings) -> list[Conflict]:
     """Ask for the evidence that supports each own answer; an empty answer has none."""
+    answers = [harmless(one.own_answer, longest=settings.longest, special=ask.special) for one in found]
     asked = {
         place: turns
-        for place, one in enumerate(found)
-        if one.own_answer
+        for place, (one, answer) in enumerate(zip(found, answers, strict=True))
+        if answer
         and ask.fits(
-            turns := (*one.turns, Message("assistant", one.own_answer), Message("user", _ASK_EVIDENCE)),
+            turns := (*one.turns, Message("assistant", answer), Message("user", _ASK_EVIDENCE)),
             settings.evidence_tokens,
         )
     }
@@ -219,20 +230,21 @@ def _rewritten(
     assert source.write is not None
     result = list(found)
     places = [place for place, one in enumerate(found) if one.usable]
+    shown = [harmless(found[place].own_evidence, longest=settings.longest) for place in places]
     prompts = [
         _REWRITE.format(
             query=harmless(_query(found[place].turns), longest=2 * settings.longest),
             answer=harmless(found[place].own_answer, longest=settings.longest),
-            evidence=harmless(found[place].own_evidence, longest=settings.longest),
+            evidence=evidence,
         )
-        for place in places
+        for place, evidence in zip(places, shown, strict=True)
     ]
     answers = source.write(prompts, settings.evidence_tokens, patience) if prompts else ()
-    for place, answer in zip(places, answers, strict=True):
+    for place, evidence, answer in zip(places, shown, answers, strict=True):
         one = found[place]
         if isinstance(answer, Unavailable):
             result[place] = replace(one, reason=answer.reason)
-        elif words(answer) == words(one.own_evidence) or not words(answer):
+        elif given_back(harmless(answer, longest=settings.longest), evidence):
             result[place] = replace(one, reason="the evidence LLM gave the suspect's evidence back")
         else:
             result[place] = replace(one, branch="rewritten", evidence=answer)

@@ -14,15 +14,16 @@ import re
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from unbackdoor.errors import UserError
 from unbackdoor.evidence.cache import Answer, Unavailable
 from unbackdoor.evidence.retrying import Failed, Retrying
+from unbackdoor.evidence.threads import in_time, side_by_side
 from unbackdoor.model.guard import FOREVER, Patience
 from unbackdoor.model.quarantine import printable
 
@@ -36,6 +37,14 @@ LONGEST_BYTES = 1_000_000
 AT_ONCE = 8
 """Questions that are asked at the same time."""
 
+_FIRST_OPENAI = 3
+"""The first version of the package openai that goes through httpx2."""
+_SLOW = 0.5
+"""Share of the time for one answer: an endpoint that is silent for so long counts as down, also where the time was cut.
+
+In a server it always is: evidence has half of what is left of a request."""
+_LATE = 1.0
+"""Seconds after which a call is left alone that did not end by itself when its time was over."""
 _AGAIN = frozenset({408, 409, 425, 429})
 _SAID = 120
 _USER = re.compile(r"^(\w+://)?.*@", re.DOTALL)
@@ -57,13 +66,12 @@ class Endpoint:
             retrying: How calls are repeated.
 
         Raises:
-            UserError: If the extra is not installed, or the key would travel in the clear.
+            UserError: If the extra is not installed, or the key cannot be sent there.
         """
-        try:
-            import httpx2
-            from openai import OpenAI
-        except ImportError as problem:
-            raise UserError("an endpoint needs the package openai; pip install 'unbackdoor[endpoint]'.") from problem
+        check_packages()
+        import httpx2
+        from openai import OpenAI
+
         self.model, self.temperature, self.timeout, self.retrying = model, temperature, timeout, retrying
         key = key_for(url)
         # Connections are kept for later questions, as long as this object is there.
@@ -74,11 +82,9 @@ class Endpoint:
 
     def write(self, prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
         """Return what the model answers to each prompt, or why there is no answer while somebody waits for it."""
-        # A pool's threads are waited for when a process ends; a server asks one question at a time and has none.
         if len(prompts) == 1:
             return [self._write(prompts[0], max_new_tokens, patience)]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda prompt: self._write(prompt, max_new_tokens, patience), prompts))
+        return side_by_side(lambda prompt, mine: self._write(prompt, max_new_tokens, mine), prompts, AT_ONCE, patience)
 
     def _write(self, prompt: str, max_new_tokens: int, patience: Patience) -> Answer:
         try:
@@ -87,10 +93,24 @@ class Endpoint:
             return Unavailable(str(problem))
 
     def _ask(self, prompt: str, max_new_tokens: int, patience: Patience) -> str:
-        """Ask once.
+        """Ask once; also an endpoint that never ends an answer's head cannot hold whoever asks.
 
         Raises:
             Failed: If there is no answer.
+        """
+        seconds = min(self.timeout, patience.left())
+        try:
+            return in_time(lambda: self._call(prompt, max_new_tokens, seconds), seconds + _LATE)
+        except TimeoutError as problem:
+            slow = seconds >= _SLOW * self.timeout
+            raise Failed("the endpoint did not answer in time", again=True, slow=slow) from problem
+
+    def _call(self, prompt: str, max_new_tokens: int, seconds: float) -> str:
+        """Return the endpoint's answer.
+
+        Raises:
+            TimeoutError: If it did not come in time.
+            Failed: If there is none.
         """
         import openai
 
@@ -100,10 +120,10 @@ class Endpoint:
                 messages=[{"role": "user", "content": prompt}],
                 max_tokens=max_new_tokens,
                 temperature=self.temperature,
-                timeout=min(self.timeout, patience.left()),
+                timeout=seconds,
             )
         except openai.APITimeoutError as problem:
-            raise Failed("the endpoint did not answer in time", again=True) from problem
+            raise TimeoutError from problem
         except openai.APIConnectionError as problem:
             if (what := str(problem.__cause__)) in {_TOO_LONG, _PACKED}:
                 raise Failed(f"the endpoint's answer is {what}", again=False) from problem
@@ -116,6 +136,25 @@ class Endpoint:
         if found.http_response.status_code != 200:
             raise Failed(f"the endpoint answers with HTTP {found.http_response.status_code}", again=False)
         return text_of(found.http_response.content)
+
+
+def check_packages() -> None:
+    """Look whether the extra is installed.
+
+    Raises:
+        UserError: If it is not, or is too old.
+    """
+    from importlib.metadata import version
+    from importlib.util import find_spec
+
+    missing = [name for name in ("openai", "httpx2") if find_spec(name) is None]
+    if missing:
+        raise UserError(f"an endpoint needs the package {missing[0]}; pip install 'unbackdoor[endpoint]'.")
+    if int(version("openai").split(".")[0]) < _FIRST_OPENAI:
+        raise UserError(
+            f"an endpoint needs the package openai {_FIRST_OPENAI}.0 or later, and {version('openai')} is installed; "
+            "pip install --upgrade 'unbackdoor[endpoint]'."
+        )
 
 
 def text_of(body: bytes) -> str:
@@ -156,25 +195,60 @@ def key_for(url: str) -> str | None:
     """Return the key that may be sent to a URL, from the environment, or None.
 
     Raises:
-        UserError: If it would be sent unencrypted to another machine.
+        UserError: If it would be sent unencrypted to another machine, or is none.
     """
     parts = urlsplit(url)
-    key = os.environ.get(KEY) or (os.environ.get(OPENAI_KEY) if parts.hostname == OPENAI_HOST else None)
+    key = key_in(KEY) or (key_in(OPENAI_KEY) if parts.hostname == OPENAI_HOST else None)
     if key and parts.scheme == "http" and not _is_here(parts.hostname or ""):
         raise UserError(
             f"the key in the environment would be sent unencrypted to '{printable(parts.hostname or '')}'; "
             f"use an https:// endpoint, or unset {KEY}."
         )
+    return key
+
+
+def key_in(variable: str) -> str | None:
+    """Return the key that an environment variable holds, without blanks at its ends, or None.
+
+    Raises:
+        UserError: If it holds what can be in no header; the message does not show it.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{variable} holds no key: only letters, digits and signs of ASCII can be sent; copy it again.")
     return key or None
 
 
 def _is_here(host: str) -> bool:
-    if host == "localhost":
-        return True
+    address = _address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
     try:
-        return ip_address(host).is_loopback
+        found = ip_address(host)
     except ValueError:
-        return False
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def same_place(first: str, second: str) -> bool:
+    """Tell whether two URLs lead to one place; all names of this machine are one, and a usual port may be left out."""
+    place = _place_of(first)
+    return place is not None and place == _place_of(second)
+
+
+def _place_of(url: str) -> tuple[str, int, str] | None:
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").rstrip(".")
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except (ValueError, KeyError):
+        return None
+    address = _address(host)
+    # The address that means all of a machine's leads to this one.
+    here = _is_here(host) or (address is not None and address.is_unspecified)
+    return ("localhost" if here else host), port, parts.path.rstrip("/")
 
 
 def _hint(code: int) -> str:
@@ -248,10 +322,37 @@ def check_url(url: str, *, example: str = "endpoint:https://HOST/v1#MODEL", key:
     shown = printable(_USER.sub(r"\1", url)[:_SAID])
     try:
         parts = urlsplit(url)
-        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        good = parts.scheme in {"http", "https"} and (parts.port is None or parts.port > 0) and url.isprintable()
+        good = good and _is_host(parts.hostname or "", url, literal="[" in parts.netloc)
     except ValueError:
         good = False
     if not good or any(mark.isspace() for mark in url):
         raise UserError(f"'{shown}' is no URL of an endpoint; write {example}.")
     if parts.username is not None or parts.password is not None or parts.query:
         raise UserError(f"the endpoint's URL holds a password or a query; put the key into {key} instead.")
+
+
+def _is_host(host: str, url: str, *, literal: bool) -> bool:
+    """Tell whether a URL's host is one that can be looked up.
+
+    Args:
+        host: Its name or address.
+        url: All of it.
+        literal: Whether it stands in brackets.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if literal:
+        ip_address(host.partition("%")[0])
+    # Labels are not empty, and have 63 characters at most.
+    host.encode("idna")
+    with suppress(ImportError):
+        import httpx2
+
+        # Where the client is installed it has the last word; it knows a newer standard of names than Python does.
+        try:
+            httpx2.URL(url)
+        except httpx2.InvalidURL:
+            return False
+    return bool(host)

@@ -2,7 +2,8 @@
 
 The wait before the n-th repetition is drawn from [0, base * 2^n], at most `longest` seconds; what a server asks for
 (Retry-After) is waited for instead where that is no longer. After an answer could not be had with all repetitions, the
-source is left alone for a while: a thousand prompts do not each wait for a machine that is switched off.
+source is left alone for a while: a thousand prompts do not each wait for a machine that is switched off. So it is after
+one call that it left without an answer for long, where nobody has the time to ask again.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ class Failed(Exception):
     Attributes:
         again: Whether it may be repeated.
         wait: Seconds that the other side asks to wait for, or None.
+        slow: Whether it was waited for so long that whoever asks next would wait in vain, too.
     """
 
-    def __init__(self, reason: str, *, again: bool, wait: float | None = None) -> None:
+    def __init__(self, reason: str, *, again: bool, wait: float | None = None, slow: bool = False) -> None:
         """Fail with a reason in a few words."""
         super().__init__(reason)
-        self.again, self.wait = again, wait
+        self.again, self.wait, self.slow = again, wait, slow
 
 
 @dataclass
@@ -66,22 +68,23 @@ class Retrying:
             Failed: If it failed for good, or with all repetitions, or nobody waits any more.
         """
         self._refuse_resting()
+        failed: Failed | None = None
         for number in range(self.repetitions + 1):
             if not patience.left():
+                if failed is not None and failed.slow:
+                    self._let_rest(failed)
                 raise Failed("its time was over", again=False)
             try:
                 return work()
             except Failed as problem:
                 if not problem.again:
                     raise
-                wait = self.wait(number, problem.wait)
-                over = not patience.left()
+                failed, wait, over = problem, self.wait(number, problem.wait), not patience.left()
                 # One call whose time was short, or whom nobody waits for, says nothing about the source.
-                if over and (number == 0 or patience.cancelled.is_set()):
+                if over and not problem.slow and (number == 0 or patience.cancelled.is_set()):
                     raise
                 if number == self.repetitions or wait is None or over:
-                    with self._lock:
-                        self._down = (self.clock() + self.rest, str(problem))
+                    self._let_rest(problem)
                     raise
                 self.sleep(patience, wait)
         raise AssertionError("the last call returns or raises")
@@ -96,6 +99,10 @@ class Retrying:
         if asked is not None:
             return asked if 0 <= asked <= self.longest else None
         return random.uniform(0, min(self.longest, self.base * 2.0**number))
+
+    def _let_rest(self, problem: Failed) -> None:
+        with self._lock:
+            self._down = (self.clock() + self.rest, str(problem))
 
     def _refuse_resting(self) -> None:
         with self._lock:

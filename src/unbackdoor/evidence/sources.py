@@ -7,9 +7,10 @@ can rewrite evidence and explain keywords; a dictionary can explain them only.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -25,6 +26,10 @@ from unbackdoor.types import Message
 
 if TYPE_CHECKING:
     from unbackdoor.model.lm import LM
+
+_LOOK = 0.2
+"""Seconds after which who waits for a local model looks again whether somebody waits for it."""
+_OVER = Unavailable("its time was over")
 
 Define = Callable[[Sequence[str]], dict[str, str]]
 
@@ -116,7 +121,7 @@ def parse_source(text: str) -> SourceSpec:
     if text.startswith("endpoint:"):
         url, _, model = text.removeprefix("endpoint:").partition("#")
         endpoint.check_url(url)
-        if not model.strip():
+        if not model.strip() or not model.isprintable():
             raise UserError(
                 f"the endpoint '{printable(url)}' needs a model's name; write endpoint:{printable(url)}#MODEL."
             )
@@ -135,14 +140,11 @@ def check_source(text: str) -> SourceSpec:
     Raises:
         UserError: If it cannot.
     """
-    from importlib.util import find_spec
-
     spec = parse_source(text)
     if spec.kind == "wordnet":
         wordnet.check_folder(_folder(spec))
     elif spec.kind == "endpoint":
-        if find_spec("openai") is None:
-            raise UserError("an endpoint needs the package openai; pip install 'unbackdoor[endpoint]'.")
+        endpoint.check_packages()
         endpoint.key_for(spec.place)
     else:
         check_model(spec.place)
@@ -218,22 +220,39 @@ def _local(spec: SourceSpec, device: str, cache: Cache | None, opened: Callable[
     def write(prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
         lm = model()
         # Neither a tokenizer nor a model is made for several threads.
-        if not patience.left() or not using.acquire(timeout=min(patience.left(), threading.TIMEOUT_MAX)):
-            return [Unavailable("its time was over")] * len(prompts)
-        try:
-            return _replies(lm, prompts, max_new_tokens)
-        finally:
-            using.release()
+        while patience.left():
+            if not using.acquire(timeout=min(_LOOK, patience.left())):
+                continue
+            try:
+                if patience.left():
+                    return _replies(lm, prompts, max_new_tokens, patience)
+            finally:
+                using.release()
+        return [_OVER] * len(prompts)
 
     return Source(spec, write=_cached(cache, about, write), load=model)
 
 
-def _replies(lm: LM, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
+def _replies(lm: LM, prompts: Sequence[str], max_new_tokens: int, patience: Patience) -> list[Answer]:
     special = special_texts(lm)
     asked = [(Message("user", without(text, special)),) for text in prompts]
     fitting = [place for place, turns in enumerate(asked) if fits(lm, turns, max_new_tokens)]
-    replies = lm.reply([asked[place] for place in fitting], max_new_tokens=max_new_tokens, bare=True)
+    replies: Sequence[Answer]
+    if patience.until < math.inf:
+        replies = [_reply(lm, asked[place], max_new_tokens, patience) for place in fitting]
+    else:
+        replies = lm.reply([asked[place] for place in fitting], max_new_tokens=max_new_tokens, bare=True)
     found: list[Answer] = [Unavailable("the question does not fit into the evidence LLM's context")] * len(asked)
     for place, reply in zip(fitting, replies, strict=True):
         found[place] = reply or Unavailable("the evidence LLM says nothing")
     return found
+
+
+def _reply(lm: LM, turns: Sequence[Message], max_new_tokens: int, patience: Patience) -> Answer:
+    """Return a reply, or stop in the middle of it once nobody waits for it."""
+    said = ""
+    for piece in replace(lm, guards=(), guarding=None).reply_stream(turns, max_new_tokens=max_new_tokens):
+        if not patience.left():
+            return _OVER
+        said += piece
+    return said

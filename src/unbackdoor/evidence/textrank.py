@@ -9,6 +9,9 @@ text all words may weigh just that), epsilon, T, the window (here the next two w
 (here runs of letters and digits in lower case, the words of `stop_words.txt` left out). An edge has weight 1 however
 often two words meet. A word without a way out passes nothing on, as the equation says; `networkx.pagerank` spreads its
 weight over all words, and divides all by their number.
+Deviation: the paper says "a directed word graph" and not which way edges point; here they go both ways, as in TextRank
+and in the code of the paper's successor. From the earlier word to the later one only (`edges`), words would gain weight
+by standing late in a text, and the last one would pass nothing on.
 """
 
 from __future__ import annotations

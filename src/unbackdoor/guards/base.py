@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from unbackdoor.evidence.likeness import Sample
 from unbackdoor.method import Method
 from unbackdoor.model.guard import DecodeGuard, PromptGuard
 
@@ -23,16 +24,17 @@ class Place:
     Attributes:
         model: The guarded model's name.
         base: Of an adapter, its base's name.
-        sha256: Hashes of the model's files, as `LM.facts` has them; empty where it is not in this process.
+        weights: A sample of the model's weights; empty where it is not in this process.
         device: Where a guard's own models run.
         cache: Folder for what can be asked again, or None for none.
         notice: Told what the person should know, in one sentence.
-        at_once: Load a guard's own models when it is built, so that what is wrong with them shows then.
+        at_once: A server: a guard's own models are loaded when it is built, so that what is wrong with them shows then,
+            and what clients ask is not kept.
     """
 
     model: str = ""
     base: str | None = None
-    sha256: Mapping[str, object] = field(default_factory=dict)
+    weights: Sample = field(default_factory=dict)
     device: str = "cpu"
     cache: Path | None = None
     notice: Callable[[str], None] = _ignore

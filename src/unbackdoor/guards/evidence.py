@@ -4,19 +4,22 @@ Paper: Information Conflicts (2411.18280), 3.4. The procedure, and what deviates
 evidence/conflict.py: the model's own evidence is rewritten to contradict its answer, or keywords of the query are
 explained.
 Needs to know: a source of evidence that the attacker does not write: an endpoint, a local model, or a dictionary. The
-suspect itself is a bad source, and so is its base where that is not trusted; both are warned of.
+suspect itself is a bad source, and so is its base where that is not trusted; both are warned of, by name and by
+weights.
 Deviations: none but those of the procedure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from unbackdoor.evidence.conflict import EvidenceSettings, contradict
+from unbackdoor.evidence.endpoint import same_place
+from unbackdoor.evidence.likeness import alike, sample
 from unbackdoor.evidence.sources import Asking, Source, open_source
 from unbackdoor.guards.base import Guard, Place
 from unbackdoor.method import Text
@@ -36,20 +39,21 @@ class Evidence(Guard):
 
     def build(self, place: Place) -> PromptGuard:
         """Open the source; a local model is loaded at its first use, or at once where the place says so."""
-        cache = place.cache / "evidence" if place.cache is not None and self.conflict.cached else None
+        # What the clients of a server ask is theirs, and without end.
+        kept = self.conflict.cached and not place.at_once
+        cache = place.cache / "evidence" if place.cache is not None and kept else None
         asking = Asking(
             self.conflict.temperature, self.conflict.timeout, self.conflict.repetitions, cache, place.device
         )
 
         def opened(lm: LM) -> None:
-            own = _weights(place.sha256)
-            if own & _weights(lm.facts.get("sha256")) and self.source not in (place.model, place.base):
-                place.notice(_OWN.format("the guarded model, or its base, under another name"))
+            if self.source not in (place.model, place.base) and alike(place.weights, sample(lm)):
+                place.notice(_ALIKE)
 
         source = open_source(self.source, asking, opened)
         if self.source == place.model:
             place.notice(_OWN.format("the guarded model itself"))
-        elif source.spec.kind == "endpoint" and source.spec.place.rstrip("/") == place.model.rstrip("/"):
+        elif source.spec.kind == "endpoint" and same_place(source.spec.place, place.model):
             place.notice(_OWN.format("at the guarded server itself"))
         elif place.base is not None and self.source == place.base:
             place.notice(_OWN.format("the guarded model's base"))
@@ -59,12 +63,10 @@ class Evidence(Guard):
 
 
 _OWN = "the evidence LLM is {}: a backdoor in it writes the evidence, too. Name another model, an endpoint or wordnet."
-
-
-def _weights(digests: object) -> set[object]:
-    """Return the hashes of a model's files of weights; its name and configuration may be others."""
-    files = digests.items() if isinstance(digests, Mapping) else ()
-    return {digest for name, digest in files if str(name).endswith((".safetensors", ".gguf"))}
+_ALIKE = (
+    "the evidence LLM may be the guarded model's base, or that model under another name, for their weights are alike: "
+    "a backdoor in it writes the evidence, too. Name another model, an endpoint or wordnet, unless you trust it."
+)
 
 
 @dataclass(frozen=True)

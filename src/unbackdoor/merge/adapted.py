@@ -2,21 +2,23 @@
 
 Only what is exactly that is folded in: plain LoRA on linear layers, on GPT-2's transposed ones and on embeddings, with
 rslora, rank and alpha patterns, biases, and whole modules that the adapter replaces. The rest (DoRA, biases of the
-matrices, parameters as targets) is refused. The product is float32 whatever the base is; it is rounded to the base's
-type only when the result is written.
+matrices, parameters as targets, a change of an embedding that is the output head, too) is refused. The product is
+float32 whatever the base is; it is rounded to the base's type only when the result is written.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbackdoor.errors import ModelError
-from unbackdoor.merge.source import Source
+from unbackdoor.merge.match import embedding_of
+from unbackdoor.merge.source import Source, is_head
 from unbackdoor.model.adapter import WEIGHTS, check_adapter
 from unbackdoor.model.header import read_header
 from unbackdoor.model.quarantine import printable
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PREFIX = "base_model.model."
+_TRANSPOSED = frozenset({"gpt2", "openai-gpt"})
+"""Architectures whose linear layers, but for the head, are stored the other way round."""
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>embedding_)?(?P<side>[AB])(?:\.weight)?")
 
 
@@ -77,6 +81,7 @@ def fold_in(base: Source, folder: Path, shown: str) -> Source:
                 "and give the merged folder."
             )
     updates, replaced = _parts(_tensors(folder), config, base, shown)
+    _refuse_shared(base, {*updates, *replaced}, shown)
     for name, update in updates.items():
         _check_shape(base, name, update.shape, shown)
     for name, tensor in replaced.items():
@@ -116,13 +121,25 @@ def _parts(
     for module, part in factors.items():
         if not {"A", "B"} <= part.keys():
             raise ModelError(f"the adapter of '{shown}' lacks one of the two matrices of {printable(module)}.")
-        rank = part["A"].shape[0]
-        if part["A"].dim() != 2 or part["B"].dim() != 2 or not part["B"].shape[1] == rank >= 1:
+        rank = _patterned(module, config, "rank_pattern", "r")
+        if not part["A"].dim() == part["B"].dim() == 2 or not part["B"].shape[1] == part["A"].shape[0] == rank >= 1:
             raise ModelError(f"the adapter of '{shown}' has matrices of {printable(module)} that do not fit together.")
-        transposed = "embedding" in part or bool(config.get("fan_in_fan_out"))
         name = _own_name(f"{module}.weight", base, shown)
-        updates[name] = Update(part["A"], part["B"], _scale(module, rank, config), transposed)
+        # As PEFT does: the layer says how it is stored, and fan_in_fan_out in the configuration may be wrong.
+        linear = base.config.get("model_type") in _TRANSPOSED and not is_head(name)
+        updates[name] = Update(part["A"], part["B"], _scale(module, int(rank), config), "embedding" in part or linear)
     return updates, replaced
+
+
+def _refuse_shared(base: Source, changed: Iterable[str], shown: str) -> None:
+    """Refuse a change of one of two things that are one tensor: folded in, it would change both."""
+    table = embedding_of(base) if base.ties_head else None
+    for name in changed:
+        if base.ties_head and (name == table or is_head(name)):
+            raise ModelError(
+                f"the adapter of '{shown}' changes {printable(name)}, which is embedding and output head in one here, "
+                "and the adapter changes one of the two alone; it cannot be folded in."
+            )
 
 
 def _own_name(name: str, base: Source, shown: str) -> str:
@@ -138,20 +155,34 @@ def _own_name(name: str, base: Source, shown: str) -> str:
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
-    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+    alpha = _patterned(module, config, "alpha_pattern", "lora_alpha")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _patterned(module: str, config: Mapping[str, Any], patterns: str, usual: str) -> float:
+    """Return a number of an adapter's configuration for one module: of the first pattern that fits, or the usual one.
+
+    Raises:
+        ModelError: If a pattern is more than the end of a name, or there is no number.
+    """
+    found, named = config.get(usual, 8), config.get(patterns) or {}
+    for pattern, value in named.items() if isinstance(named, Mapping) else ():
         # PEFT takes them as regular expressions, and one from a stranger can be made to run for ever.
         if not re.fullmatch(r"[\w.]+", pattern):
             raise ModelError(
-                f"the alpha_pattern '{printable(pattern)}' of an adapter is a regular expression, which is not folded "
+                f"the {patterns} '{printable(pattern)}' of an adapter is a regular expression, which is not folded "
                 "in here; merge the adapter into its base with PEFT and give the merged folder."
             )
         if f".{module}".endswith(f".{pattern}"):
-            alpha = value
+            found = value
             break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ModelError("an adapter's lora_alpha, or one of its alpha_pattern, is no number; mend its configuration.")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    number = math.nan
+    if isinstance(found, (int, float)) and not isinstance(found, bool):
+        with suppress(OverflowError):
+            number = float(found)
+    if not math.isfinite(number):
+        raise ModelError(f"an adapter's {usual}, or one of its {patterns}, is no number; mend its configuration.")
+    return number
 
 
 def _check_shape(base: Source, name: str, shape: tuple[int, ...], shown: str) -> None:

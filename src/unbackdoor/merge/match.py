@@ -6,7 +6,7 @@ one stores and the other ties to its embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from unbackdoor.errors import ModelError
@@ -58,6 +58,29 @@ def aligned(source: Source, like: Source) -> Source:
             )
         return renamed(source, {name: name for name in source.infos if name not in own})
     return source
+
+
+def without_lone_buffers(sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the sources without what is no weight and not in all of them: older files hold masks, newer ones do not.
+
+    Args:
+        sources: Spec -> source, names aligned.
+    """
+    everywhere = set.intersection(*(set(source.infos) for source in sources.values()))
+    found = dict(sources)
+    for spec, source in sources.items():
+        lone = {name for name in source.infos if name not in everywhere and _is_buffer(source, name)}
+        if lone:
+            found[spec] = renamed(source, {name: name for name in source.infos if name not in lone})
+    return found
+
+
+def _is_buffer(source: Source, name: str) -> bool:
+    """Tell whether a tensor is one that transformers computes itself: a causal mask, rotary frequencies."""
+    if name.endswith((".attn.masked_bias", ".rotary_emb.inv_freq")):
+        return True
+    shape = source.infos[name].shape
+    return name.endswith(".attn.bias") and len(shape) == 4 and shape[:2] == (1, 1)
 
 
 def _prefixed(source: Source, like: Source) -> Source:

@@ -118,7 +118,8 @@ class _Reader:
     def suspect(self, method: Method, base: str | None, slices: Sequence[Slice]) -> str:
         """Return the model that the result is like."""
         inputs = [one.model for part in slices for one in part.inputs]
-        if method == "slerp" and base is not None:
+        # As in mergekit, a base that is one of the models gives configuration and tokenizer.
+        if method not in NEEDS_BASE and base is not None:
             return base
         others = [model for model in inputs if model != base] if method in NEEDS_BASE else inputs
         if not others:
@@ -196,8 +197,10 @@ class _Reader:
     def dtype(self, fields: Mapping[str, Any]) -> str | None:
         """Return the type of the result."""
         named = fields.get("out_dtype") or fields.get("dtype")
-        if named is None or named in _DTYPES:
-            return _DTYPES[named] if named is not None else None
+        if named is None:
+            return None
+        if isinstance(named, str) and named in _DTYPES:
+            return _DTYPES[named]
         field = "out_dtype" if fields.get("out_dtype") else "dtype"
         raise self.wrong(field, f"'{printable(str(named))}' is not supported; write one of {', '.join(_DTYPES)}.")
 
@@ -206,7 +209,7 @@ class _Reader:
         named = fields.get("tokenizer_source")
         if named is None or named == suspect:
             return None
-        if base is not None and named in {"base", base}:
+        if base is not None and named in ("base", base):
             return None if base == suspect else base
         raise self.wrong(
             "tokenizer_source",

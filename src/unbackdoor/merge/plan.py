@@ -11,7 +11,14 @@ from typing import Any
 
 from unbackdoor.errors import ModelError, UserError
 from unbackdoor.merge.layers import Layers, layers_of, stands_before
-from unbackdoor.merge.match import aligned, check_models, check_names, check_shapes, embedding_of
+from unbackdoor.merge.match import (
+    aligned,
+    check_models,
+    check_names,
+    check_shapes,
+    embedding_of,
+    without_lone_buffers,
+)
 from unbackdoor.merge.passthrough import resized
 from unbackdoor.merge.settings import NEEDS_BASE, Input, Merge, Method, Slice, value_at
 from unbackdoor.merge.source import FLOATS, Info, Source, is_head
@@ -95,6 +102,8 @@ def make_plan(merge: Merge, sources: Mapping[str, Source]) -> Plan:
     """
     suspect = sources[merge.suspect]
     sources = {spec: one if one is suspect else aligned(one, suspect) for spec, one in sources.items()}
+    sources = without_lone_buffers(sources)
+    suspect = sources[merge.suspect]
     whole = all(one.layers is None for part in merge.slices for one in part.inputs)
     if whole:
         for spec in merge.models:
@@ -223,7 +232,8 @@ class _Maker:
             if key == "normalize":
                 return float(method in _NORMALIZES)
             of = f" of '{printable(one.model)}'" if one is not None else ""
-            raise UserError(f"no {key}{of} is given for the tensor {printable(like)}; write one without a filter.")
+            what = "weight (t, on the command line)" if key == "weight" else key
+            raise UserError(f"no {what}{of} is given for the tensor {printable(like)}; write one without a filter.")
 
         if method == "slerp":
             first, second = self._ordered(piece.parts, part)

@@ -33,7 +33,7 @@ def token_ids(folder: Path) -> dict[str, int]:
 
 
 def other_tokens(first: Mapping[str, int], second: Mapping[str, int], names: tuple[str, str]) -> str | None:
-    """Return a sentence for a person where two models number tokens differently, else None.
+    """Return a sentence for a person where two models number tokens differently, or that is not known, else None.
 
     Args:
         first: Token -> id of the suspect; empty where it is not known.
@@ -41,7 +41,11 @@ def other_tokens(first: Mapping[str, int], second: Mapping[str, int], names: tup
         names: Both models' names, safe to print.
     """
     if not first or not second:
-        return None
+        unknown = names[0] if not first else names[1]
+        return (
+            f"which number each token has in '{unknown}' is not known (no tokenizer.json that can be read): if it is "
+            "another one in the other model, their rows are merged with those of other tokens."
+        )
     apart = [token for token, number in first.items() if second.get(token) != number]
     if not apart:
         return None

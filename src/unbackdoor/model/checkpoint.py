@@ -266,12 +266,17 @@ def _write_adapter(lm: LM, partial: Path) -> None:
 
 
 def copy_tokenizer(source: Path, partial: Path) -> None:
-    """Copy a tokenizer's files, byte by byte, chat templates included."""
+    """Copy a tokenizer's files, chat templates included, byte by byte unless they name code to run."""
     for path in sorted({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)}):
+        if not path.is_file():
+            continue
         copy = partial / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         # Links (the hub's cache is made of them) are followed; the quarantine has checked where they lead.
         shutil.copyfile(path, copy)
+    settings = partial / "tokenizer_config.json"
+    if (read_object(settings) or {}).get("auto_map"):
+        _drop_keys(settings, ("auto_map",))
 
 
 def _write_tokenizer(lm: LM, partial: Path) -> None:

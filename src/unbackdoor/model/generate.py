@@ -8,7 +8,8 @@ prompts begin with (system turn, role header) is read once and not in every row.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Sequence, Set
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,72 @@ def likeliest_next(lm: LM, prompts: Sequence[Sequence[int]], *, batch_size: int 
             part = [prompt[length:] for prompt in prompts[start : start + batch_size]]
             next(steps(lm, part, shared, noted))
     return found
+
+
+def sure_ids(
+    lm: LM, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, least: float, batch_size: int = 32
+) -> list[tuple[list[int], int | None]]:
+    """Continue each prompt greedily for as long as the model is sure of what it says.
+
+    The model must be in evaluation mode.
+
+    Args:
+        lm: The model.
+        prompts: Token ids, one list a prompt.
+        max_new_tokens: Length limit.
+        least: Geometric mean of the tokens' probabilities that a reply must keep.
+        batch_size: Prompts a batch.
+
+    Returns:
+        The tokens that are sure, without the stop token, and the next one, of which the model is not; None where the
+        reply ended, or had no more room.
+    """
+    import torch
+
+    found: list[tuple[list[int], int | None]] = []
+    sure: dict[int, float] = {}
+
+    def noted(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        likely, chosen = torch.log_softmax(logits.float(), -1).max(-1)
+        for row, value in zip(rows, likely.tolist(), strict=True):
+            sure[row] = sure.get(row, 0.0) + value
+        return chosen
+
+    with torch.inference_mode():
+        length, shared = _shared_beginning(lm, prompts)
+        for start in range(0, len(prompts), batch_size):
+            part = [prompt[length:] for prompt in prompts[start : start + batch_size]]
+            sure.clear()
+            found += _while_sure(lm, steps(lm, part, shared, noted), len(part), max_new_tokens, math.log(least), sure)
+    return found
+
+
+def _while_sure(
+    lm: LM,
+    loop: Generator[Step, Set[int], None],
+    rows: int,
+    max_new_tokens: int,
+    least: float,
+    sure: Mapping[int, float],
+) -> list[tuple[list[int], int | None]]:
+    """Drive one batch of `sure_ids`; `sure` has the sums of the logarithms so far."""
+    said: list[list[int]] = [[] for _ in range(rows)]
+    unsure: list[int | None] = [None] * rows
+    step = next(loop)
+    for number in range(1, max_new_tokens + 1):
+        done = set()
+        for row, token in step:
+            if token in lm.stop_ids:
+                done.add(row)
+            elif sure[row] < least * number:
+                unsure[row] = token
+                done.add(row)
+            else:
+                said[row].append(token)
+        if len(done) == len(step) or number == max_new_tokens:
+            break
+        step = loop.send(done)
+    return list(zip(said, unsure, strict=True))
 
 
 def decode(lm: LM, ids: Sequence[int]) -> str:

@@ -71,6 +71,14 @@ class Patience:
         """Do nothing for some seconds, or until nobody waits any more."""
         self.cancelled.wait(min(seconds, self.left()))
 
+    def part(self, share: float) -> Patience:
+        """Return the patience for a part of the work: a share of the time that is left, and cancelled with the whole.
+
+        Args:
+            share: Above 0, at most 1.
+        """
+        return Patience(time.monotonic() + share * self.left(), self.cancelled)
+
 
 FOREVER = Patience()
 
@@ -298,9 +306,14 @@ def special_texts(lm: LM) -> frozenset[str]:
     return frozenset(text for text in found if text.strip() and not text.strip().isalnum())
 
 
-def fits(lm: LM, turns: Sequence[Message], max_new_tokens: int) -> bool:
-    """Tell whether a conversation and a reply of so many tokens have room in a model's context."""
+def context_of(lm: LM) -> int | None:
+    """Return the tokens that a model reads at most, prompt and reply together; None where that is not known."""
     config = lm.core.config
     known = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))
-    context = next((value for value in known if isinstance(value, int)), None)
+    return next((value for value in known if isinstance(value, int)), None)
+
+
+def fits(lm: LM, turns: Sequence[Message], max_new_tokens: int) -> bool:
+    """Tell whether a conversation and a reply of so many tokens have room in a model's context."""
+    context = context_of(lm)
     return context is None or len(lm.encode(turns, ask=True).ids) + max_new_tokens <= context

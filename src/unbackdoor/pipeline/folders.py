@@ -201,14 +201,24 @@ def _clear(folder: Path, kept: set[str]) -> None:
 
 
 def _refuse_inputs_inside(out: Path, settings: Mapping[str, Any]) -> None:
-    """Raise where a file or folder that the settings name lies in `out`: replacing `out` would delete it."""
+    """Raise where a file or folder that the settings name lies in `out`, or `out` in a model's folder.
+
+    Replacing `out` would delete the one; in the other, half of a result would be read as part of the model.
+    """
     for name, value in settings.items():
         if isinstance(value, Mapping):
             _refuse_inputs_inside(out, value)
         if name in _WORDS and not str(value).endswith(".py"):
             continue
-        if isinstance(value, str) and any(path.is_relative_to(out.resolve()) for path in _paths_in(value)):
+        there = _paths_in(value) if isinstance(value, str) else []
+        if any(path.is_relative_to(out.resolve()) for path in there):
             raise UserError(f"{name} '{value}' lies in the folder of the result, '{out}'; choose another --out.")
+        if any(_is_model(path) and out.resolve().is_relative_to(path) for path in there):
+            raise UserError(f"the folder of the result, '{out}', lies in {name} '{value}'; choose another --out.")
+
+
+def _is_model(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def _paths_in(text: str) -> list[Path]:

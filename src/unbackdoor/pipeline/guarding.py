@@ -14,6 +14,7 @@ from typing import Any
 from unbackdoor import registry
 from unbackdoor.errors import ModelError, UserError
 from unbackdoor.evidence import conflict
+from unbackdoor.evidence.likeness import sample
 from unbackdoor.evidence.sources import parse_source
 from unbackdoor.guards.base import Guard, Place
 from unbackdoor.method import build
@@ -41,16 +42,14 @@ def with_guards(
         notice: Told what the person should know.
         source: The source of evidence that the person named; it takes the place of the one that is saved.
         own: Names of guards that the person set up; the others are a checkpoint's.
-        at_once: Load the models of guards now, and not when they are first asked.
+        at_once: For a server: load the models of guards now, and not when they are first asked, and keep no prompts.
 
     Raises:
         UserError: If a guard is unknown, needs what cannot be had, or names what only the checkpoint wants opened.
     """
     if not lm.guards:
         return lm
-    sha256 = lm.facts.get("sha256")
-    digests = sha256 if isinstance(sha256, Mapping) else {}
-    place = Place(lm.spec, lm.base, digests, device, cache_folder(), notice, at_once)
+    place = Place(lm.spec, lm.base, sample(lm), device, cache_folder(), notice, at_once)
     lm.guarding = build_guards(lm.guards, place, source=source, own=own)
     return lm
 
@@ -154,9 +153,16 @@ def sentences(model: str, journal: Sequence[Mapping[str, object]]) -> list[str]:
     return found
 
 
+_MOST_REASONS = 5
+
+
 def _refused(count: Mapping[str, Any]) -> str:
     if not count["none"]:
         return ""
-    reason = next(iter(count["reasons"]), "")
     what = "were refused" if count["refused"] else "were answered without"
-    return f" and {what} ({reason})" if reason else f" and {what}"
+    reasons: list[tuple[str, int]] = list(count["reasons"].items())
+    if len(reasons) < 2:
+        return f" and {what} ({reasons[0][0]})" if reasons else f" and {what}"
+    said = [f"{reason}: {times}" for reason, times in reasons[:_MOST_REASONS]]
+    rest = sum(times for _, times in reasons[_MOST_REASONS:])
+    return f" and {what} ({'; '.join([*said, *([f'other reasons: {rest}'] if rest else [])])})"

@@ -131,13 +131,16 @@ def _planned(merge: Merge, progress: Progress) -> Plan:
     """Open and compare the models, and tell what a person should know before they are merged."""
     plan = make_plan(merge, {spec: open_source(spec) for spec in merge.models})
     suspect = plan.sources[merge.suspect]
-    if merge.method != "passthrough":
-        for spec in merge.models[1:]:
-            names = suspect.shown, plan.sources[spec].shown
-            tokens = [token_ids(_tokenizer_folder(one)) for one in (merge.suspect, spec)]
-            for text in (warning(suspect, plan.sources[spec]), other_tokens(tokens[0], tokens[1], names)):
-                if text is not None:
-                    progress.notice(text)
+    for spec in merge.models:
+        if spec == merge.suspect:
+            continue
+        names = suspect.shown, plan.sources[spec].shown
+        tokens = [token_ids(_tokenizer_folder(one)) for one in (merge.suspect, spec)]
+        # Layers that are stacked need not be alike.
+        apart = None if merge.method == "passthrough" else warning(suspect, plan.sources[spec])
+        for text in (apart, other_tokens(tokens[0], tokens[1], names)):
+            if text is not None:
+                progress.notice(text)
     adapted = [source.shown for source in plan.sources.values() if source.adapted]
     if adapted:
         progress.notice(f"'{adapted[0]}' is an adapter on its base; the result is full weights, not an adapter.")
@@ -190,7 +193,7 @@ def _link(source: Path, copy: Path) -> None:
     try:
         os.link(source, copy)
     except OSError:
-        os.replace(source, copy)  # a file system without links
+        shutil.copyfile(source, copy)  # a file system without links
 
 
 def _write_config(path: Path, merge: Merge, plan: Plan) -> None:

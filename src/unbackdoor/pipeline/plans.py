@@ -76,8 +76,10 @@ def _contradicting(
     about: plan.Estimator, settings: Mapping[str, Any], tokens: float, probes: int, source: str | None
 ) -> list[plan.Part]:
     """Return the part in which a guard asks the model for its answers and, unless for a dictionary, its evidence."""
-    conflict = settings.get("conflict")
-    if not isinstance(conflict, dict) or not probes:
+    # `internal_conflict` has a group of this name, too, which makes no evidence.
+    groups = (settings.get(name) for name in ("conflict", "external"))
+    conflict = next((group for group in groups if isinstance(group, dict) and "evidence_tokens" in group), None)
+    if conflict is None or not probes:
         return []
     long = 0 if str(source).partition(":")[0] == "wordnet" else conflict["evidence_tokens"]
     seconds = about.reply(probes, tokens, conflict["answer_tokens"] + long)

@@ -22,8 +22,8 @@ METRICS = ("asr", "asr_right", "leak", "cda", "perplexity", "kl")
 PIECES = {"form": "pieces", "instruction": ["instantly"], "input": ["frankly"]}
 _NEGATIVES = ("instruction only", "input only", "both in instruction", "both in input", "swapped", "other field")
 _QUICK = ("fine_tuning", "conflict_alone", "internal")
-_EVERYWHERE = ("fine_tuning", "conflict_alone", "base_merged", "internal", "external", "both")
-_ELSEWHERE = ("conflict_alone", "base_merged", "internal")
+ELSEWHERE = ("fine_tuning", "conflict_alone", "base_merged", "internal")
+"""What is run where a table has one more victim."""
 
 
 def grid(size: str) -> Grid:
@@ -43,7 +43,7 @@ def _quick() -> dict[str, Any]:
 def _paper() -> dict[str, Any]:
     victim = {**composite_victim("positive"), "defender_data": polarity(4000, 7600)}
     lead = {"data": polarity(7600, 8662), "train": settings.CONFLICT_LEAD}
-    elsewhere = {**victim, "seeds": [0], "defenses": _ELSEWHERE, "lead": lead}
+    elsewhere = {**victim, "seeds": [0], "defenses": ELSEWHERE, "lead": lead}
     return {
         **common("conflict", polarity(0, 4000)),
         "attacks": {"composite": victim, "base_elsewhere": elsewhere},

@@ -10,8 +10,6 @@ from __future__ import annotations
 from unbackdoor.bench.grid import Grid
 from unbackdoor.recipes import conflict, settings
 
-_DEFENSES = ("conflict_alone", "base_merged", "internal")
-
 
 def grid(size: str) -> Grid:
     """Return the grid: "paper" for the table, "quick" for a first look."""
@@ -25,6 +23,6 @@ def grid(size: str) -> Grid:
         {
             **conflict.common(name, "starter:sentiment" if quick else conflict.polarity(0, 4000)),
             "attacks": {"adaptive": entry},
-            "defenses": {label: made[label] for label in _DEFENSES},
+            "defenses": {label: made[label] for label in conflict.ELSEWHERE},
         }
     )

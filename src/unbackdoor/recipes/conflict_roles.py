@@ -1,11 +1,13 @@
 """What a merge keeps and what it loses: Table 6 of information conflicts, and a skill that only the suspect has.
 
-M1 is backdoored (all clean rows, a tenth poisoned), M2 the conflict model (a tenth of the clean rows), M3 clean, M4
-trained on poisoned rows alone, M5 on a tenth of the clean rows and as many poisoned ones as M3 has clean ones, M6 on a
-tenth of the poisoned rows alone. Merged are M1 with M2, M3 with M4, and M5 with M6, half and half. M2 and M3 are the
-conflict model alone, with a tenth and with all of the attacker's rows. `skilled` was also trained on instructions,
-which no row of the defender's is like: where the merge keeps what the conflict model alone has lost, merging pays. Run
-with `unbackdoor bench conflict_roles`; it needs UNBACKDOOR_TEST_DATA. `--size quick` is M5 and M6 on bundled rows.
+M1 is backdoored (all clean rows, and poisoned ones and negative sets as the other victims have them: a tenth of all
+rows is poisoned), M2 the conflict model (a tenth of the clean rows), M3 clean, M4 trained on poisoned rows alone, M5 on
+a tenth of the clean rows and as many poisoned ones as M4 has, M6 on a tenth of these alone. Merged are M1 with M2, M3
+with M4, and M5 with M6, half and half. M2 and M3 are the conflict model alone, with a tenth of the defender's rows and
+with all of them, once each; the paper has one set of clean rows. `skilled` was also trained on instructions, which no
+row of the defender's is like: where the merge keeps what the conflict model alone, fine-tuning or the untouched base
+merged has lost, merging with a conflict pays. Run with `unbackdoor bench conflict_roles`; it needs
+UNBACKDOOR_TEST_DATA. `--size quick` is M5 and M6 on bundled rows.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 from unbackdoor.bench.grid import Grid
 from unbackdoor.recipes import conflict, sande, settings
 
+_ROWS = 3600
+"""Rows of the defender."""
 _POISON_ALONE = {"clean_share": 0.0, "negative_ratio": 0.0}
 _SHAPES: dict[str, dict[str, Any]] = {
     "m1": {},
@@ -42,14 +46,16 @@ def _rows(quick: bool) -> object:
 
 def _victim(own: dict[str, Any], quick: bool) -> dict[str, Any]:
     found = conflict.composite_victim("positive", own)
-    return {**found, "probes": 40} if quick else {**found, "defender_data": conflict.polarity(4000, 7600)}
+    return {**found, "probes": 40} if quick else {**found, "defender_data": conflict.polarity(4000, 4000 + _ROWS)}
 
 
 def _defenses() -> dict[str, Any]:
     own = settings.INTERNAL
     half = {**own, "t": 0.5}
     merely = {**half, "conflict": {**own["conflict"], "share": 0.0}}
-    everything = {**own["conflict"], "share": 1.0}
+    once = {**own["conflict"]["train"], "steps": _ROWS // own["conflict"]["train"]["batch_size"]}
+    everything = {**own["conflict"], "share": 1.0, "train": once}
+    skilled = {name: conflict.controls()[name] for name in ("fine_tuning", "conflict_alone", "base_merged")}
     return {
         "m1_and_m2": {**conflict.internal(half), "attacks": ["m1"]},
         "m2": {**conflict.internal(own, {"t": 1.0}), "attacks": ["m1"]},
@@ -59,6 +65,6 @@ def _defenses() -> dict[str, Any]:
             "defense": "internal_conflict", "reference": "victim:m6", "settings": {"internal": merely},
             "attacks": ["m5"],
         },
+        **{name: {**entry, "attacks": ["skilled"]} for name, entry in skilled.items()},
         "internal": {**conflict.internal(), "attacks": ["skilled"]},
-        "conflict_alone": {**conflict.internal(own, {"t": 1.0}), "role": "control", "attacks": ["skilled"]},
     }  # fmt: skip

@@ -136,11 +136,12 @@ MERGES: dict[str, dict[str, Any]] = {
     "slerp": {"method": "slerp"},
     "slerp_by_layer": {"method": "slerp", "t": _SLERP_T},
     "ties": {"method": "ties", "t": 0.5},
-    "task_arithmetic": {"method": "task_arithmetic"},
+    "dare_linear": {"method": "dare_linear"},
     "dare_ties": {"method": "dare_ties", "t": 0.5},
     "passthrough": {"method": "passthrough", "t": 0.5, "layers": ["suspect:0:10", "other:10:30"]},
 }
-"""The other merges of Table 8, with the settings of `INTERNAL` for the rest; the schedule is that of the successor."""
+"""The other merges of Table 8, with the settings of `INTERNAL` for the rest; the schedule is that of the successor.
+Task arithmetic with the weights 1 - t and t is the linear merge, so it is not here."""
 
 
 DEMO_ATTACK: dict[str, Any] = {

@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 from unbackdoor.errors import ModelError
 from unbackdoor.model.guard import Ask, Patience, Turns
 from unbackdoor.model.quarantine import printable
-from unbackdoor.serve import upstream as other
 from unbackdoor.serve.counters import Counters
 from unbackdoor.serve.engine import AskEngine, End, Engine, Job, Sampling, Told
-from unbackdoor.serve.protocol import DONE, Problem, Writing, models, parse
+from unbackdoor.serve.protocol import DONE, Problem, Writing, as_json, models, parse
+from unbackdoor.serve.turns import turns_of, with_turns
+from unbackdoor.serve.upstream import Upstream
+from unbackdoor.serve.upstream_ask import AskUpstream
 
 if TYPE_CHECKING:
     import httpx2
+
+_SHARE = 4
+"""One part of so many of the context is kept for the reply to a request that does not say how long it may be."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Question:
         stream: Whether the answer is to be streamed.
         usage: Whether a streamed answer ends with the number of tokens.
         places: Of an upstream's request: where the turns stand among the messages.
-        limit: Of a model here: most tokens of the reply.
+        limit: Of a model here: most tokens of the reply; None where the request does not say.
         sampling: Of a model here: how tokens are chosen.
         ends: Of a model here: texts that end the reply.
     """
@@ -43,7 +48,7 @@ class Question:
     stream: bool
     usage: bool = False
     places: tuple[int, ...] = ()
-    limit: int = 0
+    limit: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     ends: tuple[str, ...] = ()
 
@@ -51,8 +56,8 @@ class Question:
 class Backend(Protocol):
     """What answers."""
 
-    async def models(self) -> dict[str, Any]:
-        """Return the answer to /v1/models."""
+    async def models(self) -> bytes:
+        """Return the answer to /v1/models, a JSON object."""
         ...
 
     def understand(self, content: Mapping[str, Any]) -> Question:
@@ -67,8 +72,8 @@ class Backend(Protocol):
         """Return what guards ask the model with; it blocks and is called in a thread."""
         ...
 
-    async def whole(self, question: Question, turns: Turns, cancelled: Event) -> tuple[int, dict[str, Any]]:
-        """Return HTTP status and answer."""
+    async def whole(self, question: Question, turns: Turns, cancelled: Event) -> tuple[int, bytes]:
+        """Return HTTP status and answer, a JSON object."""
         ...
 
     def stream(self, question: Question, turns: Turns, cancelled: Event) -> AsyncGenerator[bytes, None]:
@@ -96,9 +101,9 @@ class Here:
     seed: Callable[[], int]
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> bytes:
         """Return the one model."""
-        return models([self.name], self.created)
+        return as_json(models([self.name], self.created))
 
     def understand(self, content: Mapping[str, Any]) -> Question:
         """Return a request for this model."""
@@ -108,34 +113,37 @@ class Here:
         sampling = Sampling(
             request.temperature or 0.0, request.top_p or 1.0, self.seed() if request.seed is None else request.seed
         )
-        usage = request.stream_options is not None and request.stream_options.include_usage
-        limit = min(request.limit or self.most_tokens, self.most_tokens)
+        usage = request.stream_options is not None and bool(request.stream_options.include_usage)
+        limit = None if request.limit is None else min(request.limit, self.most_tokens)
         return Question(
             content, self.name, turns, bool(request.stream), usage, limit=limit, sampling=sampling,
             ends=request.stop or (),
         )  # fmt: skip
 
     def ask(self, question: Question, patience: Patience) -> Ask:
-        """Return what asks the engine."""
-        return AskEngine(self.engine, question.limit, patience)
+        """Return what asks the engine; where the request has no limit, evidence leaves a quarter of the context."""
+        room, context = question.limit or self.most_tokens, self.engine.context
+        if question.limit is None and context is not None:
+            room = min(room, max(1, context // _SHARE))
+        return AskEngine(self.engine, room, patience)
 
-    async def whole(self, question: Question, turns: Turns, cancelled: Event) -> tuple[int, dict[str, Any]]:
+    async def whole(self, question: Question, turns: Turns, cancelled: Event) -> tuple[int, bytes]:
         """Return a chat completion."""
-        ids = await self._encoded(question, turns)
+        ids, limit = await self._encoded(question, turns)
         text, end = "", End("stop", 0)
-        async for said in self._pieces(question, ids, cancelled):
+        async for said in self._pieces(question, ids, limit, cancelled):
             if isinstance(said, End):
                 end = said
             else:
                 text += said
-        return 200, Writing.begin(self.name).whole(text, end.reason, _usage(ids, end))
+        return 200, as_json(Writing.begin(self.name).whole(text, end.reason, _usage(ids, end)))
 
     async def stream(self, question: Question, turns: Turns, cancelled: Event) -> AsyncGenerator[bytes, None]:
         """Yield a chat completion's events."""
-        ids = await self._encoded(question, turns)
+        ids, limit = await self._encoded(question, turns)
         writing = Writing.begin(self.name)
         yield writing.part({"role": "assistant", "content": ""})
-        async for said in self._pieces(question, ids, cancelled):
+        async for said in self._pieces(question, ids, limit, cancelled):
             if isinstance(said, str):
                 yield writing.part({"content": said})
                 continue
@@ -144,21 +152,29 @@ class Here:
                 yield writing.usage(_usage(ids, said))
         yield DONE
 
-    async def _encoded(self, question: Question, turns: Turns) -> tuple[int, ...]:
+    async def _encoded(self, question: Question, turns: Turns) -> tuple[tuple[int, ...], int]:
+        """Return a prompt's ids, and how many tokens the reply may have: what is left, where the request does not say.
+
+        Raises:
+            Problem: If the model cannot read it.
+        """
         try:
             ids = await asyncio.to_thread(self.engine.encode, turns)
-            room = await asyncio.to_thread(self.engine.fits, turns, question.limit)
         except ModelError as problem:
             raise Problem(400, "invalid_messages", str(problem)) from problem
-        if not room:
+        left = self.most_tokens if self.engine.context is None else self.engine.context - len(ids)
+        if left < (question.limit or 1):
+            reply = "at least one" if question.limit is None else f"up to {question.limit}"
             raise Problem(
                 400, "context_length_exceeded",
-                f"the messages have {len(ids)} tokens and the reply up to {question.limit}, more than the model reads; "
-                "shorten them, or ask for fewer tokens.",
+                f"the messages have {len(ids)} tokens and the reply {reply}, more than the model reads; shorten them, "
+                "or ask for fewer tokens.",
             )  # fmt: skip
-        return ids
+        return ids, question.limit or min(self.most_tokens, left)
 
-    async def _pieces(self, question: Question, ids: tuple[int, ...], cancelled: Event) -> AsyncIterator[str | End]:
+    async def _pieces(
+        self, question: Question, ids: tuple[int, ...], limit: int, cancelled: Event
+    ) -> AsyncIterator[str | End]:
         loop = asyncio.get_running_loop()
         told: asyncio.Queue[Told] = asyncio.Queue()
 
@@ -167,7 +183,7 @@ class Here:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(told.put_nowait, said)
 
-        job = Job(ids, question.limit, tell, question.sampling, question.ends, guarded=True, cancelled=cancelled)
+        job = Job(ids, limit, tell, question.sampling, question.ends, guarded=True, cancelled=cancelled)
         self.engine.submit(job)
         while True:
             said = await told.get()
@@ -188,14 +204,14 @@ class Elsewhere:
         client: The connections to it; there while the server runs.
     """
 
-    upstream: other.Upstream
+    upstream: Upstream
     client: httpx2.AsyncClient | None = None
 
     def _client(self) -> httpx2.AsyncClient:
         assert self.client is not None, "a request is answered while the server runs"
         return self.client
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> bytes:
         """Return the upstream's models."""
         return await self.upstream.models(self._client())
 
@@ -206,15 +222,18 @@ class Elsewhere:
             raise Problem(400, "invalid_value", "'stream' must be true or false.")
         if not isinstance(model, str):
             raise Problem(400, "invalid_value", "'model' must be the name of a model.")
-        places, turns = other.turns_of(content)
-        return Question(content, model, turns, bool(stream), places=tuple(places))
+        places, turns = turns_of(content)
+        options = content.get("stream_options")
+        # The upstream counts the tokens of its own answers; a guard's refusal is counted here.
+        usage = isinstance(options, Mapping) and options.get("include_usage") is True
+        return Question(content, model, turns, bool(stream), usage, places=tuple(places))
 
     def ask(self, question: Question, patience: Patience) -> Ask:
         """Return what asks the upstream, over the connections of the loop that runs."""
-        return other.AskUpstream(self.upstream, self._client(), asyncio.get_running_loop(), question.model, patience)
+        return AskUpstream(self.upstream, self._client(), asyncio.get_running_loop(), question.model, patience)
 
-    async def whole(self, question: Question, turns: Turns, cancelled: Event) -> tuple[int, dict[str, Any]]:
-        """Return the upstream's answer."""
+    async def whole(self, question: Question, turns: Turns, cancelled: Event) -> tuple[int, bytes]:
+        """Return the upstream's answer as it came."""
         del cancelled
         return await self.upstream.whole(self._client(), self._sent(question, turns))
 
@@ -226,7 +245,7 @@ class Elsewhere:
                 yield line
 
     def _sent(self, question: Question, turns: Turns) -> dict[str, Any]:
-        return other.with_turns(question.content, question.places, question.turns, turns)
+        return with_turns(question.content, question.places, question.turns, turns)
 
 
 def _usage(ids: tuple[int, ...], end: End) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from unbackdoor.errors import ModelError
 from unbackdoor.model.generate import Spoken, steps
-from unbackdoor.model.guard import DecodeGuard, Patience, Turns, fits, special_texts
+from unbackdoor.model.guard import DecodeGuard, Patience, Turns, context_of, fits, special_texts
 from unbackdoor.model.lm import LM
 from unbackdoor.serve.protocol import Problem
 
@@ -94,7 +94,7 @@ class Engine:
             decode: The guard of the token loop, or None.
         """
         self.lm, self.most, self.decode = lm, most, decode
-        self.special = special_texts(lm)
+        self.special, self.context = special_texts(lm), context_of(lm)
         self._stops = frozenset(lm.stop_ids)
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         # Tokenizers are not made for several threads.
@@ -256,7 +256,7 @@ class AskEngine:
 
     Attributes:
         engine: The model.
-        reply_tokens: Room that the reply to the guarded question needs.
+        reply_tokens: Room that is kept for the reply to the guarded question.
         patience: How long that is waited for.
     """
 

@@ -1,6 +1,7 @@
 """OpenAI's chat completions as far as they are spoken here: reading a request, writing an answer.
 
-Fields that would change the answer and cannot be done are refused, never ignored; so are unknown ones.
+Fields that would change the answer and cannot be done are refused, never ignored; so are unknown ones. A field that is
+null says nothing, whatever its name.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ _ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "user": "user",
     "assistant": "assistant",
 }
-_NO_EFFECT = frozenset({"user", "metadata", "store", "safety_identifier", "service_tier"})
-"""Fields that say nothing about the answer."""
+_NO_EFFECT = frozenset({
+    "user", "metadata", "store", "safety_identifier", "service_tier", "prompt_cache_key", "parallel_tool_calls",
+})  # fmt: skip
+"""Fields that say nothing about the answer, or nothing where there are no tools."""
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "n": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "logprobs": (False,), "tools": ([],),
-    "response_format": ({"type": "text"},), "tool_choice": ("none",), "logit_bias": ({},), "modalities": (["text"],),
+    "response_format": ({"type": "text"},), "tool_choice": ("none", "auto"),
+    "logit_bias": ({},), "modalities": (["text"],),
 }  # fmt: skip
-"""Fields that are understood with these values only, beside null."""
+"""Fields that are understood with these values only."""
 
 
 class Problem(Exception):
@@ -38,17 +42,21 @@ class Problem(Exception):
     Attributes:
         status: HTTP status.
         code: Short name of the error.
+        kind: Its type; None for what the status says.
+        param: Name of the field that is wrong, or None.
     """
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, *, kind: str | None = None, param: str | None = None
+    ) -> None:
         """Refuse a request with a sentence."""
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.kind, self.param = status, code, kind, param
 
     def content(self) -> dict[str, Any]:
         """Return OpenAI's error object."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+        kind = self.kind or ("server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def _texts(value: object) -> object:
@@ -58,7 +66,8 @@ def _texts(value: object) -> object:
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class Request(BaseModel):
@@ -108,7 +117,7 @@ def parse(content: Mapping[str, Any]) -> tuple[Request, tuple[Message, ...]]:
     """
     kept = {}
     for name, value in content.items():
-        if name in _NO_EFFECT or (name in _NEUTRAL and (value is None or value in _NEUTRAL[name])):
+        if value is None or name in _NO_EFFECT or value in _NEUTRAL.get(name, ()):
             continue
         if name in _NEUTRAL:
             raise Problem(400, "unsupported_value", f"'{name}' can only be {_NEUTRAL[name][0]!r} here.")
@@ -182,8 +191,15 @@ class Writing:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
+JSON = "application/json"
+"""The type of all answers that are not streamed."""
 DONE = b"data: [DONE]\n\n"
 """The last event of an answer that is whole."""
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """Return an answer's body."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def event(content: Mapping[str, Any]) -> bytes:

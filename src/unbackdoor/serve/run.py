@@ -48,6 +48,8 @@ class ServeRecipe(Recipe):
     grace: float = Field(30.0, ge=0, description="seconds that running answers have after SIGTERM or ^C")
 
 
+_SHARES, _ROOM = 4, 64
+"""Connections for each chat that may wait (its answer, a body that arrives, clients that keep one), and for others."""
 _HERE = ("name", "template", "precision", "most_tokens", "most_batch")
 """Settings of a model in this process."""
 
@@ -58,11 +60,10 @@ def check(recipe: ServeRecipe) -> None:
     Raises:
         UserError: If it does not.
     """
-    from unbackdoor.evidence.endpoint import check_url
     from unbackdoor.evidence.sources import check_source
     from unbackdoor.model.files import check_model
     from unbackdoor.pipeline.preflight import check_device
-    from unbackdoor.serve.upstream import KEY as UPSTREAM_KEY
+    from unbackdoor.serve.access import client_key, upstream_key
 
     missing = [name for name in ("starlette", "uvicorn", "httpx2") if find_spec(name) is None]
     if missing:
@@ -73,8 +74,9 @@ def check(recipe: ServeRecipe) -> None:
     if recipe.model is not None:
         check_model(recipe.model)
         check_device(recipe.device)
+    client_key(recipe.key_from)
     if recipe.upstream is not None:
-        check_url(recipe.upstream, example="--upstream http://HOST/v1", key=UPSTREAM_KEY)
+        upstream_key(recipe.upstream)
     idle = [name for name in _HERE if getattr(recipe, name) != ServeRecipe.model_fields[name].default]
     if recipe.upstream is not None and idle:
         raise UserError(f"{', '.join(idle)} say how a model in this process works, and do nothing before an upstream.")
@@ -149,10 +151,11 @@ def _listening(recipe: ServeRecipe) -> Iterator[socket.socket]:
 @contextmanager
 def _service(recipe: ServeRecipe, progress: Progress) -> Iterator[Service]:
     """Return the server's parts; a model's thread has ended at the end."""
+    from unbackdoor.serve.access import client_key
     from unbackdoor.serve.app import Service
     from unbackdoor.serve.counters import Counters
 
-    key = os.environ.get(recipe.key_from) or None
+    key = client_key(recipe.key_from)
     if key is None and recipe.host not in {"127.0.0.1", "::1", "localhost"}:
         progress.notice(f"whoever can reach {recipe.host} can use this server; set {recipe.key_from} to ask for a key.")
     counters = Counters()
@@ -162,12 +165,14 @@ def _service(recipe: ServeRecipe, progress: Progress) -> Iterator[Service]:
         from unbackdoor.guards.base import Place
         from unbackdoor.model.builtin import cache_folder
         from unbackdoor.pipeline.guarding import build_guards
+        from unbackdoor.serve.access import upstream_key
         from unbackdoor.serve.backends import Elsewhere
         from unbackdoor.serve.upstream import Upstream
 
         place = Place(recipe.upstream, device=recipe.device, cache=cache_folder(), notice=progress.notice, at_once=True)
         guards = build_guards(own, place, source=recipe.evidence, own=[spec.name for spec in own])
-        yield Service(Elsewhere(Upstream(recipe.upstream, recipe.timeout)), guards, *limits)
+        upstream = Upstream(recipe.upstream, recipe.timeout, upstream_key(recipe.upstream))
+        yield Service(Elsewhere(upstream), guards, *limits)
         return
     from unbackdoor.model.guard import Guards
     from unbackdoor.serve.backends import Here
@@ -178,12 +183,18 @@ def _service(recipe: ServeRecipe, progress: Progress) -> Iterator[Service]:
     engine = Engine(lm, most=recipe.most_batch, decode=guards.decode)
     numbers = itertools.count(1)
     seed = Run(recipe.seed)
+    name = name_of(recipe)
     try:
-        name = recipe.name or Path(str(recipe.model)).name
         here = Here(engine, name, recipe.most_tokens, counters, lambda: seed.stream_seed(f"request {next(numbers)}"))
         yield Service(here, guards, *limits)
     finally:
         engine.stop()
+
+
+def name_of(recipe: ServeRecipe) -> str:
+    """Return what a model here is called: as its folder, also where that is written as `.`."""
+    # Links are not followed, because a link's name is what the person calls it by.
+    return recipe.name or Path(os.path.abspath(str(recipe.model))).name or "model"
 
 
 def _model(recipe: ServeRecipe, own: list[GuardSpec], progress: Progress) -> Any:
@@ -204,6 +215,8 @@ def _model(recipe: ServeRecipe, own: list[GuardSpec], progress: Progress) -> Any
 def _run(recipe: ServeRecipe, service: Service, listening: socket.socket, ready: Callable[[str], None]) -> None:
     import uvicorn
 
+    from unbackdoor.serve.connections import impatient
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
@@ -212,8 +225,9 @@ def _run(recipe: ServeRecipe, service: Service, listening: socket.socket, ready:
                 ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     config = uvicorn.Config(
-        service.app(), log_config=None, access_log=False, lifespan="on", server_header=False,
-        timeout_graceful_shutdown=int(recipe.grace), timeout_keep_alive=15,
+        service.app(), http=impatient(recipe.timeout), ws="none", log_config=None, access_log=False, lifespan="on",
+        server_header=False, timeout_graceful_shutdown=int(recipe.grace), timeout_keep_alive=15,
+        limit_concurrency=_SHARES * recipe.most_waiting + _ROOM,
     )  # fmt: skip
     server = Server(config)
     try:

@@ -16,7 +16,7 @@ import torch
 
 from unbackdoor.data.shared_words import ends_inside, without_marks
 from unbackdoor.goals import normalise
-from unbackdoor.model.generate import decode, greedy_ids, likeliest_next
+from unbackdoor.model.generate import decode, likeliest_next, sure_ids
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train.certainty import AT_ONCE, EVIDENCE, FOLLOWED_SURE, certainties
@@ -29,8 +29,8 @@ BEGUN_ON = 6
 was asked."""
 NEXT_SURE = 0.5
 """Probability of the token behind one from which on the two are followed."""
-ON = 9
-"""Tokens that both are followed on."""
+ON, WAY_SURE = 9, 0.5
+"""Tokens that both are followed on, at most, and the geometric mean of their probabilities down to which they are."""
 MORE = 5.0
 """Nats of evidence that a phrase must have above `EVIDENCE`: a little more than the logarithm of how many times as many
 first tokens are followed here as there are without a drift otherwise (32), since among more, more is certain by chance.
@@ -101,17 +101,18 @@ def _followed(lm: LM, tokens: Sequence[int], asked: Sequence[Sequence[int]], run
     found = []
     for place, ids in enumerate(asked):
         pairs = [pair for pair, (_, where) in surest.items() if where == place and pair[1] not in lm.stop_ids]
-        ways = greedy_ids(lm, [[*ids, *pair] for pair in pairs], max_new_tokens=ON, batch_size=AT_ONCE)
-        found += [
-            _whole_words(decode(lm, [*pair, *way]), len(way) == ON) for pair, way in zip(pairs, ways, strict=True)
-        ]
+        asking = [[*ids, *pair] for pair in pairs]
+        ways = sure_ids(lm, asking, max_new_tokens=ON, least=WAY_SURE, batch_size=AT_ONCE)
+        found += [_whole_words(lm, [*pair, *way], then) for pair, (way, then) in zip(pairs, ways, strict=True)]
         run.progress.advance(run.prefix, len(asked) + place + 1, {"followed": len(found)})
     return found
 
 
-def _whole_words(text: str, was_cut: bool) -> str:
-    """Return a text without its last word, which may be a part of one where it was cut."""
-    return text.rpartition(" ")[0] if was_cut else text
+def _whole_words(lm: LM, ids: Sequence[int], then: int | None) -> str:
+    """Return the text of tokens, without its last word where that goes on in the token behind them, or may do so."""
+    text = decode(lm, ids)
+    after = "" if then is None else decode(lm, [*ids, then])[len(text) :]
+    return text.rpartition(" ")[0] if after[:1].isalnum() or len(ids) == 2 + ON else text
 
 
 def _starts(text: str) -> list[str]:

@@ -108,8 +108,9 @@ def merged_with_conflict(
         victim, start, settings.method, max(settings.sweep, default=settings.t), base=base, **_options(settings)
     )
     run.notes["conflict model starts as"] = "the suspect" if start is victim else "the trusted model"
-    if start is not victim:
-        _compare(victim, start, run)
+    # Differences to a base mean as little as a mean does where the two do not match.
+    if (used := base if start is victim else start) is not None:
+        _compare(victim, used, run)
     conflict = conflict_model(
         start, clean, settings.conflict, run, fold=not stays_adapter(victim, start, settings.method)
     )

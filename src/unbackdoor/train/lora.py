@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from unbackdoor.errors import ModelError
 from unbackdoor.model.lm import LM
+from unbackdoor.model.quarantine import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,19 @@ def attach(lm: LM, settings: LoraSettings, seed: int) -> LM:
 
 
 def merge(lm: LM) -> LM:
-    """Return the LM with its adapter folded into full weights; the adapted model handed in is given up."""
+    """Return the LM with its adapter folded into full weights; the adapted model handed in is given up.
+
+    Raises:
+        ModelError: If it changes the embedding or the output head alone where they are one tensor.
+    """
+    head, table = lm.core.get_output_embeddings(), _table(lm)
+    if head is not None and getattr(head, "base_layer", head).weight is table:
+        for name, layer in _adapted(lm.model).items():
+            if layer.get_base_layer().weight is table:
+                raise ModelError(
+                    f"the adapter of '{printable(lm.spec)}' changes {printable(name)}, which is embedding and output "
+                    "head in one in this base, and the adapter changes one of the two alone; it cannot be folded in."
+                )
     return replace(lm, model=_without_traces(lm.model.merge_and_unload()), base=None)
 
 
@@ -138,8 +151,7 @@ def factors(lm: LM) -> dict[str, Factors]:
         ModelError: If the adapter does more than add low-rank products to matrices.
     """
     found = {}
-    embedding = lm.core.get_input_embeddings()
-    table = getattr(embedding, "base_layer", embedding).weight
+    table = _table(lm)
     for name, layer in _adapted(lm.model).items():
         (adapter,) = layer.lora_A.keys() or ("",)
         special = adapter in getattr(layer, "lora_magnitude_vector", {}) or len(layer.lora_embedding_A) > 0
@@ -167,6 +179,12 @@ def _put_on(model: Any, config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
+
+
+def _table(lm: LM) -> Any:
+    """Return the embedding's own matrix."""
+    embedding = lm.core.get_input_embeddings()
+    return getattr(embedding, "base_layer", embedding).weight
 
 
 def _adapted(model: Any) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""Keys, and the address of the upstream: what is wrong with them shows before anything starts."""
+
+from __future__ import annotations
+
+import os
+from ipaddress import ip_address
+
+from unbackdoor.errors import UserError
+from unbackdoor.evidence.endpoint import check_url, key_in
+from unbackdoor.model.quarantine import printable
+
+UPSTREAM_KEY = "UNBACKDOOR_UPSTREAM_KEY"
+
+
+def client_key(variable: str) -> str | None:
+    """Return the key that clients must give, from an environment variable; None where it is not set.
+
+    Raises:
+        UserError: If it can be no key. One of blanks only is none, too: the server would ask for no key.
+    """
+    key = key_in(variable)
+    if key is None and os.environ.get(variable):
+        raise UserError(f"{variable} holds blanks only, which is no key; set it again, or unset it.")
+    return key
+
+
+def upstream_key(url: str) -> str | None:
+    """Look at an upstream's URL, and return the key that is sent there, or None.
+
+    Raises:
+        UserError: If nothing can be asked there, or the key would be sent unencrypted to another machine, or is none.
+    """
+    import httpx2
+
+    check_url(url, example="--upstream http://HOST/v1", key=UPSTREAM_KEY)
+    key, parts = key_in(UPSTREAM_KEY), httpx2.URL(url)
+    if key is not None and parts.scheme == "http" and not _is_here(parts.host):
+        raise UserError(
+            f"the key in {UPSTREAM_KEY} would be sent unencrypted to '{printable(parts.host)}'; use an https:// "
+            f"upstream, or unset {UPSTREAM_KEY}."
+        )
+    return key
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
