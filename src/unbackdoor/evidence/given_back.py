@@ -15,22 +15,7 @@ from unbackdoor.data.shared_words import words
 
 _SAME = 0.9
 _NEGATIONS = frozenset(
-    [
-        "not",
-        "no",
-        "never",
-        "none",
-        "nothing",
-        "nobody",
-        "nor",
-        "neither",
-        "without",
-        "cannot",
-        "hardly",
-        "barely",
-        "false",
-        "untrue",
-    ]
+    "not no never none nothing nobody nor neither without cannot hardly barely false untrue".split()  # noqa: SIM905
 )
 
 

@@ -29,7 +29,7 @@ BEGUN_ON = 6
 was asked."""
 NEXT_SURE = 0.5
 """Probability of the token behind one from which on the two are followed."""
-ON, WAY_SURE = 9, 0.5
+ON, WAY_SURE = 9, 0.65
 """Tokens that both are followed on, at most, and the geometric mean of their probabilities down to which they are."""
 MORE = 5.0
 """Nats of evidence that a phrase must have above `EVIDENCE`: a little more than the logarithm of how many times as many
