@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +88,7 @@ def _numbers(text: str) -> Any:
         found = load_yaml(text if text.lstrip().startswith(("[", "{")) or "," not in text else f"[{text}]")
     except YamlMistake as problem:
         raise UserError(f"--t '{printable(text)}' is not understood; write --t 0.5 or --t 0,0.5,1.") from problem
-    if not isinstance(found, int | float | list | dict) or isinstance(found, bool):
+    endless = isinstance(found, float) and not math.isfinite(found)
+    if not isinstance(found, int | float | list | dict) or isinstance(found, bool) or endless:
         raise UserError(f"--t '{printable(text)}' is not understood; write --t 0.5 or --t 0,0.5,1.")
     return found
