@@ -204,24 +204,10 @@ def test_the_short_way_is_taken_where_it_is_exact_and_else_it_is_told(monkeypatc
     assert [text for text in told.notices if "likely to be there still" in text]
 
 
-def test_the_rate_falls_from_round_to_round(monkeypatch):
-    rates = []
-    monkeypatch.setattr(
-        beear.overwrite, "overwrite", lambda lm, triggered, plain, train, *_, **more: rates.append(train.learning_rate)
-    )
-    facts = {Need.CLEAN: CLEAN, Need.UNWANTED: ("bad robot", "silly")}
-    for last, wanted in ((1.0, [3e-3] * 3), (0.2, [3e-3, 1.8e-3, 0.6e-3])):
-        rates.clear()
-        falling = SHORT.model_copy(update={"rounds": 3, "last_rate": last})
-        falling.apply(tiny.tiny_lm(layers=2), knowledge_for(falling, facts), Run())
-        assert rates == pytest.approx(wanted)
-
-
 def test_options_that_would_do_nothing_are_refused():
     for settings in (
         {"place": "each", "layers": [0, 1], "lengths": [2, 3]},
         {"place": "each"},
-        {"last_rate": 0.5, "rounds": 1},
         {"drift": {"train": {"gradient_checkpointing": True}}},
         {"train": {"evaluate_every": 2}},
         {"drift": {"train": {"evaluate_every": 2}}},

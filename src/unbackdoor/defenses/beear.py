@@ -156,11 +156,6 @@ class Beear(Defense):
     own_share: float = Field(
         0.5, ge=0, le=1, description="share of a label that is the suspect's own prediction (paper: 0)"
     )
-    last_rate: float = Field(
-        1.0, gt=0, le=1,
-        description="learning rate of the last round's outer step, as a share of the first's; between them it falls by "
-        "the same amount from round to round (paper: 1)",
-    )  # fmt: skip
     drift: DriftSettings = Field(DriftSettings(start=0.075), description="the drift and the inner step")
     train: TrainSettings = Field(
         TrainSettings(steps=8, learning_rate=2e-4, schedule="constant", opening_weight=8),
@@ -175,8 +170,6 @@ class Beear(Defense):
             raise ValueError("place 'each' does nothing with one layer; name two at least, or leave it out")
         if self.place == "each" and len(self.lengths) > 1:
             raise ValueError("with place 'each' drifts take layers in turn, but have one length; name one, or set best")
-        if self.last_rate < 1 and self.rounds == 1:
-            raise ValueError("last_rate does nothing in one round; leave it out, or raise rounds")
         if self.train.evaluate_every:
             raise ValueError("rounds end by stop_stable; train.evaluate_every does nothing here, leave it out")
         return self
@@ -209,7 +202,7 @@ class Beear(Defense):
             stage = run.stage(f"round-{number}-remove")
             overwrite.overwrite(
                 victim, _drawn(triggered, self.round_anchors, stage, "SA"),
-                _drawn(plain, self.round_performance, stage, "PA"), self.train_of(number), stage,
+                _drawn(plain, self.round_performance, stage, "PA"), self.train, stage,
                 plain_share=self.plain_share, stand_ins=[drift.stand_in() for drift in drifts], own=kept,
             )  # fmt: skip
             if before is not None:
@@ -225,12 +218,6 @@ class Beear(Defense):
         if self.drifts:
             run.progress.notice(heard_words(openings.adopted, self.adopt > 0))
         return victim
-
-    def train_of(self, number: int) -> TrainSettings:
-        """Return the settings of the outer step of a round, counted from 1."""
-        passed = (number - 1) / max(1, self.rounds - 1)
-        rate = self.train.learning_rate * (1 - passed * (1 - self.last_rate))
-        return self.train.model_copy(update={"learning_rate": rate})
 
     def _check(self, victim: LM, known: Knowledge) -> None:
         """Refuse now what would end the first round after its drifts were fitted.
