@@ -87,7 +87,7 @@ def test_the_cache_is_where_it_was_said_and_can_be_left_out(tmp_path):
         working(source, Place(cache=tmp_path / "no"), cached=False).rewrite([QUESTION], AskHere(lm, 8))
         assert not (tmp_path / "no").exists()
         working(source, Place(cache=tmp_path / "yes")).rewrite([QUESTION], AskHere(lm, 8))
-        working(source, Place(cache=tmp_path / "served", at_once=True)).rewrite([QUESTION], AskHere(lm, 8))
+        working(source, Place(cache=tmp_path / "served", serving=True)).rewrite([QUESTION], AskHere(lm, 8))
     assert list((tmp_path / "yes" / "evidence").rglob("*.json"))
     assert not (tmp_path / "served").exists(), "a server keeps none of its clients' prompts"
 
@@ -124,7 +124,7 @@ def test_the_suspect_as_its_own_evidence_llm_is_warned_of(tmp_path, victim):
 def test_a_guarded_model_brings_a_sample_of_its_weights(tmp_path, victim):
     said, lm = [], tiny.clone(victim.lm)
     lm.guards = (GuardSpec("evidence", {"source": saved(victim.clean, tmp_path / "clean")}),)
-    with_guards(lm, device="cpu", notice=said.append, own=["evidence"], at_once=True)
+    with_guards(lm, device="cpu", notice=said.append, own=["evidence"], serving=True)
     assert len(said) == 1
     assert "weights are alike" in said[0]
 

@@ -197,12 +197,21 @@ def key_for(url: str) -> str | None:
     Raises:
         UserError: If it would be sent unencrypted to another machine, or is none.
     """
-    parts = urlsplit(url)
-    key = key_in(KEY) or (key_in(OPENAI_KEY) if parts.hostname == OPENAI_HOST else None)
-    if key and parts.scheme == "http" and not _is_here(parts.hostname or ""):
+    key = key_to(url, KEY)
+    return key_to(url, OPENAI_KEY) if key is None and urlsplit(url).hostname == OPENAI_HOST else key
+
+
+def key_to(url: str, variable: str) -> str | None:
+    """Return the key in an environment variable, which may be sent to a URL, or None.
+
+    Raises:
+        UserError: If it would be sent unencrypted to another machine, or is none.
+    """
+    key, parts = key_in(variable), urlsplit(url)
+    if key is not None and parts.scheme == "http" and not _is_here(parts.hostname or ""):
         raise UserError(
-            f"the key in the environment would be sent unencrypted to '{printable(parts.hostname or '')}'; "
-            f"use an https:// endpoint, or unset {KEY}."
+            f"the key in {variable} would be sent unencrypted to '{printable(parts.hostname or '')}'; use an https:// "
+            f"URL, or unset {variable}."
         )
     return key
 

@@ -20,8 +20,8 @@ _LOOK = 0.2
 """Seconds after which somebody looks again whether an answer is still waited for."""
 
 
-def begun(work: Callable[[], R]) -> Future[R]:
-    """Begin some work in a thread of its own."""
+def begun(work: Callable[[], R], name: str = "evidence") -> Future[R]:
+    """Begin some work in a thread of its own, which has a name."""
     found: Future[R] = Future()
     found.set_running_or_notify_cancel()
 
@@ -31,7 +31,7 @@ def begun(work: Callable[[], R]) -> Future[R]:
         except BaseException as problem:
             found.set_exception(problem)
 
-    Thread(target=run, name="evidence", daemon=True).start()
+    Thread(target=run, name=name, daemon=True).start()
     return found
 
 

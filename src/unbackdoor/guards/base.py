@@ -28,7 +28,7 @@ class Place:
         device: Where a guard's own models run.
         cache: Folder for what can be asked again, or None for none.
         notice: Told what the person should know, in one sentence.
-        at_once: A server: a guard's own models are loaded when it is built, so that what is wrong with them shows then,
+        serving: A server: a guard's own models are loaded when it is built, so that what is wrong with them shows then,
             and what clients ask is not kept.
     """
 
@@ -38,7 +38,7 @@ class Place:
     device: str = "cpu"
     cache: Path | None = None
     notice: Callable[[str], None] = _ignore
-    at_once: bool = False
+    serving: bool = False
 
 
 class Guard(Method, ABC):

@@ -40,7 +40,7 @@ class Evidence(Guard):
     def build(self, place: Place) -> PromptGuard:
         """Open the source; a local model is loaded at its first use, or at once where the place says so."""
         # What the clients of a server ask is theirs, and without end.
-        kept = self.conflict.cached and not place.at_once
+        kept = self.conflict.cached and not place.serving
         cache = place.cache / "evidence" if place.cache is not None and kept else None
         asking = Asking(
             self.conflict.temperature, self.conflict.timeout, self.conflict.repetitions, cache, place.device
@@ -57,7 +57,7 @@ class Evidence(Guard):
             place.notice(_OWN.format("at the guarded server itself"))
         elif place.base is not None and self.source == place.base:
             place.notice(_OWN.format("the guarded model's base"))
-        if place.at_once and source.load is not None:
+        if place.serving and source.load is not None:
             source.load()
         return _Working(source, self.conflict)
 

@@ -133,9 +133,11 @@ def _parts(
 
 def _refuse_shared(base: Source, changed: Iterable[str], shown: str) -> None:
     """Refuse a change of one of two things that are one tensor: folded in, it would change both."""
-    table = embedding_of(base) if base.ties_head else None
+    if not base.ties_head:
+        return
+    table = embedding_of(base)
     for name in changed:
-        if base.ties_head and (name == table or is_head(name)):
+        if name == table or is_head(name):
             raise ModelError(
                 f"the adapter of '{shown}' changes {printable(name)}, which is embedding and output head in one here, "
                 "and the adapter changes one of the two alone; it cannot be folded in."

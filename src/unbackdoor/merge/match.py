@@ -77,10 +77,10 @@ def without_lone_buffers(sources: Mapping[str, Source]) -> dict[str, Source]:
 
 def _is_buffer(source: Source, name: str) -> bool:
     """Tell whether a tensor is one that transformers computes itself: a causal mask, rotary frequencies."""
-    if name.endswith((".attn.masked_bias", ".rotary_emb.inv_freq")):
+    if name.endswith((".masked_bias", ".rotary_emb.inv_freq")):
         return True
     shape = source.infos[name].shape
-    return name.endswith(".attn.bias") and len(shape) == 4 and shape[:2] == (1, 1)
+    return name.endswith((".attn.bias", ".attention.bias")) and len(shape) == 4 and shape[:2] == (1, 1)
 
 
 def _prefixed(source: Source, like: Source) -> Source:

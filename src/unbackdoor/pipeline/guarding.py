@@ -32,7 +32,7 @@ def with_guards(
     notice: Callable[[str], None],
     source: str | None = None,
     own: Collection[str] = (),
-    at_once: bool = False,
+    serving: bool = False,
 ) -> LM:
     """Return the model with its guards built; the same object where it carries none.
 
@@ -42,14 +42,14 @@ def with_guards(
         notice: Told what the person should know.
         source: The source of evidence that the person named; it takes the place of the one that is saved.
         own: Names of guards that the person set up; the others are a checkpoint's.
-        at_once: For a server: load the models of guards now, and not when they are first asked, and keep no prompts.
+        serving: For a server: load the models of guards now, and not when they are first asked, and keep no prompts.
 
     Raises:
         UserError: If a guard is unknown, needs what cannot be had, or names what only the checkpoint wants opened.
     """
     if not lm.guards:
         return lm
-    place = Place(lm.spec, lm.base, sample(lm), device, cache_folder(), notice, at_once)
+    place = Place(lm.spec, lm.base, sample(lm), device, cache_folder(), notice, serving)
     lm.guarding = build_guards(lm.guards, place, source=source, own=own)
     return lm
 

@@ -25,7 +25,8 @@ def grid(size: str) -> Grid:
     """Return the grid: "paper" for the tables and the plot, "quick" for the plot alone."""
     quick = size == "quick"
     own = settings.INTERNAL["conflict"]
-    more = {**settings.INTERNAL, "conflict": {**own, "train": {**own["train"], "steps": _ROWS // 16}}}
+    once = {**own["train"], "steps": _ROWS // own["train"]["batch_size"]}
+    more = {**settings.INTERNAL, "conflict": {**own, "train": once}}
     defenses = {label: {**entry, "attacks": ["shares"]} for label, entry in shares(more).items()}
     few = {**conflict.composite_victim("joy"), "defender_data": emotion(4000, 4000 + _ROWS)}
     attacks = {"shares": {**few, **({"probes": 100} if quick else {})}}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from ipaddress import ip_address
 
 from unbackdoor.errors import UserError
-from unbackdoor.evidence.endpoint import check_url, key_in
-from unbackdoor.model.quarantine import printable
+from unbackdoor.evidence.endpoint import check_url, key_in, key_to
 
 UPSTREAM_KEY = "UNBACKDOOR_UPSTREAM_KEY"
 
@@ -30,20 +28,5 @@ def upstream_key(url: str) -> str | None:
     Raises:
         UserError: If nothing can be asked there, or the key would be sent unencrypted to another machine, or is none.
     """
-    import httpx2
-
     check_url(url, example="--upstream http://HOST/v1", key=UPSTREAM_KEY)
-    key, parts = key_in(UPSTREAM_KEY), httpx2.URL(url)
-    if key is not None and parts.scheme == "http" and not _is_here(parts.host):
-        raise UserError(
-            f"the key in {UPSTREAM_KEY} would be sent unencrypted to '{printable(parts.host)}'; use an https:// "
-            f"upstream, or unset {UPSTREAM_KEY}."
-        )
-    return key
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return key_to(url, UPSTREAM_KEY)

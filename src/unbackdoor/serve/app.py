@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, wait
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from threading import Thread
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -18,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from unbackdoor.evidence.threads import begun
 from unbackdoor.model.guard import Guards
 from unbackdoor.serve.backends import Backend, Elsewhere
 from unbackdoor.serve.chat import Chat, Streaming
@@ -84,16 +84,7 @@ class Service:
 
     def in_thread(self, work: Callable[[], T]) -> Future[T]:
         """Begin some work in a thread of its own, one a chat; the end of the process does not wait for it."""
-        found: Future[T] = Future()
-        found.set_running_or_notify_cancel()
-
-        def run() -> None:
-            try:
-                found.set_result(work())
-            except BaseException as problem:
-                found.set_exception(problem)
-
-        Thread(target=run, name="guard", daemon=True).start()
+        found = begun(work, "guard")
         self._working.add(found)
         found.add_done_callback(self._working.discard)
         return found

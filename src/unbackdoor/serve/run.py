@@ -169,7 +169,7 @@ def _service(recipe: ServeRecipe, progress: Progress) -> Iterator[Service]:
         from unbackdoor.serve.backends import Elsewhere
         from unbackdoor.serve.upstream import Upstream
 
-        place = Place(recipe.upstream, device=recipe.device, cache=cache_folder(), notice=progress.notice, at_once=True)
+        place = Place(recipe.upstream, device=recipe.device, cache=cache_folder(), notice=progress.notice, serving=True)
         guards = build_guards(own, place, source=recipe.evidence, own=[spec.name for spec in own])
         upstream = Upstream(recipe.upstream, recipe.timeout, upstream_key(recipe.upstream))
         yield Service(Elsewhere(upstream), guards, *limits)
@@ -209,7 +209,7 @@ def _model(recipe: ServeRecipe, own: list[GuardSpec], progress: Progress) -> Any
     if recipe.evidence is not None and not lm.guards:
         raise UserError(f"'{recipe.model}' carries no guard that would use --evidence; give --guard evidence, too.")
     notice, source = progress.notice, recipe.evidence
-    return with_guards(lm, device=recipe.device, notice=notice, source=source, own=names, at_once=True)
+    return with_guards(lm, device=recipe.device, notice=notice, source=source, own=names, serving=True)
 
 
 def _run(recipe: ServeRecipe, service: Service, listening: socket.socket, ready: Callable[[str], None]) -> None:
