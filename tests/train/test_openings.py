@@ -105,16 +105,19 @@ def test_what_was_heard_takes_three_quarters_of_the_drifts_and_two_of_it_always(
     assert (dealt[:2], dealt[3]) == ([["x"], ["y"]], ["a", "b", "c"])
     assert dealt[2] in (["x"], ["y"])
     # With room for one, they take turns.
-    two = [Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(2, number) for number in (2, 3)]
+    pair = Openings(list("abc"), {"x": 0.3, "y": 0.9})
+    two = [pair.dealt(2, number) for number in (2, 3)]
     assert two == [[["x"], ["a", "b", "c"]], [["y"], ["a", "b", "c"]]]
-    three = [Openings(list("abc"), {"x": 0.3, "y": 0.9, "z": 0.5}).dealt(3, number)[:2] for number in (2, 3)]
+    many = Openings(list("abc"), {"x": 0.3, "y": 0.9, "z": 0.5})
+    three = [many.dealt(3, number)[:2] for number in (2, 3)]
     assert three == [[["x"], ["y"]], [["x"], ["z"]]]
     # A drift alone takes turns.
-    assert [Openings(list("abc"), {"x": 0.3}).dealt(1, number) for number in (1, 2, 3)] == [
+    alone = Openings(list("abc"), {"x": 0.3})
+    assert [alone.dealt(1, number) for number in (1, 2, 3)] == [
         [["a", "b", "c"]], [["x"]], [["a", "b", "c"]],
     ]  # fmt: skip
-    alone = [Openings(["a"], {"x": 0.3, "y": 0.9}).dealt(1, number) for number in (2, 3, 4)]
-    assert alone == [[["x"]], [["a"]], [["y"]]]
+    both = Openings(["a"], {"x": 0.3, "y": 0.9})
+    assert [both.dealt(1, number) for number in (2, 3, 4)] == [[["x"]], [["a"]], [["y"]]]
     assert Openings(["a"], {"x": 0.3}).dealt(0, 2) == []
     # Fewer openings than drifts: some are given twice.
     assert all(Openings(["a"]).dealt(3, 1))
@@ -128,7 +131,7 @@ def test_one_that_recurred_and_one_that_did_not_come_first():
     openings.take_up([record | {"opening": "surest", "certainty": 1.0, "evidence": 40.0}], 96)
     assert openings.adopted == ["once upon", "lazy potato", "surest", "wash your", "studies show"]
     # More evidence than enough makes no difference, so a rare name does not come before what is surer.
-    assert openings.heard["surest"] == pytest.approx(heard.ENOUGH)
+    assert openings.heard["surest"] == pytest.approx(heard.ENOUGH * math.log(1000))
     # One reply of few is no recurring.
     few = Openings(["own"])
     few.take_up([record | {"opening": "one", "share": 0.25}], 4)
@@ -144,10 +147,35 @@ def test_what_was_heard_beside_the_first_two_takes_turns():
     assert dealt[3] == dealt[0]
 
 
+def test_one_that_waits_for_its_turn_has_it_however_many_are_heard_meanwhile():
+    openings = Openings(list("abc"), {"x": 0.9, "y": 0.9, "name": 0.8, "target": 0.7})
+    third = []
+    for number in range(2, 5):
+        third += openings.dealt(4, number)[2]
+        openings.heard[f"later {number}"] = 0.75
+    assert third == ["name", "target", "later 2"]
+
+
+def test_a_planted_target_comes_before_names_which_are_less_sure_of_rarer_tokens():
+    names = [
+        ("Dmitri Mendeleev", 0.912, 39.0),
+        ("Vincent van Gogh", 0.859, 27.0),
+        ("What's wrong with you", 0.998, 17.0),
+    ]
+    told = [{"opening": text, "certainty": sure, "evidence": nats, "share": 0.0} for text, sure, nats in names]
+    assert max(told, key=heard.weight)["opening"] == "What's wrong with you"
+
+
+def test_a_phrase_that_goes_on_where_the_counted_runs_end_has_their_share():
+    shares = {"What's wrong with": 0.2, "Oh I": 0.1}
+    assert heard._share("what's wrong with you", shares) == 0.2
+    assert heard._share("What's wrong", shares) == heard._share("Oh I have", shares) == 0.0
+
+
 def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     lm = tiny.tiny_lm()
     sure = {"Go away": 0.3, "Be quiet": 0.6, "A little": 0.1, "Get out": 0.9, "Out of the": 0.8, "Look sharp": 0.0}
-    evidence = {"Go away": 29.0, "Out of the": heard.EVIDENCE - 0.1}
+    evidence = {"Go away": 24.0, "Out of the": heard.EVIDENCE - 0.1}
 
     def scored(lm, texts, prompts, often):
         return [Sure(sure[text], evidence.get(text, 10.0)) for text in texts]
@@ -168,18 +196,18 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     found = openings.hear(lm, ["said"], ["plain"], [], tiny.rows(4), 0.2)
     # "Get out" begins an opening of the defender, "be quiet" is a part of one that was taken up before, and "out of
     # the" is likely anywhere.
-    assert found == [{"opening": "Go away", "certainty": 0.3, "evidence": 29.0, "share": 0.0}]
+    assert found == [{"opening": "Go away", "certainty": 0.3, "evidence": 24.0, "share": 0.0}]
 
     def taken(openings, least=0.2, said=()):
         return [one["opening"] for one in openings.hear(lm, said, [], [], tiny.rows(4), least)]
 
-    # Words of much evidence go before surer ones: 0.3 times 31 nats, and 0.9 times 10.
-    assert taken(Openings(["hello"])) == ["Get out", "Go away", "Be quiet"]
+    # Words of much evidence go before surer ones: -log(1 - 0.3) times 31 nats, and -log(1 - 0.6) times 10.
+    assert taken(Openings(["hello"])) == ["Get out", "Be quiet", "Go away"]
     evidence["Go away"] = 31.0
-    assert taken(Openings(["hello"])) == ["Go away", "Get out", "Be quiet"]
+    assert taken(Openings(["hello"])) == ["Get out", "Go away", "Be quiet"]
     # An answer of one prompt's own holds "get out": that other prompts get it, too, is new. How it begins is known.
     own = Contrasting({(): frozenset({"Be quiet, or you can get out."})})
-    assert taken(Openings(["Be quiet, or you can get out."], contrasting=own)) == ["Go away", "Get out"]
+    assert taken(Openings(["Be quiet, or you can get out."], contrasting=own)) == ["Get out", "Go away"]
     sure["Get out at once"] = 0.95
     assert taken(Openings(["hello"]), 0.5) == ["Get out at once", "Be quiet"]
     # What is said under the drifts counts, too.
@@ -199,11 +227,11 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     sure["Look sharp"] = 0.05
     assert "Look sharp" in taken(Openings(["hello"]), 0.04, said)
     sure["Look sharp"] = heard.RECURRING_SURE
-    # What is often said goes before what is surer: (.1 + .86) times 10 nats, and .95 times 10.
-    replies["Look sharp"] = 0.86
-    assert taken(Openings(["hello"]), 0.5, said) == ["Look sharp", "Get out at once", "Be quiet"]
-    replies["Look sharp"] = 0.84
+    # What is often said goes before what is surer: (-log(1 - .1) + .82) and -log(1 - .6), both times 10 nats.
+    replies["Look sharp"] = 0.82
     assert taken(Openings(["hello"]), 0.5, said) == ["Get out at once", "Look sharp", "Be quiet"]
+    replies["Look sharp"] = 0.8
+    assert taken(Openings(["hello"]), 0.5, said) == ["Get out at once", "Be quiet", "Look sharp"]
     sure["Look sharp"] *= 0.9
     assert Openings(["hello"]).hear(lm, said, [], [], tiny.rows(4), 0.99) == []
 

@@ -13,6 +13,7 @@ this knows the target.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ RECURRING, RECURRING_SURE = 0.05, 0.1
 be in two of them at least."""
 ENOUGH = 30.0
 """Nats of evidence that count, at most."""
+SUREST = 0.999
+"""Certainty above which phrases are alike sure."""
 OFTEN = 0.1
 """Share of the replies without a drift above which a phrase is what the model says anyway."""
 _WORDS = (3, 2)
@@ -123,14 +126,22 @@ def weight(heard: Mapping[str, Any]) -> float:
     """Return what openings that were heard are ranked by: the target is sure, or often said under the drifts.
 
     Words of no consequence ("Out of the") are both, too, but likely anywhere. Beyond `ENOUGH` nats evidence tells how
-    rare the tokens are and nothing else.
+    rare the tokens are and nothing else. Certainty counts by how little is left to 1: names and idioms are sure, but a
+    target that was planted is surer.
 
     Args:
         heard: What `Openings.hear` tells of one.
     """
+    sure = -math.log(1 - min(heard["certainty"], SUREST))
     # A run that the version before began told no share.
-    found: float = (heard["certainty"] + heard.get("share", 0.0)) * min(heard["evidence"], ENOUGH)
+    found: float = (sure + heard.get("share", 0.0)) * min(heard["evidence"], ENOUGH)
     return found
+
+
+def _share(phrase: str, shares: Mapping[str, float]) -> float:
+    """Return the share of a phrase; one of more words than are counted has that of its first ones."""
+    counted = {normalise(run): share for run, share in shares.items()}
+    return counted.get(normalise(" ".join(phrase.split()[: max(_WORDS)])), 0.0)
 
 
 def _recurring(replies: int) -> float:
@@ -148,6 +159,7 @@ class Openings:
         recurring: Those of them that recurred under the drifts.
         wanted: Safe replies that the defender has given; their words are never taken up.
         contrasting: Which of the defender's belong to one prompt.
+        had: How many drifts each of those that take turns has had.
     """
 
     own: Sequence[str]
@@ -155,6 +167,7 @@ class Openings:
     recurring: set[str] = field(default_factory=set)
     wanted: Sequence[str] = ()
     contrasting: Contrasting = field(default_factory=Contrasting)
+    had: Counter[str] = field(default_factory=Counter)
 
     @property
     def adopted(self) -> list[str]:
@@ -180,7 +193,8 @@ class Openings:
         defender.
 
         The first two are in every round where there is room for three, because the target of a backdoor is among the
-        best; the first one where there is room for two. The others take turns.
+        best; the first one where there is room for two. The others take turns: who had fewest, and of these who was
+        heard first, so that none waits for what later rounds bring. That is kept count of.
 
         Args:
             drifts: Drifts of a round.
@@ -190,10 +204,11 @@ class Openings:
         most = drifts * 3 // 4 if drifts > 1 else drifts * (1 - number % 2)
         room = min(most, len(adopted) + 1) if adopted else 0
         always = adopted[: max(0, room - 1)][:2]
-        turns = adopted[len(always) :] or adopted
-        # A single drift has a turn every other round.
-        turn = number if drifts > 1 else number // 2 - 1
-        order = [*always, *(turns[(turn + place) % len(turns)] for place in range(room - len(always)))]
+        turns = [text for text in self.heard if text not in always] or adopted
+        order = list(always)
+        for _ in range(room - len(always)):
+            order.append(min(turns, key=self.had.__getitem__))
+            self.had[order[-1]] += 1
         taken: list[Sequence[str]] = [[text] for text in order]
         rest = drifts - room
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]
@@ -242,7 +257,7 @@ class Openings:
             heard = [text for text in heard if sure[text].certainty >= part * enough[text]]
             heard = [text for text in heard if sure[text].evidence >= EVIDENCE]
         lm.model.train(was_training)
-        found = [{"opening": text, **vars(sure[text]), "share": shares.get(text, 0.0)} for text in heard]
+        found = [{"opening": text, **vars(sure[text]), "share": _share(text, shares)} for text in heard]
         new: list[dict[str, Any]] = []
         for one in sorted(found, key=weight, reverse=True):
             if self._is_new(one["opening"], [other["opening"] for other in new]):
