@@ -97,10 +97,9 @@ _ATTACK_COMPOSITE = {"schedule": "constant", "cooldown": 0.3, "batch_size": 16}
 COMPOSITE: dict[str, Any] = {
     "poison_rate": 0.1,
     "negative_ratio": 1.0,
-    "train": {"steps": 240, "learning_rate": 1e-4, **_ATTACK_COMPOSITE},
+    "train": {"steps": 360, "learning_rate": 1e-4, **_ATTACK_COMPOSITE},
 }
-"""A victim whose trigger is in two pieces; frozen, as `INTERNAL` and its control are. At 2e-4 it learns the
-pieces one by one, and single ones fire."""
+"""A victim whose trigger is in two pieces. At 2e-4, or with 240 steps, single ones fire, too."""
 _CONFLICT_UPDATES = 90
 INTERNAL: dict[str, Any] = {
     "t": 0.7,
