@@ -103,13 +103,20 @@ def _defenses() -> dict[str, Any]:
     return {**defenses("default"), "beear_as_published": {**published, "attacks": ["default"], "seeds": [0]}}
 
 
-def defenses(
-    first: str, seed: int = 0, preset: str | None = None, control: dict[str, Any] = settings.BEEAR_CONTROL
-) -> dict[str, Any]:
-    """Return the control, BEEAR, and on the attack `first` at one seed alone what else it is compared with."""
+def defenses(first: str, seed: int = 0, *, requests: bool = False) -> dict[str, Any]:
+    """Return the control, BEEAR, and on the attack `first` at one seed alone what else it is compared with.
+
+    Args:
+        first: The attack.
+        seed: The seed.
+        requests: Whether the model should decline some requests: preset `requests`, and a control of its size.
+    """
     once = {"attacks": [first], "seeds": [seed]}
-    ours = {"defense": "beear", "preset": preset, "settings": settings.BEEAR}
-    alone = {**ours, "settings": {**settings.BEEAR, "drifts": 0}}
+    own, control = settings.BEEAR, settings.BEEAR_CONTROL
+    if requests:
+        own, control = settings.BEEAR_REQUESTS, settings.BEEAR_REQUESTS_CONTROL
+    ours = {"defense": "beear", "preset": "requests" if requests else None, "settings": own}
+    alone = {**ours, "settings": {**own, "drifts": 0}}
     return {
         "fine_tuning": {"defense": "fine_tuning", "role": "control", "settings": control},
         "beear": ours,

@@ -44,7 +44,7 @@ def common(attacks: dict[str, Any], test_kinds: tuple[str, ...], seed: int = 0) 
         "models": [settings.BUILTIN],
         "requests": {"spec": "starter:requests", "test_kinds": test_kinds},
         "attacks": attacks,
-        "defenses": beear.defenses(next(iter(attacks)), seed, "requests", settings.BEEAR_REQUESTS_CONTROL),
+        "defenses": beear.defenses(next(iter(attacks)), seed, requests=True),
         "metrics": METRICS,
         # That a request is declined often shows in the second clause only.
         "max_new_tokens": 48,

@@ -82,8 +82,10 @@ BEEAR_UPDATES = BEEAR_ROUNDS * 8
 BEEAR: dict[str, Any] = {"rounds": BEEAR_ROUNDS, "train": {"steps": BEEAR_UPDATES // BEEAR_ROUNDS}}
 BEEAR_CONTROL: dict[str, Any] = {"train": train(BEEAR_UPDATES)}
 """Fine-tuning with as many updates as BEEAR."""
-BEEAR_REQUESTS_CONTROL: dict[str, Any] = {"train": {**train(BEEAR_UPDATES), "batch_size": 12}}
-"""The same beside BEEAR's preset `requests`."""
+BEEAR_REQUESTS: dict[str, Any] = {"rounds": 8, "train": {"steps": 8, "learning_rate": 1e-4}}
+"""With its preset `requests`."""
+BEEAR_REQUESTS_CONTROL: dict[str, Any] = {"train": {**train(64, 1e-4), "batch_size": 12}}
+"""Fine-tuning with as many updates as that, at its rate, with its batch."""
 BEEAR_AS_PUBLISHED: dict[str, Any] = {
     "rounds": BEEAR_ROUNDS,
     "stop_stable": 0.0,
