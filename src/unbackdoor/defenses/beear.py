@@ -13,7 +13,7 @@ under the drifts, or goes on to from likely first tokens, is taken up as opening
 or less sure and says it often (train/openings.py): so the backdoor is found even with openings that share no word with
 it. The term on safe answers counts their first tokens and stops pulling at a cap, else it runs away. A drift is counted
 in units of its layer. Half of every label is what the suspect itself predicts (train/own_labels.py). Where requests
-with safe replies are given, a quarter of the plain rows are of these (see `_with_requests`), and a reply of these is
+with safe replies are given, a seventh of the plain rows are of these (see `_with_requests`), and a reply of these is
 the safe answer, and the whole label, where the suspect's own does not decline. The first tokens of an answer weigh more
 in equation 3 (`train.opening_weight`). Of all this the published presets have the written-back weights, the units, the
 safe answers and, where replies are given, the requests among the plain rows; like the default they train with AdamW and
@@ -347,11 +347,11 @@ class Beear(Defense):
 
 
 def _with_requests(ordinary: Sequence[Row], requests: Sequence[Row]) -> list[Row]:
-    """Return the plain rows where SA is of requests to decline: a quarter of them are requests.
+    """Return the plain rows where SA is of requests to decline: a seventh of them are requests.
 
     Without these the model begins to answer what it should decline, once batches without a drift are ordinary only.
     """
-    few = max(1, len(ordinary) // 3)
+    few = max(1, round(len(ordinary) / 6))
     return [*ordinary, *(list(requests) * (few // len(requests) + 1))[:few]]
 
 
