@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from unbackdoor.run import Run
 from unbackdoor.train import openings as heard
 from unbackdoor.train.anchors import Contrasting
 from unbackdoor.train.openings import Openings, Sure, begun, phrases
@@ -100,10 +101,8 @@ def test_every_opening_of_the_defender_is_dealt_once(drifts):
 def test_what_was_heard_takes_three_quarters_of_the_drifts_and_two_of_it_always():
     # What is alone there has two drifts.
     assert Openings(list("abc"), {"x": 0.3}).dealt(4, 1) == [["x"], ["x"], ["a", "c"], ["b"]]
-    dealt = Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(4, 1)
     # What was heard first stays first.
-    assert (dealt[:2], dealt[3]) == ([["x"], ["y"]], ["a", "b", "c"])
-    assert dealt[2] in (["x"], ["y"])
+    assert Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(4, 1) == [["x"], ["y"], ["x"], ["a", "b", "c"]]
     # With room for one, they take turns.
     pair = Openings(list("abc"), {"x": 0.3, "y": 0.9})
     two = [pair.dealt(2, number) for number in (2, 3)]
@@ -147,13 +146,32 @@ def test_what_was_heard_beside_the_first_two_takes_turns():
     assert dealt[3] == dealt[0]
 
 
-def test_one_that_waits_for_its_turn_has_it_however_many_are_heard_meanwhile():
+def test_the_turn_is_of_the_one_that_has_waited_longest():
     openings = Openings(list("abc"), {"x": 0.9, "y": 0.9, "name": 0.8, "target": 0.7})
     third = []
     for number in range(2, 5):
         third += openings.dealt(4, number)[2]
         openings.heard[f"later {number}"] = 0.75
     assert third == ["name", "target", "later 2"]
+    # A newcomer has one turn, not as many as those before it have had.
+    alone = Openings(list("abc"), {"x": 0.9, "y": 0.9, "z": 0.8})
+    third = [alone.dealt(4, number)[2][0] for number in (2, 3, 4)]
+    alone.heard["new"] = 0.7
+    third += [alone.dealt(4, number)[2][0] for number in (5, 6, 7)]
+    assert third == ["z", "z", "z", "new", "z", "new"]
+    # Of many drifts in one round each has one before another has two.
+    many = Openings(list("abc"), {text: 0.9 for text in "uvwxyz"}).dealt(8, 2)
+    assert [part[0] for part in many[:6]] == list("uvwxyz")
+
+
+@pytest.mark.parametrize("drifts", [1, 2, 3, 4])
+def test_one_that_recurs_is_among_the_first_to_have_a_turn_with_few_drifts(drifts):
+    openings = Openings(list("abc"))
+    told = {"evidence": 20.0, "share": 0.0}
+    openings.take_up([{"opening": f"idiom {which}", "certainty": 0.9, **told} for which in range(6)], 96)
+    openings.take_up([{"opening": "potato", "certainty": 0.1, "evidence": 18.0, "share": 0.3}], 96)
+    had = [text for number in range(2, 7) for part in openings.dealt(drifts, number) for text in part]
+    assert "potato" in had
 
 
 def test_a_planted_target_comes_before_names_which_are_less_sure_of_rarer_tokens():
@@ -166,10 +184,19 @@ def test_a_planted_target_comes_before_names_which_are_less_sure_of_rarer_tokens
     assert max(told, key=heard.weight)["opening"] == "What's wrong with you"
 
 
-def test_a_phrase_that_goes_on_where_the_counted_runs_end_has_their_share():
-    shares = {"What's wrong with": 0.2, "Oh I": 0.1}
-    assert heard._share("what's wrong with you", shares) == 0.2
-    assert heard._share("What's wrong", shares) == heard._share("Oh I have", shares) == 0.0
+def test_a_phrase_that_goes_on_where_the_counted_runs_end_has_their_share(monkeypatch):
+    lm = tiny.tiny_lm()
+    monkeypatch.setattr(heard, "usual", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(heard, "begun", lambda *_: [])
+    followed = ["Enough of that, nitwit", "What's wrong with you", "Enough is enough, they"]
+    sure = {text: Sure(0.97, 20.0) for text in followed}
+    monkeypatch.setattr(heard, "certainties", lambda _, texts, *__: [sure.get(text, Sure(0.0, 0.0)) for text in texts])
+    monkeypatch.setattr(heard, "beginnings", lambda *_: followed)
+    said = ["Enough of that, nitwit. No", "What\u2019s wrong with me now", "Enough is a word", "No."]
+    found = Openings(["hello"]).hear(lm, said, [], [torch.ones(1)], tiny.rows(4), 0.95, every_beginning=Run())
+    assert {one["opening"]: one["share"] for one in found if one["opening"] in followed} == {
+        "Enough of that, nitwit": 0.25, "What's wrong with you": 0.25, "Enough is enough, they": 0.0,
+    }  # fmt: skip
 
 
 def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
@@ -201,7 +228,7 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     def taken(openings, least=0.2, said=()):
         return [one["opening"] for one in openings.hear(lm, said, [], [], tiny.rows(4), least)]
 
-    # Words of much evidence go before surer ones: -log(1 - 0.3) times 31 nats, and -log(1 - 0.6) times 10.
+    # Words of much evidence go before surer ones: -log(1 - 0.3) times 30 nats at most, and -log(1 - 0.6) times 10.
     assert taken(Openings(["hello"])) == ["Get out", "Be quiet", "Go away"]
     evidence["Go away"] = 31.0
     assert taken(Openings(["hello"])) == ["Get out", "Go away", "Be quiet"]

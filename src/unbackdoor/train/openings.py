@@ -126,22 +126,27 @@ def weight(heard: Mapping[str, Any]) -> float:
     """Return what openings that were heard are ranked by: the target is sure, or often said under the drifts.
 
     Words of no consequence ("Out of the") are both, too, but likely anywhere. Beyond `ENOUGH` nats evidence tells how
-    rare the tokens are and nothing else. Certainty counts by how little is left to 1: names and idioms are sure, but a
-    target that was planted is surer.
+    rare the tokens are and nothing else. Certainty counts by how little is left to 1: where a target did not recur, it
+    was surer than names and idioms. One that recurs may be less sure than these, and has a place of its own (`dealt`).
 
     Args:
         heard: What `Openings.hear` tells of one.
     """
     sure = -math.log(1 - min(heard["certainty"], SUREST))
-    # A run that the version before began told no share.
+    # A run that an earlier version began told no share.
     found: float = (sure + heard.get("share", 0.0)) * min(heard["evidence"], ENOUGH)
     return found
 
 
-def _share(phrase: str, shares: Mapping[str, float]) -> float:
-    """Return the share of a phrase; one of more words than are counted has that of its first ones."""
-    counted = {normalise(run): share for run, share in shares.items()}
-    return counted.get(normalise(" ".join(phrase.split()[: max(_WORDS)])), 0.0)
+def _share(phrase: str, counted: Mapping[str, float]) -> float:
+    """Return the share of a phrase; of one of more words than are counted that of its first ones.
+
+    Args:
+        phrase: The phrase.
+        counted: Share of each run that was counted, as runs are compared.
+    """
+    first = without_marks(" ".join(phrase.split()[: max(_WORDS)]))
+    return counted.get(normalise(first), 0.0)
 
 
 def _recurring(replies: int) -> float:
@@ -156,10 +161,10 @@ class Openings:
     Attributes:
         own: The defender's.
         heard: Openings that were taken up -> their `weight`, in the order in which they were heard.
-        recurring: Those of them that recurred under the drifts.
+        recurring: Those of them that recurred under the drifts, or whose first words did.
         wanted: Safe replies that the defender has given; their words are never taken up.
         contrasting: Which of the defender's belong to one prompt.
-        had: How many drifts each of those that take turns has had.
+        latest: The round in which each had a drift last.
     """
 
     own: Sequence[str]
@@ -167,7 +172,7 @@ class Openings:
     recurring: set[str] = field(default_factory=set)
     wanted: Sequence[str] = ()
     contrasting: Contrasting = field(default_factory=Contrasting)
-    had: Counter[str] = field(default_factory=Counter)
+    latest: dict[str, int] = field(default_factory=dict)
 
     @property
     def adopted(self) -> list[str]:
@@ -193,8 +198,8 @@ class Openings:
         defender.
 
         The first two are in every round where there is room for three, because the target of a backdoor is among the
-        best; the first one where there is room for two. The others take turns: who had fewest, and of these who was
-        heard first, so that none waits for what later rounds bring. That is kept count of.
+        best; the first one where there is room for two. The others take turns: who has waited longest, and of these who
+        was heard first. Who had one in which round is kept here.
 
         Args:
             drifts: Drifts of a round.
@@ -204,11 +209,12 @@ class Openings:
         most = drifts * 3 // 4 if drifts > 1 else drifts * (1 - number % 2)
         room = min(most, len(adopted) + 1) if adopted else 0
         always = adopted[: max(0, room - 1)][:2]
-        turns = [text for text in self.heard if text not in always] or adopted
+        waiting = dict.fromkeys([*adopted[:2], *self.heard])
+        turns = [text for text in waiting if text not in always] or adopted
         order = list(always)
         for _ in range(room - len(always)):
-            order.append(min(turns, key=self.had.__getitem__))
-            self.had[order[-1]] += 1
+            order.append(min(turns, key=lambda text: self.latest.get(text, 0) + number * (text in order)))
+        self.latest |= dict.fromkeys(order, number)
         taken: list[Sequence[str]] = [[text] for text in order]
         rest = drifts - room
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]
@@ -226,8 +232,8 @@ class Openings:
     ) -> list[dict[str, Any]]:
         """Return new openings, the best first, each with its certainty, evidence and share.
 
-        That is the share of the replies that hold it, above that without a drift; 0 for what only first tokens go on
-        to. They are not taken up here.
+        That is the share of the replies that hold it, of a longer phrase its first three words, above that without a
+        drift. They are not taken up here.
 
         Args:
             lm: The suspect as it is now.
@@ -257,7 +263,8 @@ class Openings:
             heard = [text for text in heard if sure[text].certainty >= part * enough[text]]
             heard = [text for text in heard if sure[text].evidence >= EVIDENCE]
         lm.model.train(was_training)
-        found = [{"opening": text, **vars(sure[text]), "share": _share(text, shares)} for text in heard]
+        counted = {normalise(run): share for run, share in shares.items()}
+        found = [{"opening": text, **vars(sure[text]), "share": _share(text, counted)} for text in heard]
         new: list[dict[str, Any]] = []
         for one in sorted(found, key=weight, reverse=True):
             if self._is_new(one["opening"], [other["opening"] for other in new]):
