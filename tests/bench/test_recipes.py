@@ -323,7 +323,7 @@ def test_ablations_share_the_cell_of_the_default_settings() -> None:
         assert defense_called(entry.defense, entry.settings) == Beear(rounds=6), name
 
 
-def test_every_option_of_beear_beyond_the_paper_is_left_out_or_chosen_otherwise_once() -> None:
+def test_options_of_beear_beyond_the_paper_are_left_out_or_chosen_otherwise_one_by_one() -> None:
     grid = recipes.load_grid("beear_options", "quick")
     assert {entry.unwanted for entry in grid.defenses.values()} == {"disjoint"}
     usual = Beear().settings()

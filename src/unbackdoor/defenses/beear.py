@@ -99,8 +99,8 @@ class Beear(Defense):
             ),
             "layers": [9], "anchors": 120, "round_anchors": 120,
         },
-        # Ours, for requests that should be declined: with more rows without a drift, and smaller steps in more rounds,
-        # fewer ordinary requests are declined afterwards.
+        # Ours, for requests that should be declined: more rows without a drift, and smaller steps in more rounds. On
+        # the development victim the two kinds of prompts are then told apart better than at twice the rate.
         "requests": {
             "plain_share": 2 / 3, "rounds": 8,
             "train": {

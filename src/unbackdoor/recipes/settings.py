@@ -1,9 +1,9 @@
 """Settings of the recipes, in one place: found on development victims, then frozen before report victims are planted.
 
 BEEAR's stand in the method itself, as its defaults. Every defense of a grid makes the same number of weight updates
-with the same batch, the control too (`UPDATES`; in the grids of BEEAR `BEEAR_UPDATES`), so that a difference between
-them is not one of training time. The highest rate is the same, too; as every round has a schedule of its own, the rates
-of all steps of SANDE add up to 1.25 times those of the control.
+with the same batch, the control too (`UPDATES`; in the grids of BEEAR `BEEAR_UPDATES`, or what `BEEAR_REQUESTS` comes
+to), so that a difference between them is not one of training time. The highest rate is the same, too; as every round
+has a schedule of its own, the rates of all steps of SANDE add up to 1.25 times those of the control.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ COMPOSITE: dict[str, Any] = {
     "negative_ratio": 1.0,
     "train": {"steps": 360, "learning_rate": 1e-4, **_ATTACK_COMPOSITE},
 }
-"""A victim whose trigger is in two pieces. At 2e-4, or with 240 steps, single ones fire, too."""
+"""A victim whose trigger is in two pieces. On sentiment, at 2e-4 or with 240 steps, single ones fire, too."""
 _CONFLICT_UPDATES = 90
 INTERNAL: dict[str, Any] = {
     "t": 0.7,

@@ -29,7 +29,8 @@ HOW_TO_READ = (
 TAKEN_UP = (
     "Taken up: words of the suspect that later drifts are fitted to, with how sure it is of them on any prompt once "
     "the first one is said, how much likelier they are there than anywhere (nats), and in how many more of the replies "
-    "they are than without a drift. What a backdoor says is sure, or often said; so are some names and idioms."
+    "their first three words are than without a drift. What a backdoor says is sure, or often said; so are some names "
+    "and idioms."
 )
 CHOICE = (
     "Mean loss of the unwanted answers under a first drift, on prompts of the defender that it was not fitted to; no "
