@@ -101,8 +101,8 @@ COMPOSITE: dict[str, Any] = {
     "negative_ratio": 1.0,
     "train": {"steps": 360, "learning_rate": 1e-4, **_ATTACK_COMPOSITE},
 }
-"""A victim whose trigger is in two pieces; frozen, as `INTERNAL` is. On sentiment, at 2e-4 or with 240 steps, single ones
-fire, too."""
+"""A victim whose trigger is in two pieces; frozen, as `INTERNAL` is. On sentiment, at 2e-4 or with 240 steps, single
+ones fire, too."""
 _CONFLICT_UPDATES = 90
 INTERNAL: dict[str, Any] = {
     "t": 0.7,
