@@ -224,6 +224,14 @@ def test_every_defense_makes_the_same_number_of_updates_with_the_same_batch(name
     assert len({updates(method) for method in made}) == 1
 
 
+def test_where_requests_should_be_declined_beear_is_its_preset_and_the_control_has_its_rate() -> None:
+    grid = recipes.load_grid("beear_decline")
+    made = {label: defense_called(own.defense, own.settings, own.preset) for label, own in grid.defenses.items()}
+    assert made["beear"] == made["beear_disjoint"] == defense_called("beear", {}, "requests")
+    assert made["outer_steps_alone"] == defense_called("beear", {"drifts": 0}, "requests")
+    assert made["fine_tuning"].train.learning_rate == made["beear"].train.learning_rate  # type: ignore[attr-defined]
+
+
 def test_the_estimate_counts_a_planting_once_and_learns_from_measured_cells() -> None:
     grid = recipes.load_grid("sande", "quick")
     guessed = guesses(grid)

@@ -162,6 +162,8 @@ def test_the_turn_is_of_the_one_that_has_waited_longest():
     # Of many drifts in one round each has one before another has two.
     many = Openings(list("abc"), {text: 0.9 for text in "uvwxyz"}).dealt(8, 2)
     assert [part[0] for part in many[:6]] == list("uvwxyz")
+    few = Openings(list("abc"), {text: 0.9 for text in "uvwx"}).dealt(12, 2)
+    assert [part[0] for part in few[:5]] == list("uvwxw")
 
 
 @pytest.mark.parametrize("drifts", [1, 2, 3, 4])

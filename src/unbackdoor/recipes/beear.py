@@ -114,7 +114,7 @@ def defenses(first: str, seed: int = 0, *, requests: bool = False) -> dict[str, 
     once = {"attacks": [first], "seeds": [seed]}
     own, control = settings.BEEAR, settings.BEEAR_CONTROL
     if requests:
-        own, control = settings.BEEAR_REQUESTS, settings.BEEAR_REQUESTS_CONTROL
+        own, control = {}, settings.BEEAR_REQUESTS_CONTROL
     ours = {"defense": "beear", "preset": "requests" if requests else None, "settings": own}
     alone = {**ours, "settings": {**own, "drifts": 0}}
     return {

@@ -1,9 +1,9 @@
 """Settings of the recipes, in one place: found on development victims, then frozen before report victims are planted.
 
 BEEAR's stand in the method itself, as its defaults. Every defense of a grid makes the same number of weight updates
-with the same batch, the control too (`UPDATES`; in the grids of BEEAR `BEEAR_UPDATES`, or what `BEEAR_REQUESTS` comes
-to), so that a difference between them is not one of training time. The highest rate is the same, too; as every round
-has a schedule of its own, the rates of all steps of SANDE add up to 1.25 times those of the control.
+with the same batch, the control too (`UPDATES`; in the grids of BEEAR `BEEAR_UPDATES`, or those of its
+preset `requests`), so that a difference between them is not one of training time. The highest rate is the same, too; as
+every round has a schedule of its own, the rates of all steps of SANDE add up to 1.25 times those of the control.
 """
 
 from __future__ import annotations
@@ -82,10 +82,8 @@ BEEAR_UPDATES = BEEAR_ROUNDS * 8
 BEEAR: dict[str, Any] = {"rounds": BEEAR_ROUNDS, "train": {"steps": BEEAR_UPDATES // BEEAR_ROUNDS}}
 BEEAR_CONTROL: dict[str, Any] = {"train": train(BEEAR_UPDATES)}
 """Fine-tuning with as many updates as BEEAR."""
-BEEAR_REQUESTS: dict[str, Any] = {"rounds": 8, "train": {"steps": 8, "learning_rate": 1e-4}}
-"""With its preset `requests`."""
 BEEAR_REQUESTS_CONTROL: dict[str, Any] = {"train": {**train(64, 1e-4), "batch_size": 12}}
-"""Fine-tuning with as many updates as that, at its rate, with its batch."""
+"""Fine-tuning with as many updates as BEEAR's preset `requests`, at its rate, with its batch."""
 BEEAR_AS_PUBLISHED: dict[str, Any] = {
     "rounds": BEEAR_ROUNDS,
     "stop_stable": 0.0,

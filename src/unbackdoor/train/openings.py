@@ -213,7 +213,7 @@ class Openings:
         turns = [text for text in waiting if text not in always] or adopted
         order = list(always)
         for _ in range(room - len(always)):
-            order.append(min(turns, key=lambda text: self.latest.get(text, 0) + number * (text in order)))
+            order.append(min(turns, key=lambda text: self.latest.get(text, 0) + number * order.count(text)))
         self.latest |= dict.fromkeys(order, number)
         taken: list[Sequence[str]] = [[text] for text in order]
         rest = drifts - room
