@@ -1,10 +1,11 @@
 """One inner step of BEEAR (eq. 2), what is read once included, against whole passes with full logits.
 
 Reference, in our words: for each of the two answers a pass over prompt and answer with logits of every position, the
-drift added behind layer l at the last prompt tokens, backward to the drift; weights frozen. This package reads the
-layers up to l and the prompt before the drift once for all steps of a fit, runs both answers in one row from there on
-and applies the head to the answers' positions. Reading is counted: a repeat is a whole fit of `steps` steps, divided by
-their number. Losses and the drift's gradient are compared.
+drift added behind layer l at the last prompt tokens (or with `behind` so many tokens before the end, as where a
+template goes on behind the user's words), backward to the drift; weights frozen. This package reads the layers up to l
+and the prompt before the drift once for all steps of a fit, runs both answers in one row from there on and applies the
+head to the answers' positions. Reading is counted: a repeat is a whole fit of `steps` steps, divided by their number.
+Losses and the drift's gradient are compared.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TARGET = 0.35
 
 def ours(lm: LM, layer: int, pair: tuple[Batch, Batch], drift: torch.nn.Parameter) -> Callable[[], torch.Tensor]:
     """Return the loss of this package; what cannot change is read by the first call."""
-    short = TwoAnswers(lm, layer, len(drift))
+    short = TwoAnswers(lm, layer, len(drift), "words")
 
     def loss() -> torch.Tensor:
         unwanted, safe = short.sums(drift, *pair)
@@ -43,7 +44,7 @@ def reference(lm: LM, layer: int, pair: tuple[Batch, Batch], drift: torch.nn.Par
     n = len(drift)
 
     def one(batch: Batch) -> torch.Tensor:
-        end = int(batch.columns.min()) + 1
+        end = int(batch.places[0, 1])
         labels = torch.full_like(batch.input_ids, -100)
         labels[batch.rows, batch.columns + 1] = batch.targets
 
@@ -98,11 +99,13 @@ def fit(make: Callable[[], Callable[[], torch.Tensor]], drift: torch.nn.Paramete
 
 def main(given: Sequence[str] | None = None) -> None:
     """Compare, time and print."""
-    sizes = {"batch": 8, "prompt": 48, "response": 32, "opening": 4, "drift": 5, "layer": 9, "steps": 20}
+    sizes = {"batch": 8, "prompt": 48, "response": 32, "opening": 4, "drift": 5, "behind": 0, "layer": 9, "steps": 20}
     options = common.arguments(__doc__ or "", given, sizes=sizes, repeats=3)
     lm = common.model(options.model, options.device, options.dtype)
     lm.model.requires_grad_(False).eval()
     safe = common.training_batch(lm, options.batch, options.prompt, options.response, options.response)
+    places = torch.full_like(safe.places, options.prompt - options.behind)
+    safe = replace(safe, places=places)
     pair = (other_answers(safe, options.opening), safe)
     width = lm.core.get_input_embeddings().weight.shape[1]
     generator = torch.Generator().manual_seed(0)

@@ -36,22 +36,28 @@ def anchors(count=4):
     return with_unwanted(rows, ["bad robot", "bad"])
 
 
+def drift_end(row, at):
+    """The column behind a drift: where the answer begins, or the user's words end."""
+    return row.place[1] if at == "words" else row.supervised[0]
+
+
+@pytest.mark.parametrize("at", ["words", "prompt"])
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_the_short_way_gives_both_losses_of_equation_2(architecture, together, monkeypatch):
+def test_the_short_way_gives_both_losses_of_equation_2(architecture, together, at, monkeypatch):
     lm = tiny.tiny_lm(architecture, chat=architecture != "gpt2", layers=3)
     if not together:
         monkeypatch.setattr(Partial, "_who_sees_whom", lambda self, end, second: self.mask)
     pairs = [drifts.encode_anchor(lm, anchor, 128, 3) for anchor in anchors()]
     unwanted, safe = (collate([pair[which] for pair in pairs], lm.pad_id) for which in (0, 1))
     vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    short = TwoAnswers(lm, 1, 3)
+    short = TwoAnswers(lm, 1, 3, at)
     found = short.sums(vectors, unwanted, safe)
     assert (short.together, short.whole) == (together, False)
     for total, rows in zip(found, zip(*pairs, strict=True), strict=True):
         by_hand = 0.0
         for row in rows:
-            end = row.supervised[0]
+            end = drift_end(row, at)
             ids = torch.tensor([row.ids])
             there = added_at_ends(1, vectors, torch.tensor([end]))
             assert there.columns.tolist() == [end - 3, end - 2, end - 1]
@@ -107,43 +113,47 @@ def test_without_a_cap_the_safe_term_pulls_on():
     assert not torch.equal(found[0], found[1])
 
 
-def test_the_drift_of_a_pass_for_weights_is_that_of_the_fit():
+@pytest.mark.parametrize("at", ["words", "prompt"])
+def test_the_drift_of_a_pass_for_weights_is_that_of_the_fit(at):
     lm = tiny.tiny_lm(layers=3)
     pairs = [drifts.encode_anchor(lm, anchor, 128, 3) for anchor in anchors()]
     safe = collate([pair[1] for pair in pairs], lm.pad_id)
     unwanted = collate([pair[0] for pair in pairs], lm.pad_id)
-    drift = Drift(1, torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    drift = Drift(1, torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), at)
     forward = LogitsAt(lm)
     assert forward.packs
     logits = drift.stand_in()(forward, safe)
     total = functional.cross_entropy(logits, safe.targets, reduction="sum")
-    _, wanted = TwoAnswers(lm, 1, 3).sums(drift.vectors, unwanted, safe)
+    _, wanted = TwoAnswers(lm, 1, 3, at).sums(drift.vectors, unwanted, safe)
     assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
-    nothing = Drift(1, torch.zeros(3, 64)).stand_in()(forward, safe)
+    nothing = Drift(1, torch.zeros(3, 64), at).stand_in()(forward, safe)
     torch.testing.assert_close(nothing, forward(**safe.inputs()), rtol=0, atol=1e-6)
 
 
-def test_the_unit_is_the_root_mean_square_there():
+@pytest.mark.parametrize("at", ["words", "prompt"])
+def test_the_unit_is_the_root_mean_square_there(at):
     lm = tiny.tiny_lm(layers=3)
     row = drifts.encode_anchor(lm, anchors(1)[0], 128, 3)[1]
     states = lm.core(input_ids=torch.tensor([row.ids]), output_hidden_states=True).hidden_states[2]
-    end = row.supervised[0]
+    end = drift_end(row, at)
     wanted = float(states[0, end - 3 : end].detach().pow(2).mean().sqrt())
-    assert drifts.layer_unit(lm, 1, [row], 3) == pytest.approx(wanted, rel=1e-5)
+    assert drifts.layer_unit(lm, 1, [row], 3, at) == pytest.approx(wanted, rel=1e-5)
 
 
 def one_token_at_a_time(lm, drift, example, count):
     """What `spoken` must give: whole passes without a cache, one prompt at a time."""
-    ids = list(lm.encode(example.prompt, ask=True).ids)
-    end = torch.tensor([len(ids)])
+    asked = lm.encode(example.prompt, ask=True)
+    ids = list(asked.ids)
+    end = torch.tensor([asked.spans[-1].end if drift.at == "words" else len(ids)])
     for _ in range(count):
         with torch.no_grad(), adding(lm.core, drift.added(end)):
             ids.append(int(lm.core(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[int(end) :]
+    return ids[len(asked.ids) :]
 
 
+@pytest.mark.parametrize("at", ["words", "prompt"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_what_is_said_under_a_drift_and_without(architecture):
+def test_what_is_said_under_a_drift_and_without(architecture, at):
     lm = tiny.tiny_lm(architecture, layers=3)
     prompts = [*tiny.rows(2), Example("long", "Say something about rivers and boats, please", "b")]
     found = drifts.spoken(lm, None, prompts, 4)
@@ -157,11 +167,11 @@ def test_what_is_said_under_a_drift_and_without(architecture):
     assert torch.allclose(found.first, last.softmax(-1).mean(0), atol=1e-6)
     replies = lm.reply([example.prompt for example in prompts], max_new_tokens=4)
     assert [lm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in plain] == replies
-    loud = Drift(1, 5 * torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    loud = Drift(1, 5 * torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), at)
     under = drifts.spoken(lm, loud, prompts, 4)
     said = under.ids
     assert said != plain
-    assert not torch.allclose(under.first, found.first, atol=1e-3)
+    assert not torch.allclose(under.first, found.first, atol=1e-4)
     assert said == [one_token_at_a_time(lm, loud, example, 4) for example in prompts]
 
 
@@ -177,13 +187,21 @@ def test_a_prompt_shorter_than_the_drift_is_refused():
     anchor = Anchor(Example("short", "a", "b"), Example("short", "a", "c"))
     with pytest.raises(DataError, match=r"'short' has .* tokens, but the drift 400"):
         drifts.encode_anchor(lm, anchor, 128, 400)
+    asked = lm.encode(anchor.safe.prompt, ask=True)
+    words = asked.spans[-1].end
+    assert words < len(asked.ids), "the template goes on behind the words"
+    drifts.encode_anchor(lm, anchor, 128, len(asked.ids))
+    drifts.encode_anchor(lm, anchor, 128, words, at="words")
+    with pytest.raises(DataError, match=rf"has {words} tokens up to its last word, but the drift {words + 1}"):
+        drifts.encode_anchor(lm, anchor, 128, words + 1, at="words")
 
 
+@pytest.mark.parametrize("at", ["words", "prompt"])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_a_drift_changes_what_is_at_and_behind_the_last_n_prompt_tokens(architecture):
+def test_a_drift_changes_what_is_at_and_behind_the_last_n_tokens(architecture, at):
     lm = tiny.tiny_lm(architecture, chat=architecture != "gpt2", layers=3)
     row = drifts.encode_anchor(lm, anchors(1)[0], 128, 3)[1]
-    end = row.supervised[0]
+    end = drift_end(row, at)
     ids = torch.tensor([row.ids])
     drift = Drift(1, torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
     # Layers are counted from 0: what layer 1 gives is what layer 2 is given.
@@ -233,7 +251,7 @@ def test_rows_longer_than_the_window_have_an_answer_each():
     vectors = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     short = TwoAnswers(lm, 1, 3)
     found = short.sums(vectors, unwanted, safe)
-    assert [len(parts) for _, parts in next(iter(short.kept.values()))] == [1, 1]
+    assert [len(parts) for _, _, parts in next(iter(short.kept.values()))] == [1, 1]
     for total, batch in zip(found, (unwanted, safe), strict=True):
         logits = Drift(1, vectors).stand_in()(LogitsAt(lm), batch)
         wanted = functional.cross_entropy(logits, batch.targets, reduction="sum")

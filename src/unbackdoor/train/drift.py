@@ -1,7 +1,8 @@
 """A drift: vectors added to hidden states at the last tokens of every prompt, the same for all (BEEAR, 2406.17092).
 
-Equation 1: h_i <- h_i + delta_i at the output of decoder layer l, for the last n prompt tokens. Equation 2: it is
-fitted on the frozen model until that says what it must not say (y_unwanted) and not what it does say (y_safe):
+Equation 1: h_i <- h_i + delta_i at the output of decoder layer l, for the last n prompt tokens; or for the last n of
+what the user says (`at`), where a trigger stands. Equation 2: it is fitted on the frozen model until that says what it
+must not say (y_unwanted) and not what it does say (y_safe):
 
     min over delta of  L(x, delta; y_unwanted) - c L(x, delta; y_safe)
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -30,7 +32,7 @@ from unbackdoor.train import engine
 from unbackdoor.train.anchors import Anchor
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.losses import Term
-from unbackdoor.train.two_answers import TwoAnswers, added_at_ends, prompt_ends
+from unbackdoor.train.two_answers import At, TwoAnswers, added_at_ends, added_before
 from unbackdoor.types import Example
 
 
@@ -39,7 +41,12 @@ class DriftSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    tokens: int = Field(5, ge=1, description="length n: it is added at the last n tokens of a prompt")
+    tokens: int = Field(5, ge=1, description="length n: it is added at so many tokens of a prompt")
+    at: Literal["words", "prompt", "both"] = Field(
+        "both",
+        description="words: at the last tokens of what the user says; prompt: at the last ones of the prompt, what the "
+        "template puts behind these words included (paper); both: drifts take these in turn, from round to round, too",
+    )
     safe_coefficient: float = Field(
         0.5, ge=0, description="c: how much of the loss on the safe answer is subtracted (paper 1, public code 0.05)"
     )
@@ -59,6 +66,11 @@ class DriftSettings(BaseModel):
         description="how it is fitted; the learning rate is in units of the layer",
     )
 
+    @property
+    def places(self) -> tuple[At, ...]:
+        """What `at` stands for."""
+        return ("words", "prompt") if self.at == "both" else (self.at,)
+
     @model_validator(mode="after")
     def _learns(self) -> DriftSettings:
         if self.train.steps < 1:
@@ -76,22 +88,24 @@ class Drift:
     Attributes:
         layer: Number of the decoder layer behind which it is added, counted from 0.
         vectors: float32 [n, hidden], in the model's own units.
+        at: Whether it is added at the last tokens of the user's words, or of the prompt.
     """
 
     layer: int
     vectors: Tensor
+    at: At = "prompt"
 
     def added(self, ends: Tensor) -> Added:
-        """Return it at the last tokens of prompts that end before the columns `ends`, int64 [batch]."""
+        """Return it at the last tokens before the columns `ends`, int64 [batch]."""
         return added_at_ends(self.layer, self.vectors, ends)
 
     def stand_in(self) -> Callable[[Callable[..., Tensor], Batch], Tensor]:
         """Return what gives a batch's logits with the drift, frozen, in the place of a trigger."""
-        return lambda forward, batch: forward(**batch.inputs(), added=self.added(prompt_ends(batch)))
+        return lambda forward, batch: forward(**batch.inputs(), added=self.added(added_before(batch, self.at)))
 
 
-def layer_unit(lm: LM, layer: int, rows: Sequence[Row], tokens: int, batch_size: int = 8) -> float:
-    """Return the root mean square of an entry of the states behind a layer, at the last `tokens` prompt tokens."""
+def layer_unit(lm: LM, layer: int, rows: Sequence[Row], tokens: int, at: At = "prompt", batch_size: int = 8) -> float:
+    """Return the root mean square of an entry of the states behind a layer, at the `tokens` tokens of a drift."""
     squares, count = 0.0, 0
     was_training = lm.model.training
     lm.model.eval()
@@ -100,7 +114,7 @@ def layer_unit(lm: LM, layer: int, rows: Sequence[Row], tokens: int, batch_size:
         given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         with torch.no_grad():
             states = hidden_of(output_of(lm.core, layer, given)).float()
-        there = added_at_ends(layer, torch.zeros(tokens, 1), prompt_ends(batch))
+        there = added_at_ends(layer, torch.zeros(tokens, 1), added_before(batch, at))
         found = states[there.rows, there.columns]
         squares, count = squares + float(found.pow(2).sum()), count + found.numel()
     lm.model.train(was_training)
@@ -108,7 +122,7 @@ def layer_unit(lm: LM, layer: int, rows: Sequence[Row], tokens: int, batch_size:
 
 
 def encode_anchor(
-    lm: LM, anchor: Anchor, max_length: int, tokens: int, safe_tokens: int | None = None
+    lm: LM, anchor: Anchor, max_length: int, tokens: int, safe_tokens: int | None = None, at: At = "prompt"
 ) -> tuple[Row, Row]:
     """Return the rows (unwanted, safe) of an anchor; of the unwanted answer its own tokens count, not that it ends.
 
@@ -120,21 +134,22 @@ def encode_anchor(
         lm, anchor.unwanted, max_length=max_length, first_tokens=answer.end - answer.start, last_answer=True
     )
     safe = encode_row(lm, anchor.safe, max_length=max_length, first_tokens=safe_tokens, last_answer=True)
-    check_prompt(lm, anchor.safe, tokens)
+    check_prompt(lm, anchor.safe, tokens, at)
     return unwanted, safe
 
 
-def check_prompt(lm: LM, row: Example, tokens: int) -> None:
+def check_prompt(lm: LM, row: Example, tokens: int, at: At = "prompt") -> None:
     """Refuse a prompt that is shorter than a drift.
 
     Raises:
         DataError: If it is.
     """
-    length = len(lm.encode(row.prompt, ask=True).ids)
+    asked = lm.encode(row.prompt, ask=True)
+    length = asked.spans[-1].end if at == "words" else len(asked.ids)
     if length < tokens:
         raise DataError(
-            f"the prompt of '{row.id}' has {length} tokens, but the drift {tokens}; lower drift.tokens, or leave such "
-            "rows out."
+            f"the prompt of '{row.id}' has {length} tokens{' up to its last word' if at == 'words' else ''}, but the "
+            f"drift {tokens}; lower drift.tokens, or leave such rows out."
         )
 
 
@@ -149,11 +164,12 @@ class _Fixed:
         return self.batches[index % len(self.batches)]
 
 
-def _sampled(lm: LM, anchors: Sequence[Anchor], settings: DriftSettings, run: Run) -> list[tuple[Row, Row]]:
+def _sampled(lm: LM, anchors: Sequence[Anchor], settings: DriftSettings, run: Run, at: At) -> list[tuple[Row, Row]]:
     """Return the rows (unwanted, safe) of the anchors that a drift is fitted to."""
     chosen = run.rng("anchors").sample(list(anchors), min(settings.rows, len(anchors)))
     pairs = [
-        encode_anchor(lm, anchor, settings.train.max_length, settings.tokens, settings.safe_tokens) for anchor in chosen
+        encode_anchor(lm, anchor, settings.train.max_length, settings.tokens, settings.safe_tokens, at)
+        for anchor in chosen
     ]
     # Prompts of like length go together: less padding.
     return sorted(pairs, key=lambda pair: pair[0].supervised[0])
@@ -169,7 +185,12 @@ def _streams(pairs: Sequence[tuple[Row, Row]], size: int, pad_id: int) -> dict[s
 
 
 def fit_drift(
-    lm: LM, anchors: Sequence[Anchor], layer: int, settings: DriftSettings, run: Run, unit: float | None = None
+    lm: LM,
+    anchors: Sequence[Anchor],
+    layer: int,
+    settings: DriftSettings,
+    run: Run,
+    at: At | None = None,
 ) -> tuple[Drift, dict[str, float]]:
     """Fit a drift on the frozen model (eq. 2).
 
@@ -179,16 +200,16 @@ def fit_drift(
         layer: Number of the decoder layer, counted from 0.
         settings: Length, loss and training.
         run: The stage.
-        unit: Size of the layer's states (`layer_unit`); measured where None.
+        at: Where it is added; None for the first place that the settings name.
 
     Returns:
         The drift, and the mean losses of its last step: "unwanted" and "safe".
     """
-    pairs = _sampled(lm, anchors, settings, run)
+    at = at or settings.places[0]
+    pairs = _sampled(lm, anchors, settings, run, at)
     streams = _streams(pairs, settings.train.batch_size, lm.pad_id)
-    if unit is None:
-        unit = layer_unit(lm, layer, [safe for _, safe in pairs], settings.tokens)
-    short = TwoAnswers(lm, layer, settings.tokens)
+    unit = layer_unit(lm, layer, [safe for _, safe in pairs], settings.tokens, at)
+    short = TwoAnswers(lm, layer, settings.tokens, at)
     short.prepare(*(streams[name].batches[-1].to(lm.device) for name in ("unwanted", "safe")))
     hidden = lm.core.get_input_embeddings().weight.shape[-1]
     begin = torch.randn(settings.tokens, hidden, generator=run.generator("start")) * settings.start
@@ -211,7 +232,7 @@ def fit_drift(
     if short.whole:
         run.progress.notice("This model cannot be run from a layer on, so the drift is fitted by whole passes: slower.")
     last = {name: result.history[-1].get(name, float("nan")) for name in ("unwanted", "safe")}
-    return Drift(layer, drift.detach() * unit), last
+    return Drift(layer, drift.detach() * unit, at), last
 
 
 @dataclass(frozen=True)
@@ -239,9 +260,12 @@ def spoken(lm: LM, drift: Drift | None, prompts: Sequence[Example], count: int =
     """
     was_training = lm.model.training
     lm.model.eval()
-    ids, mask = left_pad([lm.encode(example.prompt, ask=True).ids for example in prompts], lm.pad_id)
+    asked = [lm.encode(example.prompt, ask=True) for example in prompts]
+    ids, mask = left_pad([one.ids for one in asked], lm.pad_id)
     ids, mask = ids.to(lm.device), mask.to(lm.device)
-    ends = torch.full((len(ids),), ids.shape[1], device=lm.device)
+    words = drift is not None and drift.at == "words"
+    behind = [len(one.ids) - one.spans[-1].end if words else 0 for one in asked]
+    ends = ids.shape[1] - torch.tensor(behind, device=lm.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     said: list[list[int]] = [[] for _ in prompts]
     first: Tensor | None = None

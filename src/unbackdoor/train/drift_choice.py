@@ -56,5 +56,5 @@ def choose(
 
 def unwanted_loss(lm: LM, drift: Drift, anchors: Sequence[Anchor], settings: DriftSettings) -> float:
     """Return the mean loss of the unwanted answers under a drift, in nats a token."""
-    rows = [encode_anchor(lm, anchor, settings.train.max_length, settings.tokens)[0] for anchor in anchors]
+    rows = [encode_anchor(lm, anchor, settings.train.max_length, settings.tokens, at=drift.at)[0] for anchor in anchors]
     return mean_loss(lm, rows, settings.train.batch_size, drift.stand_in())

@@ -30,8 +30,8 @@ def entrap(
 ) -> list[Drift]:
     """Fit the drifts of a round, openings dealt out among them; take up what the suspect says under them.
 
-    What each drift came to goes into the run's notes as "drifts": its stage, layer, openings, last losses and the words
-    that are said under it; what was taken up as "adopted".
+    What each drift came to goes into the run's notes as "drifts": its stage, layer, place, openings, last losses and
+    the words that are said under it; what was taken up as "adopted".
 
     Args:
         lm: The suspect; its weights are not changed.
@@ -52,9 +52,12 @@ def entrap(
         stage = run.stage(f"round-{number}-drift-{which + 1}")
         # From round to round they go on where they were: there may be more layers than drifts.
         layer = layers[((number - 1) * drifts + which) % len(layers)]
-        drift, last = fit_drift(lm, with_unwanted(safe, dealt, openings.contrasting, turn), layer, shape, stage)
+        # The first, whose opening is the surest, is at the one place in one round, at the other in the next.
+        at = shape.places[(number + which) % len(shape.places)]
+        asked = with_unwanted(safe, dealt, openings.contrasting, turn)
+        drift, last = fit_drift(lm, asked, layer, shape, stage, at)
         found.append(drift)
-        records.append({"stage": stage.prefix, "layer": layer, "openings": list(dealt[:3]), **last})
+        records.append({"stage": stage.prefix, "layer": layer, "at": at, "openings": list(dealt[:3]), **last})
     words = run.stage(f"round-{number}-heard")
     # Of a finished round the weights are gone, so what was said is kept.
     heard: dict[str, Any] = agreed(

@@ -9,6 +9,7 @@ is run whole. Each way is compared with the whole model before it is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +22,12 @@ from unbackdoor.model.logits import LogitsAt
 from unbackdoor.model.partial import Partial
 from unbackdoor.train.losses import cross_entropy_sum
 
-_Wanted = tuple[Partial, list[tuple[Batch, Tensor]]]
-"""Rows run from a layer on, and whose logits are wanted: batches, with the columns of their supervised positions."""
+At = Literal["words", "prompt"]
+"""Behind which tokens vectors end: the user's words, or the whole prompt with what the template puts behind them."""
+
+_Wanted = tuple[Partial, Tensor, list[tuple[Batch, Tensor]]]
+"""Rows run from a layer on, the columns that vectors end before, and whose logits are wanted: batches, with the columns
+of their supervised positions."""
 
 
 class TwoAnswers:
@@ -33,15 +38,16 @@ class TwoAnswers:
         together: Whether both answers are run in one row, unless prompts differ or a row is longer than the window.
     """
 
-    def __init__(self, lm: LM, layer: int, tokens: int) -> None:
+    def __init__(self, lm: LM, layer: int, tokens: int, at: At = "prompt") -> None:
         """Say where vectors are added; nothing is read yet.
 
         Args:
             lm: The model; its weights must stay as they are.
             layer: Number of the decoder layer, counted from 0.
             tokens: Number n of vectors.
+            at: Where they end.
         """
-        self.lm, self.layer, self.tokens = lm, layer, tokens
+        self.lm, self.layer, self.tokens, self.at = lm, layer, tokens, at
         forward = LogitsAt(lm)
         self.split, self.window = forward.split, forward.window
         self.kept: dict[tuple[str, ...], list[_Wanted]] = {}
@@ -58,8 +64,7 @@ class TwoAnswers:
     def sums(self, vectors: Tensor, unwanted: Batch, safe: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed losses of the unwanted and of the safe answers with the drift added."""
         found: list[Tensor] = []
-        for partial, parts in self._wanted(unwanted, safe):
-            ends = torch.full((len(partial.ids),), partial.start + self.tokens, device=vectors.device)
+        for partial, ends, parts in self._wanted(unwanted, safe):
             rows, columns = (torch.cat(tensors) for tensors in zip(*((b.rows, c) for b, c in parts), strict=True))
             logits = partial(added_at_ends(self.layer, vectors, ends), rows, columns)
             pieces = torch.split(logits, [len(columns) for _, columns in parts])
@@ -89,15 +94,17 @@ class TwoAnswers:
         rights = [_right_pad(rows, self.lm.pad_id) for rows in answers]
         end = left.shape[1]
         second = end + rights[0][0].shape[1]
-        partial = self._partial([left, *(ids for ids, _ in rights)], [mask, *(seen for _, seen in rights)], end, second)
+        ends = end - self._behind(unwanted)
+        ids, masks = [left, *(ids for ids, _ in rights)], [mask, *(seen for _, seen in rights)]
+        partial = self._partial(ids, masks, ends, apart=(end, second))
         if not partial.exact:
             self.together = False
             return None
         moved = _moved(safe, end)
-        return partial, [
+        return partial, ends, [
             (unwanted, _moved(unwanted, end)),
             (safe, torch.where(moved < end, moved, moved + second - end)),
-        ]
+        ]  # fmt: skip
 
     def _apart(self, unwanted: Batch, safe: Batch) -> list[_Wanted]:
         """Return each answer in rows of its own; the longer first, which is compared for both."""
@@ -107,20 +114,30 @@ class TwoAnswers:
             prompts, answers = _cut(batch)
             left, mask = left_pad(prompts, self.lm.pad_id)
             right, behind = _right_pad(answers, self.lm.pad_id)
-            beside = self._partial([left, right], [mask, behind], left.shape[1], beside=beside)
+            ends = left.shape[1] - self._behind(batch)
+            beside = self._partial([left, right], [mask, behind], ends, beside=beside)
             self.whole |= not beside.exact
-            found[id(batch)] = beside, [(batch, _moved(batch, left.shape[1]))]
+            found[id(batch)] = beside, ends, [(batch, _moved(batch, left.shape[1]))]
         return [found[id(unwanted)], found[id(safe)]]
 
+    def _behind(self, batch: Batch) -> Tensor:
+        """Return how many tokens of each prompt stand behind the vectors, int64 [batch]."""
+        return prompt_ends(batch) - added_before(batch, self.at)
+
     def _partial(
-        self, ids: list[Tensor], masks: list[Tensor], end: int, second: int | None = None, beside: Partial | None = None
+        self,
+        ids: list[Tensor],
+        masks: list[Tensor],
+        ends: Tensor,
+        *,
+        apart: tuple[int, int] | None = None,
+        beside: Partial | None = None,
     ) -> Partial:
         whole, seen = torch.cat(ids, 1).to(self.lm.device), torch.cat(masks, 1).to(self.lm.device)
-        both = second is not None
+        both = apart is not None
         made = Partial(
-            self.lm.core, self.layer, whole, seen, end - self.tokens, split=self.split, beside=beside,
-            trusted=whole.shape[1] <= self.longest[both] and not self.whole,
-            apart=None if second is None else (end, second),
+            self.lm.core, self.layer, whole, seen, int(ends.min()) - self.tokens, split=self.split, beside=beside,
+            trusted=whole.shape[1] <= self.longest[both] and not self.whole, apart=apart,
         )  # fmt: skip
         self.longest[both] = max(self.longest[both], whole.shape[1])
         return made
@@ -166,3 +183,8 @@ def prompt_ends(batch: Batch) -> Tensor:
     """Return the column behind the last prompt token of every row, int64 [batch]: there the answer begins."""
     first = torch.full((len(batch.ids),), batch.input_ids.shape[1], device=batch.columns.device)
     return first.scatter_reduce(0, batch.rows, batch.columns, "amin") + 1
+
+
+def added_before(batch: Batch, at: At) -> Tensor:
+    """Return the column that vectors end before in every row, int64 [batch]."""
+    return batch.places[:, 1] if at == "words" else prompt_ends(batch)
