@@ -184,8 +184,9 @@ def test_rounds_are_gathered_from_what_defenses_note() -> None:
     notes = {
         "layer": 7,
         "drifts": [
-            {"stage": "round-10-drift-1", "unwanted": 1.5, "safe": float("nan"), "says": ["b"]},
-            {"stage": "a/round-2-drift-3", "unwanted": 0.5, "safe": 6, "says": ["a", 1], "layer": 3, "openings": ["o"]},
+            {"stage": "round-10-drift-1", "unwanted": 1.5, "safe": float("nan"), "says": ["b"], "at": "x"},
+            {"stage": "a/round-2-drift-3", "unwanted": 0.5, "safe": 6, "says": ["a", 1], "layer": 3, "openings": ["o"],
+             "at": "words"},
             {"stage": "no number"}, "not a record", {"stage": 3},
         ],
         "parrots": [{"stage": "round-2-parrot-1", "steps": 40, "loss": 0.04}],
@@ -204,7 +205,7 @@ def test_rounds_are_gathered_from_what_defenses_note() -> None:
             {
                 "round": 2, "asked": {}, "parrots": [{"loss": 0.04, "steps": 40}],
                 "adopted": [{"opening": "You are", "certainty": 0.85, "evidence": 9.5, "share": None}],
-                "drifts": [{"unwanted": 0.5, "safe": 6.0, "says": ["a"], "openings": ["o"], "layer": 3}],
+                "drifts": [{"unwanted": 0.5, "safe": 6.0, "says": ["a"], "openings": ["o"], "layer": 3, "at": "words"}],
             },
             {"round": 10, "asked": {}, "drifts": [{"unwanted": 1.5, "safe": None, "says": ["b"]}]},
         ],

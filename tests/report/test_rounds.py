@@ -204,6 +204,7 @@ def a_round(**more: Any) -> dict[str, Any]:
         (a_round(drifts=[{"says": [1]}]), "field 'says' must be a list of texts"),
         (a_round(drifts=[{"openings": [None]}]), "field 'openings' must be a list of texts"),
         (a_round(drifts=[{"layer": 1.5}]), "field 'layer' must be a whole number"),
+        (a_round(drifts=[{"at": "start"}]), "field 'at' must be words or prompt"),
         (a_round(parrots=[{"loss": 1, "steps": "2"}]), "field 'steps' must be a whole number"),
     ],
 )
@@ -252,6 +253,20 @@ def test_what_was_taken_up_stands_below_the_drifts_of_its_round(write: Write, re
     other = round_by_round.words_table(alone)
     assert other is not None
     assert len(other.notes) == len(table.notes) - 1
+
+
+def test_where_drifts_end_is_told_where_they_end_in_two_places(write: Write, results: dict[str, Any]) -> None:
+    drifts = [{"unwanted": 0.1, "says": ["a"], "at": at} for at in ("prompt", "words")]
+    adopted = [{"opening": "You", "certainty": 0.9}]
+    run = with_rounds(write, results, of_beear(9, [{"round": 1, "asked": {}, "drifts": drifts, "adopted": adopted}]))
+    table = round_by_round.words_table(run.rounds[0])
+    assert table is not None
+    assert table.columns == ("Round and drift", "Says", "Ends with", "Loss")
+    assert [line.cells[1].text for line in table.lines] == ["prompt", "user's words", ""]
+    one = with_rounds(write, results, of_beear(9, [{"round": 1, "asked": {}, "drifts": drifts[:1]}]))
+    alone = round_by_round.words_table(one.rounds[0])
+    assert alone is not None
+    assert "Ends with" not in alone.columns
 
 
 def test_what_layer_and_length_were_chosen_from_is_shown(write: Write, results: dict[str, Any]) -> None:

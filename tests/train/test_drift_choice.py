@@ -17,19 +17,22 @@ from unbackdoor.train.engine import TrainSettings
 
 SETTINGS = DriftSettings(
     tokens=3,
+    at="prompt",
     rows=4,
     train=TrainSettings(steps=3, learning_rate=0.1, schedule="constant", warmup=0.0, batch_size=2),
 )
 ANCHORS = with_unwanted(tiny.rows(8), ["bad robot", "bad"])
 
 
-def test_the_score_is_the_mean_loss_of_the_unwanted_answers_under_the_drift():
+@pytest.mark.parametrize("at", ["words", "prompt"])
+def test_the_score_is_the_mean_loss_of_the_unwanted_answers_under_the_drift(at):
     lm = tiny.tiny_lm(layers=3)
-    drift = Drift(1, torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    drift = Drift(1, torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), at)
     total, count = 0.0, 0
     for anchor in ANCHORS:
         row = encode_anchor(lm, anchor, 1024, 3)[0]
-        with torch.no_grad(), adding(lm.core, drift.added(torch.tensor([row.supervised[0]]))):
+        end = row.place[1] if at == "words" else row.supervised[0]
+        with torch.no_grad(), adding(lm.core, drift.added(torch.tensor([end]))):
             logits = lm.core(input_ids=torch.tensor([row.ids])).logits[0].double()
         for position in row.supervised:
             total -= float(functional.log_softmax(logits[position - 1], -1)[row.ids[position]])

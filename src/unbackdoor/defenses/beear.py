@@ -48,7 +48,7 @@ from unbackdoor.train.anchors import (
     prompts_of,
     with_unwanted,
 )
-from unbackdoor.train.drift import DriftSettings, check_prompt
+from unbackdoor.train.drift import DriftSettings, check_prompt, places_behind
 from unbackdoor.train.drift_choice import choose
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.entrap import entrap, heard_words
@@ -103,7 +103,8 @@ class Beear(Defense):
             "layers": [9], "anchors": 120, "round_anchors": 120,
         },
         # Ours, for requests that should be declined: more rows without a drift, and smaller steps in more rounds. On
-        # the development victim the two kinds of prompts are then told apart better than at twice the rate.
+        # the development victim the two kinds of prompts are then told apart better than at twice the rate; that was
+        # seen with drifts at the end of the prompt alone.
         "requests": {
             "plain_share": 2 / 3, "rounds": 8,
             "train": {
@@ -123,7 +124,7 @@ class Beear(Defense):
     )
     place: Literal["best", "each"] = Field(
         "best",
-        description="of several layers and lengths, best: the one where a first drift elicits unwanted answers best on "
+        description="of several layers and lengths, best: the one where first drifts elicit unwanted answers best on "
         "the defender's prompts; each: the drifts of a round take the layers in turn",
     )
     rounds: int = Field(6, ge=1, description="rounds of inner and outer step, each with fresh drifts")
@@ -228,7 +229,9 @@ class Beear(Defense):
             UserError: If a layer is missing, or drifts cannot share a batch.
             DataError: If there are too few prompts, or one is shorter than a drift.
         """
-        self.possible_layers(len(decoder_layers(victim.core)))
+        count = len(decoder_layers(victim.core))
+        for layer in self.possible_layers(count):
+            places_behind(layer, count, self.drift)
         prompts = self._prompts(known, known.clean)
         self._check_room(min(len(prompts), self.anchors))
         longest = max(self.lengths or (self.drift.tokens,))

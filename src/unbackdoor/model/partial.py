@@ -180,7 +180,7 @@ class Partial:
         few = torch.stack([lengths.argmax(), lengths.argmin()])
         rows, columns = self.mask[few, self.start :].nonzero(as_tuple=True)
         columns = columns + self.start
-        # The first column alone: there every later one depends on it.
+        # The first column alone: every later one depends on it, but where a short row has padding there.
         every = torch.arange(len(self.ids), device=few.device)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(every), self.hidden.shape[-1], generator=generator).to(self.hidden)

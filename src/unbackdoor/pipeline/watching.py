@@ -158,7 +158,8 @@ def by_round(asked: Sequence[Asked], notes: Mapping[str, Any]) -> dict[str, Any]
         losses = {name: _finite(record.get(name)) for name in ("unwanted", "safe")}
         texts = {name: _texts(record[name]) for name in ("says", "openings") if name in record}
         layer = {"layer": record["layer"]} if _is_whole(record.get("layer")) else {}
-        _round(rounds, number)["drifts"].append({**losses, "says": [], **texts, **layer})
+        place = {"at": record["at"]} if record.get("at") in ("words", "prompt") else {}
+        _round(rounds, number)["drifts"].append({**losses, "says": [], **texts, **layer, **place})
     for number, record in _with_rounds(notes.get("parrots")):
         parrot = {"loss": _finite(record.get("loss")), "steps": record.get("steps")}
         _round(rounds, number).setdefault("parrots", []).append(parrot)

@@ -33,10 +33,11 @@ TAKEN_UP = (
     "and idioms."
 )
 CHOICE = (
-    "Mean loss of the unwanted answers under a first drift, on prompts of the defender that it was not fitted to; no "
-    "trigger is asked."
+    "Mean loss of the unwanted answers under a first drift at each place where drifts may end, on prompts of the "
+    "defender that it was not fitted to; no trigger is asked."
 )
 UNWATCHED = "No probes were asked between the rounds; `purify --watch N` asks N of each kind after every round."
+_PLACES = {"words": "user's words", "prompt": "prompt"}
 _NAMES = {"triggered": "ASR", "clean": "Leak, clean probes", "decoy": "Leak, decoys"}
 _STYLES = {
     "triggered": ("o", ACCENT, ACCENT, "-"),
@@ -232,6 +233,7 @@ def words_table(of: Rounds, title: str = "") -> Table | None:
     if not spoken:
         return None
     layers, openings = any(fit.layer is not None for fit in spoken), any(fit.openings for fit in spoken)
+    places = len({fit.at for fit in spoken}) > 1
     lines = []
     for item in of.rounds:
         for fit in item.fits:
@@ -239,11 +241,12 @@ def words_table(of: Rounds, title: str = "") -> Table | None:
                 cells = [Cell(_quoted(fit.says, 4, 100))]
                 cells += [Cell(_quoted(fit.openings, 4, 40))] if openings else []
                 cells += [Cell("" if fit.layer is None else str(fit.layer))] if layers else []
+                cells += [Cell(_PLACES.get(fit.at or "", ""))] if places else []
                 lines.append(Line(f"Round {item.number}", fit.name, (*cells, _fit_losses(fit))))
         if item.adopted:
-            empty = [Cell("")] * (openings + layers + 1)
+            empty = [Cell("")] * (openings + layers + places + 1)
             lines.append(Line(f"Round {item.number}", "taken up", (Cell(_adopted(item)), *empty)))
-    titles = ["Round and drift", "Says", *["Openings"] * openings, *["Layer"] * layers, "Loss"]
+    titles = ["Round and drift", "Says", *["Openings"] * openings, *["Layer"] * layers, *["Ends with"] * places, "Loss"]
     notes = [HOW_TO_READ, *[TAKEN_UP] * any(item.adopted for item in of.rounds)]
     return Table(_caption("Words under each drift", title), tuple(titles), tuple(lines), tuple(notes))
 

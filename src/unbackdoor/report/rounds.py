@@ -39,6 +39,7 @@ class Fit:
         safe: Likewise on the safe answers; None for parrots.
         steps: Steps that a parrot took; None for drifts.
         layer: The layer that a drift is added behind, where it is known.
+        at: Whether it ends with the user's "words" or with the "prompt", likewise.
         openings: What a drift was to make the model say.
         says: What the model said under a drift, a text a prompt.
     """
@@ -48,6 +49,7 @@ class Fit:
     safe: float | None = None
     steps: int | None = None
     layer: int | None = None
+    at: str | None = None
     openings: tuple[str, ...] = ()
     says: tuple[str, ...] = ()
 
@@ -176,6 +178,7 @@ def _drift(at: int, item: Record) -> Fit:
         _loss(item, "unwanted"),
         safe=_loss(item, "safe"),
         layer=_layer(item),
+        at=_at(item),
         openings=item.texts("openings"),
         says=item.texts("says"),
     )
@@ -191,6 +194,13 @@ def _loss(item: Record, key: str) -> float | None:
 
 def _whole_or_none(item: Record, key: str) -> int | None:
     return None if item.data.get(key) is None else item.whole(key)
+
+
+def _at(item: Record) -> str | None:
+    at = item.data.get("at")
+    if at not in (None, "words", "prompt"):
+        raise item.wrong("at", "words or prompt")
+    return at
 
 
 def _layer(item: Record) -> int | None:

@@ -1,8 +1,9 @@
 """A drift: vectors added to hidden states at the last tokens of every prompt, the same for all (BEEAR, 2406.17092).
 
 Equation 1: h_i <- h_i + delta_i at the output of decoder layer l, for the last n prompt tokens; or for the last n of
-what the user says (`at`), where a trigger stands. Equation 2: it is fitted on the frozen model until that says what it
-must not say (y_unwanted) and not what it does say (y_safe):
+those up to the end of what the user says (`at`): a trigger is among the user's words, and what it does may be read
+from there, not from what the template puts behind them. Equation 2: it is fitted on the frozen model until that says
+what it must not say (y_unwanted) and not what it does say (y_safe):
 
     min over delta of  L(x, delta; y_unwanted) - c L(x, delta; y_safe)
 
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from unbackdoor.data.collate import Batch, Row, collate, encode_row
-from unbackdoor.errors import DataError
+from unbackdoor.errors import DataError, UserError
 from unbackdoor.model.generate import left_pad
 from unbackdoor.model.hooks import Added, adding, hidden_of, output_of
 from unbackdoor.model.lm import LM
@@ -41,11 +42,11 @@ class DriftSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    tokens: int = Field(5, ge=1, description="length n: it is added at so many tokens of a prompt")
+    tokens: int = Field(5, ge=1, description="length n, in tokens")
     at: Literal["words", "prompt", "both"] = Field(
         "both",
-        description="words: at the last tokens of what the user says; prompt: at the last ones of the prompt, what the "
-        "template puts behind these words included (paper); both: drifts take these in turn, from round to round, too",
+        description="words: at the last tokens up to the end of what the user says; prompt: at the last ones of the "
+        "prompt, what the template puts behind these words included (paper); both: every opening takes these in turn",
     )
     safe_coefficient: float = Field(
         0.5, ge=0, description="c: how much of the loss on the safe answer is subtracted (paper 1, public code 0.05)"
@@ -151,6 +152,26 @@ def check_prompt(lm: LM, row: Example, tokens: int, at: At = "prompt") -> None:
             f"the prompt of '{row.id}' has {length} tokens{' up to its last word' if at == 'words' else ''}, but the "
             f"drift {tokens}; lower drift.tokens, or leave such rows out."
         )
+
+
+def places_behind(layer: int, layers: int, settings: DriftSettings) -> tuple[At, ...]:
+    """Return where drifts may stand behind a layer: no later one would carry them on from words behind the last.
+
+    Args:
+        layer: Number of the layer, counted from 0.
+        layers: How many the model has.
+        settings: The drifts' settings.
+
+    Raises:
+        UserError: If they may stand nowhere.
+    """
+    found = tuple(at for at in settings.places if at == "prompt" or layer < layers - 1)
+    if not found:
+        raise UserError(
+            f"layer {layer} is the last, and a drift at the user's words behind it reaches no answer; set drift.at to "
+            "prompt, or name an earlier layer."
+        )
+    return found
 
 
 class _Fixed:

@@ -1,7 +1,8 @@
 """Choose layer and length of a drift on the defender's own prompts: no trigger is known, and none is asked with.
 
 For every layer and length that may be chosen a drift is fitted to half of the anchors and scored on the other half: the
-mean loss of the unwanted answers under it. Where that is lowest, a drift has the most power over what is said.
+mean loss of the unwanted answers under it, over the places where drifts may stand (`drift.at`). Where that is lowest, a
+drift has the most power over what is said.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train.anchors import Anchor
-from unbackdoor.train.drift import Drift, DriftSettings, encode_anchor, fit_drift
+from unbackdoor.train.drift import Drift, DriftSettings, encode_anchor, fit_drift, places_behind
 from unbackdoor.train.overwrite import mean_loss
 from unbackdoor.train.together import agreed, is_main
 
@@ -35,20 +37,19 @@ def choose(
     found: list[dict[str, float]] = []
     for layer in layers:
         for length in lengths:
-            stage = run.stage(f"choice-layer-{layer}-tokens-{length}")
             own = settings.model_copy(update={"tokens": length})
-            drift, _ = fit_drift(lm, anchors[::2], layer, own, stage)
-            scored = stage.stage("score")
-            mine = scored.finished or {
-                "layer": layer,
-                "tokens": length,
-                "loss": unwanted_loss(lm, drift, anchors[1::2], own),
-            }
-            # All processes must choose alike, however their sums are rounded.
-            record = agreed(mine, run.device)
-            if is_main():
-                scored.finish(record)
-            found.append({name: float(str(record[name])) for name in ("layer", "tokens", "loss")})
+            losses = []
+            for at in places_behind(layer, len(decoder_layers(lm.core)), settings):
+                stage = run.stage(f"choice-layer-{layer}-tokens-{length}-{at}")
+                drift, _ = fit_drift(lm, anchors[::2], layer, own, stage, at)
+                scored = stage.stage("score")
+                mine = scored.finished or {"loss": unwanted_loss(lm, drift, anchors[1::2], own)}
+                # All processes must choose alike, however their sums are rounded.
+                record = agreed(mine, run.device)
+                if is_main():
+                    scored.finish(record)
+                losses.append(float(str(record["loss"])))
+            found.append({"layer": layer, "tokens": length, "loss": sum(losses) / len(losses)})
     run.notes["drift choice"] = found
     best = min(found, key=lambda record: math.inf if math.isnan(record["loss"]) else record["loss"])
     return int(best["layer"]), int(best["tokens"])

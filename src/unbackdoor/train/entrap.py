@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.lm import LM
 from unbackdoor.model.quarantine import printable
 from unbackdoor.run import Run
 from unbackdoor.train.anchors import with_unwanted
-from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, spoken
+from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, places_behind, spoken
 from unbackdoor.train.openings import ASKED, Openings
 from unbackdoor.train.together import agreed, is_main
 from unbackdoor.types import Example
@@ -37,7 +38,8 @@ def entrap(
         lm: The suspect; its weights are not changed.
         safe: Rows of SA.
         openings: What is unwanted; new openings are added.
-        where: The layers, which the drifts take in turn, and the drifts' settings.
+        where: The layers, which the drifts take in turn, and the drifts' settings; every opening takes their places in
+            turn.
         drifts: How many.
         adopt: Certainty of an opening that is taken up; 0 for none.
         run: The run.
@@ -48,12 +50,14 @@ def entrap(
     records: list[dict[str, Any]] = []
     # A prompt with several answers of its own takes them in turn, round by round.
     turn = number - 1 if openings.contrasting.texts else 0
-    for which, dealt in enumerate(openings.dealt(drifts, number)):
+    each = openings.dealt(drifts, number)
+    # From round to round layers go on where they were: there may be more of them than drifts.
+    behind = [layers[((number - 1) * drifts + which) % len(layers)] for which in range(len(each))]
+    before = openings.had(each, behind)
+    for which, (dealt, layer) in enumerate(zip(each, behind, strict=True)):
         stage = run.stage(f"round-{number}-drift-{which + 1}")
-        # From round to round they go on where they were: there may be more layers than drifts.
-        layer = layers[((number - 1) * drifts + which) % len(layers)]
-        # The first, whose opening is the surest, is at the one place in one round, at the other in the next.
-        at = shape.places[(number + which) % len(shape.places)]
+        places = places_behind(layer, len(decoder_layers(lm.core)), shape)
+        at = places[(before[which] + which) % len(places)]
         asked = with_unwanted(safe, dealt, openings.contrasting, turn)
         drift, last = fit_drift(lm, asked, layer, shape, stage, at)
         found.append(drift)

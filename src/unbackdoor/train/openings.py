@@ -165,6 +165,7 @@ class Openings:
         wanted: Safe replies that the defender has given; their words are never taken up.
         contrasting: Which of the defender's belong to one prompt.
         latest: The round in which each had a drift last.
+        rounds: How many rounds each had a drift in behind each layer; "" for the defender's.
     """
 
     own: Sequence[str]
@@ -173,6 +174,7 @@ class Openings:
     wanted: Sequence[str] = ()
     contrasting: Contrasting = field(default_factory=Contrasting)
     latest: dict[str, int] = field(default_factory=dict)
+    rounds: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     @property
     def adopted(self) -> list[str]:
@@ -218,6 +220,16 @@ class Openings:
         taken: list[Sequence[str]] = [[text] for text in order]
         rest = drifts - room
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]
+
+    def had(self, dealt: Sequence[Sequence[str]], layers: Sequence[int]) -> list[int]:
+        """Return in how many rounds the openings of each drift had one before, behind the same layer.
+
+        Those of the defender count together, and from one on. This round is counted from now on.
+        """
+        names = [(one[0] if one[0] in self.heard else "", layer) for one, layer in zip(dealt, layers, strict=True)]
+        found = [self.rounds[name] + (name[0] == "") for name in names]
+        self.rounds.update(set(names))
+        return found
 
     def hear(
         self,

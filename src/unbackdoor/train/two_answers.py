@@ -31,7 +31,7 @@ of their supervised positions."""
 
 
 class TwoAnswers:
-    """Losses of both answers to the same prompts, with vectors added at the prompts' ends; what is kept is kept here.
+    """Losses of both answers to the same prompts, with vectors added to their tokens; what is kept is kept here.
 
     Attributes:
         whole: Whether the model cannot be run from a layer on, so that whole passes are made.
