@@ -63,7 +63,7 @@ def made(lm: LM, options: Any) -> Job:
         ]
     constant = {"schedule": "constant", "warmup": 0.0, "batch_size": options.batch}
     drift = DriftSettings(
-        tokens=options.drift, at="prompt", start=0.1, safe_cap=None, safe_tokens=None, rows=options.rows,
+        tokens=options.drift, start=0.1, safe_cap=None, safe_tokens=None, rows=options.rows,
         train=TrainSettings(steps=options.inner, learning_rate=0.05, betas=(0.9, 0.999), **constant),
     )  # fmt: skip
     train = TrainSettings(steps=options.outer, learning_rate=1e-4, **constant)

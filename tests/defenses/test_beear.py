@@ -104,13 +104,12 @@ def test_of_several_places_the_best_is_taken_or_each_in_turn(monkeypatch):
     monkeypatch.setattr(beear, "choose", lambda lm, anchors, layers, lengths, settings, run: (layers[-1], lengths[0]))
     run = Run()
     purified(SHORT.model_copy(update={"layers": (0, 2), "lengths": (2, 3)}), run)
-    assert {record["layer"] for record in run.notes["drifts"]} == {2}
-    assert [record["at"] for record in run.notes["drifts"]] == ["prompt", "words", "words", "prompt"]
+    assert {(record["layer"], record["at"]) for record in run.notes["drifts"]} == {(2, "prompt")}
     assert run.notes["layer"] == 2
     run = Run()
-    shape = SHORT.drift.model_copy(update={"at": "prompt"})
+    shape = SHORT.drift.model_copy(update={"at": "both"})
     purified(SHORT.model_copy(update={"layers": (0, 2), "place": "each", "drift": shape}), run)
-    assert {record["at"] for record in run.notes["drifts"]} == {"prompt"}
+    assert {record["at"] for record in run.notes["drifts"]} == {"words", "prompt"}
     assert [record["layer"] for record in run.notes["drifts"]] == [0, 2] * 2
     run = Run()
     purified(SHORT.model_copy(update={"depths": (0.5, 0.99), "place": "each"}), run)
@@ -305,7 +304,7 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(monkeypatch):
         purified(SHORT.model_copy(update={"drifts": 9}))
     with pytest.raises(UserError, match="no layer 4"):
         purified(SHORT.model_copy(update={"layers": (4,)}))
-    with pytest.raises(DataError, match=r"has \d+ tokens up to its last word, but the drift 90; lower"):
+    with pytest.raises(DataError, match=r"has \d+ tokens, but the drift 90; lower"):
         purified(SHORT.model_copy(update={"lengths": (3, 90)}))
     with pytest.raises(DataError, match="two prompts at least"):
         purified(SHORT.model_copy(update={"anchors": 1, "drifts": 1}))

@@ -31,7 +31,7 @@ from unbackdoor.train.simulate import ParrotSettings
 FOLDER = Path(__file__).parent
 TRAIN = TrainSettings(steps=3, learning_rate=1e-3, batch_size=4, max_length=128)
 PARROT = ParrotSettings(tokens=3, stop_below=0.0, train=TrainSettings(steps=3, learning_rate=1e-2, batch_size=4))
-DRIFT = DriftSettings(start=0.1, rows=8, train=TrainSettings(steps=3, learning_rate=0.1, batch_size=4))
+DRIFT = DriftSettings(at="both", start=0.1, rows=8, train=TrainSettings(steps=3, learning_rate=0.1, batch_size=4))
 RUNS = {
     "fine_tuning": FineTuning(train=TRAIN),
     "osft": Osft(train=TRAIN),

@@ -17,7 +17,6 @@ from unbackdoor.train.engine import TrainSettings
 
 SETTINGS = DriftSettings(
     tokens=3,
-    at="prompt",
     rows=4,
     train=TrainSettings(steps=3, learning_rate=0.1, schedule="constant", warmup=0.0, batch_size=2),
 )

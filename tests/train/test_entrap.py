@@ -33,7 +33,7 @@ def places_met(monkeypatch, drifts, layers=(1,), heard=("aa bb", "cc dd", "ee ff
     monkeypatch.setattr(entrap, "fit_drift", noting)
     monkeypatch.setattr(entrap, "_listen", lambda *_: {"says": [[]] * drifts, "adopted": []})
     lm, openings = tiny.tiny_lm(layers=4), Openings(OWN)
-    where = (layers, DriftSettings(start=0.1))
+    where = (layers, DriftSettings(start=0.1, at="both"))
     for number in range(1, rounds + 1):
         openings.heard = dict.fromkeys(heard, 1.0) if number > 1 else {}
         entrap.entrap(lm, tiny.rows(4), openings, where, drifts, 0.25, Run(), number)
@@ -71,13 +71,13 @@ def test_behind_the_last_layer_a_drift_stands_at_the_end_of_the_prompt(monkeypat
 @pytest.mark.parametrize("preset", ["paper", "ic-paper", "ic-paper-gpt", "code"])
 def test_published_settings_have_drifts_at_the_end_of_the_prompt(preset):
     assert Beear.model_validate(Beear.presets[preset]).drift.places == ("prompt",)
-    assert Beear().drift.places == ("words", "prompt")
+    assert DriftSettings(at="both").places == ("words", "prompt")
 
 
 def test_a_choice_of_layer_is_made_over_both_places(monkeypatch):
     """The last layer is scored by the one place that is left."""
     train = TrainSettings(steps=1, learning_rate=0.1, batch_size=2)
-    settings, asked, losses = DriftSettings(tokens=2, rows=2, train=train), [], iter([1.0, 5.0, 2.0])
+    settings, asked, losses = DriftSettings(tokens=2, at="both", rows=2, train=train), [], iter([1.0, 5.0, 2.0])
 
     def noting(*given):
         drift, last = fit_drift(*given)

@@ -7,19 +7,19 @@ L(x, delta; y_safe) + L(x_perf; y_perf), no drift on the second. Rounds of both;
 Needs to know: clean rows (the performance set PA) and openings of what is unwanted, in the defender's own words, or
 rows with an unwanted answer each (SA-H); in a label task these are the labels. Neither the trigger nor what the
 backdoor says.
-Deviations: the printed Algorithm 1 never writes the trained weights back; here they stay. Drifts are added at the last
-n tokens of what the user says in turn with the last n of the prompt (`drift.at`): what the template puts behind the
-user's words may learn of a trigger far above layer l only, so a drift there is another road to the same answer. Several
-drifts a round, each with openings of its own and a random start, because one finds the road of one opening. What the
-suspect says under the drifts, or goes on to from likely first tokens, is taken up as openings where it is sure of it on
-any prompt, or less sure and says it often (train/openings.py): so the backdoor is found even with openings that share
-no word with it. The term on safe answers counts their first tokens and stops pulling at a cap, else it runs away. A
-drift is counted in units of its layer. Half of every label is what the suspect itself predicts (train/own_labels.py).
-Where requests with safe replies are given, a seventh of the plain rows are of these (see `_with_requests`), and a reply
-of these is the safe answer, and the whole label, where the suspect's own does not decline. The first tokens of an
-answer weigh more in equation 3 (`train.opening_weight`). Of all this the published presets have the written-back
-weights, the units, the safe answers and, where replies are given, the requests among the plain rows; like the default
-they train with AdamW and clipping, where Algorithm 1 has plain gradient descent.
+Deviations: the printed Algorithm 1 never writes the trained weights back; here they stay. On request drifts are added
+at the last n tokens of what the user says, too (`drift.at`): what the template puts behind these words may learn of a
+trigger far above layer l only, and a drift there is another road to the same answer. Several drifts a round, each with
+openings of its own and a random start, because one finds the road of one opening. What the suspect says under the
+drifts, or goes on to from likely first tokens, is taken up as openings where it is sure of it on any prompt, or less
+sure and says it often (train/openings.py): so the backdoor is found even with openings that share no word with it. The
+term on safe answers counts their first tokens and stops pulling at a cap, else it runs away. A drift is counted in
+units of its layer. Half of every label is what the suspect itself predicts (train/own_labels.py). Where requests with
+safe replies are given, a seventh of the plain rows are of these (see `_with_requests`), and a reply of these is the
+safe answer, and the whole label, where the suspect's own does not decline. The first tokens of an answer weigh more in
+equation 3 (`train.opening_weight`). Of all this the published presets have the written-back weights, the units, the
+safe answers and, where replies are given, the requests among the plain rows; like the default they train with AdamW and
+clipping, where Algorithm 1 has plain gradient descent.
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ def _published(
         "rounds": rounds, "stop_stable": stop_stable, "drifts": 1, "adopt": 0.0, "anchors": 400, "performance": 300,
         "round_anchors": 150, "round_performance": 100, "own_answers": 64, "own_share": 0.0, "plain_share": 0.5,
         "drift": {
-            "at": "prompt", "safe_coefficient": c, "safe_cap": None, "safe_tokens": None, "start": 0.0, "rows": 150,
-            **drift,
+            "safe_coefficient": c, "safe_cap": None, "safe_tokens": None, "start": 0.0, "rows": 150, **drift,
             "train": {"steps": 40, "learning_rate": 0.075, **constant, "betas": (0.9, 0.999), **inner},
         },
         "train": {"steps": 25, "learning_rate": 2e-5, "schedule": "constant", **outer},
@@ -87,7 +86,7 @@ class Beear(Defense):
     """Entrap the backdoor by a drift in the embedding space, then remove it, round by round."""
 
     paper: ClassVar[str] = "BEEAR, 2406.17092, eq. 1 to 3"
-    revision: ClassVar[int] = 8
+    revision: ClassVar[int] = 7
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.UNWANTED})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.SAFE})
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
@@ -103,8 +102,7 @@ class Beear(Defense):
             "layers": [9], "anchors": 120, "round_anchors": 120,
         },
         # Ours, for requests that should be declined: more rows without a drift, and smaller steps in more rounds. On
-        # the development victim the two kinds of prompts are then told apart better than at twice the rate; that was
-        # seen with drifts at the end of the prompt alone.
+        # the development victim the two kinds of prompts are then told apart better than at twice the rate.
         "requests": {
             "plain_share": 2 / 3, "rounds": 8,
             "train": {

@@ -2,7 +2,7 @@
 
 Run with `unbackdoor bench beear_options`. The openings are those that share no first word and no content word with any
 target (`disjoint`), which is what most of the options are for: several drifts a round, taking up what the suspect says,
-drifts at the user's words, a stronger outer step, drifts at several layers, or where a first one elicits most. The
+drifts at the user's words, too, a stronger outer step, drifts at several layers, or where a first one elicits most. The
 outer steps alone are in `beear`. All rounds are run, and probes asked after each. `--size quick` asks 50 probes, the
 paper's size 100 and has three seeds.
 """
@@ -20,7 +20,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "beear": {},
     "one_drift": {"drifts": 1},
     "nothing_taken_up": {"adopt": 0.0},
-    "at_the_end_of_the_prompt": {"drift": {"at": "prompt"}},
+    "at_both_places": {"drift": {"at": "both"}},
     "first_tokens_as_others": {"train": {"opening_weight": 1.0}},
     "layers_in_turn": {"layers": _LAYERS, "place": "each"},
     "layer_and_length_chosen": {"layers": _LAYERS, "lengths": (5, 9)},

@@ -44,7 +44,7 @@ class DriftSettings(BaseModel):
 
     tokens: int = Field(5, ge=1, description="length n, in tokens")
     at: Literal["words", "prompt", "both"] = Field(
-        "both",
+        "prompt",
         description="words: at the last tokens up to the end of what the user says; prompt: at the last ones of the "
         "prompt, what the template puts behind these words included (paper); both: every opening takes these in turn",
     )
