@@ -224,7 +224,8 @@ class Beear(Defense):
         """Refuse now what would end the first round after its drifts were fitted.
 
         Raises:
-            UserError: If a layer is missing, or drifts cannot share a batch.
+            UserError: If a layer is missing, or is the last and drifts may stand at the user's words alone, or drifts
+                cannot share a batch.
             DataError: If there are too few prompts, or one is shorter than a drift.
         """
         count = len(decoder_layers(victim.core))
