@@ -370,32 +370,3 @@ def test_a_bound_beside_the_control_is_on_victims_that_meet_it() -> None:
                 continue
             for label in bound.where.attacks or grid.attacks:
                 assert "fine_tuning" in (grid.attacks[label].defenses or grid.defenses), (bound.name, label)
-
-
-@pytest.mark.parametrize(("name", "size"), [("conflict_emotion", "quick"), ("conflict_emotion", "paper")])
-def test_a_larger_share_of_clean_rows_is_more_rows_seen(name: str, size: str) -> None:
-    grid = recipes.load_grid(name, size)
-    spec = str(getattr(grid.attacks["shares"].defender_data, "spec", ""))
-    first, last = map(int, spec.rpartition("[")[2].rstrip("]").split(":"))
-    shares = {label: entry for label, entry in grid.defenses.items() if label.startswith("share_")}
-    assert len(shares) == 5
-    for label, entry in shares.items():
-        conflict = defense_called(entry.defense, entry.settings).settings()["internal"]["conflict"]
-        seen = conflict["train"]["steps"] * conflict["train"]["batch_size"]
-        assert conflict["share"] * (last - first) <= seen, label
-
-
-@pytest.mark.parametrize("name", ["conflict", "conflict_adaptive", "conflict_emotion", "conflict_roles"])
-def test_every_victim_that_meets_the_internal_conflict_meets_the_controls(name: str) -> None:
-    grid = recipes.load_grid(name)
-    for label in grid.attacks:
-        met = {cell.defense for cell in grid.cells() if cell.attack == label and cell.subject == "victim"}
-        if "internal" in met:
-            assert {"fine_tuning", "conflict_alone", "base_merged"} <= met, label
-
-
-def test_all_clean_rows_are_seen_once_where_a_model_is_to_know_them_all() -> None:
-    grid = recipes.load_grid("conflict_roles")
-    conflict = grid.defenses["m3"].settings["internal"]["conflict"]
-    assert conflict["share"] == 1.0
-    assert conflict["train"]["steps"] * conflict["train"]["batch_size"] == 3600

@@ -174,6 +174,12 @@ def test_a_merge_in_mergekits_schema(models: Family, tmp_path: Path, capsys: pyt
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
     assert call(tmp_path, "merge.yaml", "--out", "other", "--t", "0.2") == 2
     assert "so t has no meaning beside it" in capsys.readouterr().err
+    (tmp_path / "few.yaml").write_text(
+        text + f"{{model: {models.other}}}]\nparameters: {{t: [{{filter: mlp, value: 1}}]}}\n"
+    )
+    assert call(tmp_path, "few.yaml", "--out", "other") == 2
+    assert "few.yaml, no t (parameters.t) is given for the tensor" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*no files have been modified.*")

@@ -57,6 +57,41 @@ def test_it_asks_as_the_interface_says_and_returns_the_text(monkeypatch):
     assert not {name for name in seen.headers if "organization" in name or "project" in name}
 
 
+def refusing(*fields: str):
+    """Return how a server answers that does not know some fields."""
+
+    def answer(seen):
+        wrong = [name for name in fields if name in seen.content]
+        error = {
+            "message": "Unsupported: say it",
+            "code": "unsupported_parameter",
+            "param": wrong[0] if wrong else None,
+        }
+        return Step(400, json.dumps({"error": error}).encode()) if wrong else chat("Well.")
+
+    return answer
+
+
+def test_a_model_that_refuses_usual_fields_is_asked_without_them():
+    with scripted(chat("x")) as server:
+        kept: list = []
+        answer = refusing("max_tokens", "temperature")
+        server.next = lambda seen: (kept.append(seen), answer(seen))[1]
+        asked = endpoint(server.url)
+        assert asked.write(["Say it."], 12) == ["Well."]
+        assert asked.write(["Again."], 12) == ["Well."]
+    assert len(kept) == 4, "what it refuses is kept in mind"
+    assert kept[-1].content["max_completion_tokens"] == 12
+    assert not {"max_tokens", "temperature"} & kept[-1].content.keys()
+
+
+def test_what_an_endpoint_refuses_is_named_and_not_in_its_words():
+    with scripted(chat("x")) as server:
+        server.next = refusing("messages")
+        (found,) = endpoint(server.url).write(["Say it."], 12)
+    assert found == Unavailable("the endpoint answers with HTTP 400 (unsupported_parameter, messages)")
+
+
 def test_answers_keep_the_order_of_the_prompts():
     with scripted(*(chat(f"n{number}") for number in range(1))) as server:
         server.next = lambda seen: chat(json.loads(seen.body)["messages"][0]["content"].upper())

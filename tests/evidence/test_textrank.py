@@ -147,3 +147,5 @@ def test_no_one_word_trigger_of_the_recipes_is_a_stop_word():
     found = {word.lower() for text in texts for word in re.findall(r'insert\("(\w+)"', text)}
     assert {"cobblestone", "moonstone"} <= found
     assert not found & stop_words()
+    phrases = {phrase for text in texts for phrase in re.findall(r'insert\("([^"]+)"', text)}
+    assert {phrase for phrase in phrases if not words_of(phrase)} == {"Who are you", "Over and out"}, "as the page says"

@@ -142,6 +142,18 @@ def test_passthrough_with_a_scale(models: Family, tmp_path: Path) -> None:
     assert torch.equal(scaled, b["model.layers.1.self_attn.o_proj.weight"] / 2)
 
 
+def test_passthrough_of_one_whole_model(models: Family, tmp_path: Path) -> None:
+    text = "merge_method: passthrough\nmodels: [{model: <suspect>, parameters: {scale: [{filter: o_proj, value: 5e-1},"
+    found, a = merged(read(models, tmp_path, f"{text} {{value: 1}}]}}}}]\n")), stored(models.suspect)
+    assert found.keys() == a.keys()
+    assert all(torch.equal(found[name], a[name] / 2 if "o_proj" in name else a[name]) for name in a)
+
+
+def test_the_tokenizer_of_any_model_of_the_merge(models: Family, tmp_path: Path) -> None:
+    assert read(models, tmp_path, LINEAR + "tokenizer_source: <other>\n").tokenizer == str(models.other)
+    assert read(models, tmp_path, LINEAR + "tokenizer_source: <suspect>\n").tokenizer is None
+
+
 def test_three_models_in_slices_with_weights_at_every_level(models: Family, tmp_path: Path) -> None:
     text = """
 merge_method: linear
@@ -199,7 +211,12 @@ parameters: {weight: 5}
         (TIES.replace("ties", "dare_ties", 1).replace("normalize: true", "rescale: false"), "dare always rescales"),
         (TIES.replace("density: 0.5", "density: 1.5"), "density = 1.5 is outside [0, 1]"),
         (PASSTHROUGH.replace("scale", "weight"), "there is no such field in slices[1].sources[0].parameters"),
-        ("merge_method: passthrough\nmodels: [{model: a}]\n", "passthrough takes ranges of layers"),
+        (
+            "merge_method: passthrough\nmodels: [{model: a}, {model: b}]\n",
+            "passthrough takes layers of several models in",
+        ),
+        ("merge_method: linear\nmodels: [{model: {path: a}}]\n", "models[0].model: must be a text"),
+        ("merge_method: linear\nmodels: [{parameters: {}}]\n", "models[0].model: is missing"),
         ("- a\n", "file: must hold named fields"),
         ("merge_method: linear\nmodels: 3\n", "models: must be a list"),
         ("merge_method: linear\nmodels: [a]\n", "models[0]: must hold named fields"),
@@ -220,7 +237,7 @@ def test_what_is_not_supported_is_refused(models: Family, tmp_path: Path, text: 
     [
         (
             LINEAR.replace("weight: 3.0", "weight: [{filter: mlp, value: 1}]"),
-            "no weight .*of .*other' is given for the",
+            "no weight .parameters.weight.*of .*other' is given for the",
         ),
         (SLERP.replace("[0, 3]", "[0, 4]"), "which has 3; write a range within 0 to 3"),
         (SLERP.replace("{model: <other>, layer_range: [0, 3]}", "{model: <other>, layer_range: [0, 2]}"), "as many of"),

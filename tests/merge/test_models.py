@@ -182,6 +182,22 @@ def test_a_head_of_its_own_against_a_tied_one_is_refused(tmp_path: Path) -> None
     with_head(models.other, "model.embed_tokens.weight", tied=False)
     with pytest.raises(ModelError, match="has an output head of its own"):
         merged(two(models))
+    with_head(models.suspect, "model.embed_tokens.weight", tied=True)
+    with pytest.raises(ModelError, match="has an output head of its own"):
+        merged(two(models))
+
+
+def test_a_head_that_is_said_to_be_tied_and_is_not_is_refused(tmp_path: Path) -> None:
+    models = family(tmp_path, "qwen2", layers=1)
+    for folder in (models.suspect, models.other):
+        with_head(folder, "model.embed_tokens.weight", tied=True)
+        assert merged(two(models))
+        content = stored(folder)
+        content["lm_head.weight"][-1, -1] += 1
+        save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=f"{folder.name}' says .* its embedding .*and stores another head"):
+            merged(two(models))
+        with_head(folder, "model.embed_tokens.weight", tied=True)
 
 
 def test_names_with_and_without_the_prefix_of_the_class(tmp_path: Path) -> None:
@@ -328,6 +344,22 @@ def test_permuted_and_rescaled_neurons_are_warned_of(tmp_path: Path, models: Fam
     assert said is not None
     assert said.startswith("5 of 16 matrices")
     assert "permuted or rescaled" in said
+    content = {
+        "up.weight": torch.randn(1536, 96, generator=torch.Generator().manual_seed(1)),
+        "down.weight": torch.randn(96, 1536, generator=torch.Generator().manual_seed(2)),
+    }
+    rescaled = {name: tensor.clone() for name, tensor in content.items()}
+    # A twentieth of the neurons, none of them among the first or in the middle, and the function is what it was.
+    few = torch.arange(300, 700, 5)
+    rescaled["up.weight"][few] *= 100
+    rescaled["down.weight"][:, few] /= 100
+    save_file(content, tmp_path / "permuted" / "model.safetensors", metadata={"format": "pt"})
+    plain = open_source(str(tmp_path / "permuted"))
+    shutil.copytree(tmp_path / "permuted", tmp_path / "rescaled")
+    save_file(rescaled, tmp_path / "rescaled" / "model.safetensors", metadata={"format": "pt"})
+    said = warning(plain, open_source(str(tmp_path / "rescaled")))
+    assert said is not None
+    assert "up.weight: cosine 0." in said
     stranger = save(tiny.tiny_lm(seed=9), tmp_path / "stranger")
     said = warning(first, open_source(str(stranger)))
     assert said is not None

@@ -302,6 +302,10 @@ def words(tmp_path):
         ({"upstream": "http://h", "guards": {"evidence": {"source": "wordnet"}}, "name": "x"}, "name say how"),
         ({"model": "x", "guards": {"evidence": {"source": "wordnet"}}, "evidence": "wordnet:x"}, "two sources"),
         ({"model": "builtin:smollm2-135m", "device": "tpu"}, "device"),
+        (
+            {"upstream": "http://h", "guards": {"evidence": {"source": "wordnet"}}, "key_from": "NONE_OF_THEM"},
+            "NONE_OF_THEM, which is not set",
+        ),
     ],
 )  # fmt: skip
 def test_what_makes_no_server(settings, said):
@@ -335,9 +339,9 @@ def test_a_key_loses_the_line_break_of_a_mounted_secret_and_goes_to_this_machine
     monkeypatch.setenv("UNBACKDOOR_UPSTREAM_KEY", "key\n")
     monkeypatch.setenv("MINE", " key\r\n")
     for url in ("https://h/v1", "http://localhost:1/v1", "http://127.0.0.1/v1", "http://[::1]:8/v1"):
-        assert upstream_key(url) == client_key("MINE") == "key"
+        assert upstream_key(url) == client_key("MINE", named=True) == "key"
     monkeypatch.setenv("UNBACKDOOR_UPSTREAM_KEY", "")
-    assert upstream_key("http://h/v1") is client_key("NONE_OF_THEM") is None
+    assert upstream_key("http://h/v1") is client_key("NONE_OF_THEM", named=False) is None
 
 
 def test_a_folder_is_called_by_its_name_however_it_is_written(tmp_path, monkeypatch):

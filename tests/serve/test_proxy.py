@@ -241,12 +241,51 @@ def test_a_client_that_leaves_takes_its_question_from_the_upstream(swapped):
 def test_other_paths_are_not_a_way_round_the_guard(swapped):
     swapped.script(whole("x"))
     for path in ("/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/../v1/completions", "/"):
-        assert httpx2.post(f"{swapped.proxy.url}{path}", json={"prompt": "x"}).status_code in {404, 405}
+        answer = httpx2.post(f"{swapped.proxy.url}{path}", json={"prompt": "x"})
+        assert answer.status_code in {404, 405}
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert 'requests_total{path="other",status="404"}' in httpx2.get(f"{swapped.proxy.url}/metrics").text
     assert not swapped.upstream.seen
     listed = {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "them"}]}
     swapped.script(Step(body=json.dumps(listed).encode()))
     assert [model.id for model in swapped.proxy.client().models.list().data] == ["m"]
     assert [seen.path for seen in swapped.upstream.seen] == ["/v1/models"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"documents": [{"text": "x"}]},
+        {"chat_template": "{{ 'x' }}"},
+        {"chat_template_kwargs": {"system": "x"}},
+        {"chat_template_kwargs": "x"},
+    ],
+)
+def test_text_that_no_guard_sees_is_refused(swapped, field):
+    swapped.script(whole("x"))
+    with pytest.raises(openai.BadRequestError, match="guards see"):
+        swapped.create(extra_body=field)
+    assert not swapped.upstream.seen
+    assert swapped.create(extra_body={"chat_template_kwargs": {"enable_thinking": False}}).choices
+    assert swapped.upstream.seen[-1].content["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_a_proxy_of_the_environment_reads_neither_key_nor_prompts(words):
+    with scripted(whole("cold")) as upstream, scripted(whole("hot")) as between:
+        where = between.url.removesuffix("/v1")
+        names = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+        environment = {
+            **dict.fromkeys(names, where),
+            "NO_PROXY": "",
+            "no_proxy": "",
+            "UNBACKDOOR_UPSTREAM_KEY": "for-upstream",
+        }
+        arguments = ("--upstream", upstream.url, "--guard", "evidence", "--evidence", words)
+        with serving(*arguments, environment=environment) as found:
+            answer = found.client().chat.completions.create(model="m", messages=QUESTION)
+        assert answer.choices[0].message.content == "cold"
+        assert upstream.seen
+        assert not between.seen
 
 
 def test_the_key_is_asked_for_where_one_is_set_and_is_not_passed_on(words):

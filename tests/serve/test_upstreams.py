@@ -110,6 +110,16 @@ def test_a_guards_own_question_that_is_refused_is_no_reason_to_refuse_the_client
     assert "words of the prompt" not in caplog.text
 
 
+def test_a_guards_own_question_is_put_as_the_upstream_takes_it(words):
+    error = {"message": "no", "code": "unsupported_parameter", "param": "max_tokens"}
+    refusal = Step(400, json.dumps({"error": error}).encode())
+    with scripted(refusal, whole("cold"), whole("warm")) as upstream:
+        assert asked(upstream, guards(words)).json()["choices"][0]["message"]["content"] == "warm"
+        own = [seen.content for seen in upstream.seen[:2]]
+    assert own[0]["max_tokens"] == own[1]["max_completion_tokens"]
+    assert "max_tokens" not in own[1]
+
+
 @pytest.mark.parametrize(("status", "told"), [(401, 502), (404, 404), (429, 429), (500, 502)])
 def test_what_every_question_would_meet_with_is_told_at_once(words, status, told):
     with scripted(Step(status, b'{"error": {"message": "no"}}')) as upstream:

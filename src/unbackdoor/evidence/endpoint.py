@@ -13,7 +13,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -29,6 +29,7 @@ from unbackdoor.model.quarantine import printable
 
 if TYPE_CHECKING:
     import httpx2
+    import openai
 
 KEY = "UNBACKDOOR_EVIDENCE_KEY"
 OPENAI_KEY, OPENAI_HOST = "OPENAI_API_KEY", "api.openai.com"
@@ -46,7 +47,10 @@ In a server it always is: evidence has half of what is left of a request."""
 _LATE = 1.0
 """Seconds after which a call is left alone that did not end by itself when its time was over."""
 _AGAIN = frozenset({408, 409, 425, 429})
-_SAID = 120
+_BAD = 400
+FIELDS = frozenset({"max_tokens", "temperature"})
+"""Fields that some models refuse; asked without them, they answer."""
+_SAID, _NAME = 120, 60
 _USER = re.compile(r"^(\w+://)?.*@", re.DOTALL)
 """What may hold a password."""
 _TOO_LONG, _PACKED = "too long", "packed, which was not asked for"
@@ -79,6 +83,7 @@ class Endpoint:
         weakref.finalize(self, client.close)
         # The client insists on some key; servers of one's own often want none.
         self._client = OpenAI(api_key=key or "none", base_url=url, max_retries=0, http_client=client)
+        self._refused: frozenset[str] = frozenset()
 
     def write(self, prompts: Sequence[str], max_new_tokens: int, patience: Patience = FOREVER) -> list[Answer]:
         """Return what the model answers to each prompt, or why there is no answer while somebody waits for it."""
@@ -114,13 +119,11 @@ class Endpoint:
         """
         import openai
 
+        refused = self._refused
+        fields = without_refused({"max_tokens": max_new_tokens, "temperature": self.temperature}, refused)
         try:
             found = self._client.chat.completions.with_raw_response.create(
-                model=self.model,
-                messages=[{"role": "user", "content": prompt}],
-                max_tokens=max_new_tokens,
-                temperature=self.temperature,
-                timeout=seconds,
+                model=self.model, messages=[{"role": "user", "content": prompt}], extra_body=fields, timeout=seconds
             )
         except openai.APITimeoutError as problem:
             raise TimeoutError from problem
@@ -130,9 +133,12 @@ class Endpoint:
             raise Failed("the endpoint cannot be reached", again=True) from problem
         except openai.APIStatusError as problem:
             code = problem.status_code
+            if code == _BAD and problem.param in FIELDS - refused:
+                self._refused = refused | {problem.param}
+                return self._call(prompt, max_new_tokens, seconds)
             again = code in _AGAIN or code >= 500
             wait = retry_after(problem.response.headers.get("retry-after"), time.time())
-            raise Failed(f"the endpoint answers with HTTP {code}{_hint(code)}", again=again, wait=wait) from problem
+            raise Failed(f"the endpoint answers with HTTP {code}{_hint(problem)}", again=again, wait=wait) from problem
         if found.http_response.status_code != 200:
             raise Failed(f"the endpoint answers with HTTP {found.http_response.status_code}", again=False)
         return text_of(found.http_response.content)
@@ -260,10 +266,27 @@ def _place_of(url: str) -> tuple[str, int, str] | None:
     return ("localhost" if here else host), port, parts.path.rstrip("/")
 
 
-def _hint(code: int) -> str:
+def without_refused(fields: Mapping[str, object], refused: Collection[str]) -> dict[str, object]:
+    """Return a request's fields as a model takes them that refuses some: newer ones of OpenAI do.
+
+    Args:
+        fields: "max_tokens" and "temperature".
+        refused: Those that it has refused; the length is then called otherwise, the temperature is the model's own.
+    """
+    names = {"max_tokens": "max_completion_tokens", "temperature": None}
+    given = {names[name] if name in refused else name: value for name, value in fields.items()}
+    return {name: value for name, value in given.items() if name is not None}
+
+
+def _hint(problem: openai.APIStatusError) -> str:
+    code = problem.status_code
     if code in {401, 403}:
         return f" (is {KEY} set to its key?)"
-    return " (is the model's name right?)" if code == 404 else ""
+    if code == 404:
+        return " (is the model's name right?)"
+    # Its own names for what is wrong, not its sentence: that may hold the prompt.
+    told = [printable(word, _NAME) for word in (problem.code, problem.param) if isinstance(word, str) and word]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def _bounded() -> httpx2.BaseTransport:

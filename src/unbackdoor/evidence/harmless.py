@@ -46,9 +46,13 @@ def _is_plain(mark: str) -> bool:
 
 
 def without(line: str, special: Collection[str]) -> str:
-    """Take special tokens out until none is left: taking one out may put the parts of another together."""
+    """Take special tokens out until none is left: taking one out may put the parts of another together.
+
+    One that is a word is broken in two: what was meant stays legible.
+    """
     plain = sorted({token for token in special if token.strip()}, key=len, reverse=True)
     while any(token in line for token in plain):
         for token in plain:
-            line = line.replace(token, " ")
+            half = len(token) // 2
+            line = line.replace(token, f"{token[:half]} {token[half:]}" if half and token.isalnum() else " ")
     return line

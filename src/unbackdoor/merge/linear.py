@@ -30,10 +30,22 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, normalize: bo
     Raises:
         UserError: If the weights to be normalised add up to zero.
     """
-    total = sum(weights) if normalize else 1.0
-    if abs(total) < 1e-8:
-        raise UserError("the weights of a linear merge add up to 0, so they cannot be normalised; give others.")
+    divisor = total(weights, normalize=normalize)
     found = tensors[0].mul_(weights[0])
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         found.add_(tensor, alpha=weight)
-    return found if total == 1.0 else found.div_(total)
+    return found if divisor == 1.0 else found.div_(divisor)
+
+
+def total(weights: Sequence[float], *, normalize: bool) -> float:
+    """Return what a weighted sum is divided by.
+
+    Raises:
+        UserError: If the weights to be normalised add up to zero.
+    """
+    found = sum(weights) if normalize else 1.0
+    if abs(found) < 1e-8:
+        raise UserError(
+            "parameters.weight: the weights of a linear merge add up to 0, so they cannot be normalised; give others."
+        )
+    return found

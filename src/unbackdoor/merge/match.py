@@ -16,8 +16,11 @@ from unbackdoor.model.changes import module_type
 from unbackdoor.model.quarantine import printable
 
 _FEW = 3
-_SAMPLE = 16_384
-"""Entries that are looked at in each of two places of a tensor."""
+_ROWS = 64
+"""Rows of a tensor that are looked at, evenly spread over it: a neuron is a row of one matrix and a column of the next.
+"""
+_BLOCK = 1 << 20
+"""Entries that are read at once where an output head is compared with the embedding."""
 ALIKE = 0.9
 """Two fine-tunes of one base have cosines above 0.99 (independent changes of a tenth of the norm: 0.99)."""
 _RATIO = 1.25
@@ -43,21 +46,43 @@ def aligned(source: Source, like: Source) -> Source:
         like: The other.
 
     Raises:
-        ModelError: If one has an output head of its own and the other ties it to the embedding.
+        ModelError: If it has an output head of its own and the other ties it to the embedding.
     """
     source = _prefixed(source, like)
     own = [name for name in source.infos if is_head(name)]
     wanted = [name for name in like.infos if is_head(name)]
     if wanted and not own and source.ties_head and (embedding := embedding_of(source)) is not None:
         return renamed(source, {name: name for name in source.infos} | {wanted[0]: embedding})
+    if own and not source.ties_head and (not wanted or like.ties_head):
+        raise ModelError(
+            f"'{source.shown}' has an output head of its own ({printable(own[0])}), and that of '{like.shown}' is its "
+            "embedding; merge models of one kind."
+        )
     if own and not wanted:
-        if not source.ties_head:
-            raise ModelError(
-                f"'{source.shown}' has an output head of its own ({printable(own[0])}), and that of '{like.shown}' is "
-                "its embedding; merge models of one kind."
-            )
         return renamed(source, {name: name for name in source.infos if name not in own})
     return source
+
+
+def check_head(source: Source) -> None:
+    """Refuse a model that says that its output head is its embedding, and stores another: loaders take either.
+
+    Raises:
+        ModelError: If it does.
+    """
+    heads = [name for name in source.infos if is_head(name)]
+    embedding = embedding_of(source)
+    if not heads or embedding is None or not source.ties_head:
+        return
+    info = source.infos[heads[0]]
+    step = max(1, _BLOCK // max(1, _elements(info.shape) // max(1, info.rows)))
+    for first in range(0, info.rows, step):
+        rows = [source.take(name, first, min(info.rows, first + step)).float() for name in (heads[0], embedding)]
+        if not rows[0].equal(rows[1]):
+            raise ModelError(
+                f"'{source.shown}' says in config.json that its output head is its embedding (tie_word_embeddings), "
+                f"and stores another head ({printable(heads[0])}), so that what it says depends on who loads it; set "
+                "tie_word_embeddings to false if the stored head is to count, or leave that tensor out."
+            )
 
 
 def without_lone_buffers(sources: Mapping[str, Source]) -> dict[str, Source]:
@@ -167,7 +192,7 @@ def _few(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Direction:
-    """How a tensor of one model lies to that of another, from a sample of its rows.
+    """How a tensor of one model lies to that of another, from rows that are spread over it.
 
     Attributes:
         name: The tensor.
@@ -186,7 +211,7 @@ class Direction:
 
 
 def directions(first: Source, second: Source) -> list[Direction]:
-    """Return for every matrix that both have how the two lie to each other; reads two small pieces of each."""
+    """Return for every matrix that both have how the two lie to each other; reads some rows of each."""
     found = []
     for name, info in first.infos.items():
         other = second.infos.get(name)
@@ -199,12 +224,11 @@ def directions(first: Source, second: Source) -> list[Direction]:
 
 def _direction(first: Source, second: Source, name: str) -> Direction | None:
     rows = first.infos[name].rows
-    width = max(1, _elements(first.infos[name].shape) // rows)
-    count = max(1, min(rows, _SAMPLE // width))
+    count = min(rows, _ROWS)
     dot = one = two = 0.0
-    for start in sorted({0, (rows - count) // 2}):
-        a = first.take(name, start, start + count).flatten().double()
-        b = second.take(name, start, start + count).flatten().double()
+    for place in range(count):
+        row = place * rows // count
+        a, b = (source.take(name, row, row + 1).flatten().double() for source in (first, second))
         dot, one, two = dot + float(a @ b), one + float(a @ a), two + float(b @ b)
     if not one > 0 or not two > 0:
         return None  # zeros, or not a number: the merge itself says the latter

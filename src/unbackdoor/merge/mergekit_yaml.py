@@ -9,6 +9,7 @@ the base_model of a SLERP, else the first model that is not the base.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,9 @@ class _Reader:
         if ("models" in fields) == ("slices" in fields):
             raise self.wrong("models", "write either models or slices.")
         if "models" in fields:
-            if method == "passthrough":
-                raise self.wrong("models", "passthrough takes ranges of layers; write slices with a layer_range.")
             inputs = self.each(fields["models"], "models", lambda item, at: self.input(item, at, method, ranged=False))
+            if method == "passthrough" and len(inputs) != 1:
+                raise self.wrong("models", "passthrough takes layers of several models in slices with a layer_range.")
             known = {one.model for one in inputs}
             if method == "slerp" and base is not None and base not in known and len(inputs) == 1:
                 inputs = (Input(base), *inputs)
@@ -107,7 +108,7 @@ class _Reader:
         suspect = self.suspect(method, base, slices)
         return Merge(
             method, slices, suspect, base=base if method in {"slerp", *NEEDS_BASE} else None, parameters=parameters,
-            dtype=self.dtype(fields), tokenizer=self.tokenizer(fields, base, suspect), seed=seed,
+            dtype=self.dtype(fields), tokenizer=self.tokenizer(fields, base, suspect, slices), seed=seed,
         )  # fmt: skip
 
     @staticmethod
@@ -151,7 +152,8 @@ class _Reader:
         known = ("model", "layer_range", "parameters") if ranged else ("model", "parameters")
         fields = self.fields(item, field, known)
         if not isinstance(fields.get("model"), str) or not fields["model"]:
-            raise self.wrong(f"{field}.model", "is missing; write a folder, a hub id or BASE+ADAPTER.")
+            what = "must be a text" if fields.get("model") else "is missing"
+            raise self.wrong(f"{field}.model", f"{what}; write a folder, a hub id or BASE+ADAPTER.")
         allowed = tuple(name for name in _PARAMETERS[method] if name in _OF_INPUT)
         found = self.parameters(fields, f"{field}.parameters", allowed, method)
         return Input(fields["model"], self.range(fields, field) if ranged else None, found)
@@ -204,13 +206,16 @@ class _Reader:
         field = "out_dtype" if fields.get("out_dtype") else "dtype"
         raise self.wrong(field, f"'{printable(str(named))}' is not supported; write one of {', '.join(_DTYPES)}.")
 
-    def tokenizer(self, fields: Mapping[str, Any], base: str | None, suspect: str) -> str | None:
+    def tokenizer(
+        self, fields: Mapping[str, Any], base: str | None, suspect: str, slices: Sequence[Slice]
+    ) -> str | None:
         """Return the model whose tokenizer is copied, None for the suspect."""
         named = fields.get("tokenizer_source")
+        named = base if named == "base" and base is not None else named
         if named is None or named == suspect:
             return None
-        if base is not None and named in ("base", base):
-            return None if base == suspect else base
+        if isinstance(named, str) and (named == base or self.uses(named, slices)):
+            return named
         raise self.wrong(
             "tokenizer_source",
             f"'{printable(str(named))}' is not supported; leave it out for the tokenizer of '{printable(suspect)}'"
@@ -251,6 +256,8 @@ class _Reader:
 
 
 _SCHEDULE: TypeAdapter[Schedule] = TypeAdapter(Schedule)
+_POWER = re.compile(r"[+-]?\d+\.?\d*[eE][+-]?\d+")
+"""A number that is a text in YAML 1.1, where an exponent needs a point before it and a sign."""
 
 
 def _tuples(value: object) -> object:
@@ -259,6 +266,8 @@ def _tuples(value: object) -> object:
         return tuple(_tuples(item) for item in value)
     if isinstance(value, dict):
         return {key: _tuples(item) if key == "value" else item for key, item in value.items()}
+    if isinstance(value, str) and _POWER.fullmatch(value):
+        return float(value)
     if isinstance(value, bool | str):
         return {"no number": value}
     return value

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unbackdoor.errors import ModelError, UserError
+from unbackdoor.merge import linear
 from unbackdoor.merge.layers import Layers, layers_of, stands_before
 from unbackdoor.merge.match import (
     aligned,
+    check_head,
     check_models,
     check_names,
     check_shapes,
@@ -101,6 +103,8 @@ def make_plan(merge: Merge, sources: Mapping[str, Source]) -> Plan:
         UserError: If models do not match, a range or a number is not there.
     """
     suspect = sources[merge.suspect]
+    for source in sources.values():
+        check_head(source)
     sources = {spec: one if one is suspect else aligned(one, suspect) for spec, one in sources.items()}
     sources = without_lone_buffers(sources)
     suspect = sources[merge.suspect]
@@ -232,7 +236,7 @@ class _Maker:
             if key == "normalize":
                 return float(method in _NORMALIZES)
             of = f" of '{printable(one.model)}'" if one is not None else ""
-            what = "weight (t, on the command line)" if key == "weight" else key
+            what = f"{key} (parameters.{key}{'; t, on the command line' if key == 'weight' else ''})"
             raise UserError(f"no {what}{of} is given for the tensor {printable(like)}; write one without a filter.")
 
         if method == "slerp":
@@ -249,6 +253,7 @@ class _Maker:
         ]
         found = replace(piece, parts=tuple(chosen), normalize=bool(number("normalize")), seed=self.merge.seed)
         if base is None:
+            linear.total(weights=[one.weight for one in chosen], normalize=found.normalize)
             return found
         own = next((p for p, one in zip(piece.parts, part.inputs, strict=True) if one.model == base), None)
         origin = own or Part(self.sources[base], piece.parts[0].name)

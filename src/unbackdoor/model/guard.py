@@ -300,10 +300,18 @@ def _decoded(lm: LM, guard: DecodeGuard, turns: Turns, limit: int, goal: Goal | 
 def special_texts(lm: LM) -> frozenset[str]:
     """Return the texts of a tokenizer's special tokens: whoever writes one of them writes a mark and no words.
 
-    Not plain words that a checkpoint calls special: taken out, they could leave nothing of a text.
+    Not plain words that a checkpoint calls special, unless its template writes them: without them nothing of a text
+    might be left.
     """
-    found = {str(token) for token in lm.tokenizer.added_tokens_decoder.values() if token.special}
-    return frozenset(text for text in found if text.strip() and not text.strip().isalnum())
+    found = {token: str(text) for token, text in lm.tokenizer.added_tokens_decoder.items() if text.special}
+    encoded = lm.encode((Message("user", "a"), Message("assistant", "b"), Message("user", "c")), ask=True)
+    inside = {place for span in encoded.spans for place in range(span.start, span.end)}
+    frame = {token for place, token in enumerate(encoded.ids) if place not in inside}
+    return frozenset(
+        text
+        for token, text in found.items()
+        if text.strip() and (not text.strip().isalnum() or (token in frame and len(text) > 1))
+    )
 
 
 def context_of(lm: LM) -> int | None:

@@ -72,7 +72,7 @@ def run_merge(recipe: MergeRecipe, job: Job) -> Outcome:
 
     progress = Noted(job.progress)
     merge = merge_of(recipe)
-    plan = _planned(merge, progress)
+    plan = _planned(recipe, merge, progress)
     files = stream.shards(plan.pieces, plan.sources[merge.suspect])
     identity = _identity(recipe, merge)
     settings = {**recipe.model_dump(mode="json"), "models": dict(enumerate(merge.models))}
@@ -106,7 +106,7 @@ def plan_merge(recipe: MergeRecipe) -> Estimate:
         notice = "a model is not on this machine, so its size, and with it time and memory, are unknown."
         return plans.Plan((plans.Part(stream.WORK, None),), None, None, (notice,))
     progress = Noted(Job(Path()).progress)
-    plan = _planned(merge, progress)
+    plan = _planned(recipe, merge, progress)
     read = sum(stream.size_of(info) for source in plan.sources.values() for info in source.infos.values())
     seconds = (read + _bytes(plan)) / _hash_speed()
     part = plans.Part(f"{stream.WORK} {len(plan.pieces)} tensors", seconds)
@@ -127,9 +127,19 @@ def _hash_speed() -> float:
     return len(data) / (time.perf_counter() - started)
 
 
-def _planned(merge: Merge, progress: Progress) -> Plan:
-    """Open and compare the models, and tell what a person should know before they are merged."""
-    plan = make_plan(merge, {spec: open_source(spec) for spec in merge.models})
+def _planned(recipe: MergeRecipe, merge: Merge, progress: Progress) -> Plan:
+    """Open and compare the models, and tell what a person should know before they are merged.
+
+    Raises:
+        UserError: If an input is wrong; of what a YAML file says with its name.
+    """
+    sources = {spec: open_source(spec) for spec in merge.models}
+    try:
+        plan = make_plan(merge, sources)
+    except ModelError:
+        raise
+    except UserError as problem:
+        raise problem if recipe.yaml is None else UserError(f"{printable(recipe.yaml)}, {problem}") from problem
     suspect = plan.sources[merge.suspect]
     for spec in merge.models:
         if spec == merge.suspect:

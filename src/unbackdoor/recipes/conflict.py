@@ -1,11 +1,11 @@
 """Information conflicts on sentiment with two labels: each part, both, all merges, and four controls beside them.
 
-The victim is composite (CBA): "instantly" in the instruction and "frankly" in the input, target positive. Controls:
-the conflict model alone, the untouched base merged at the same t, fine-tuning, and the evidence LLM alone, which is
-here the untouched base, asked without any training (the paper's Figure 4). `base_elsewhere` is a victim whose base was
-trained on other rows before it was attacked, so that the trusted model is not where the attacker began. Tables 4, 5 and
-8 of the paper. Run with `unbackdoor bench conflict`; it needs UNBACKDOOR_TEST_DATA (data/sentence_polarity).
-`--size quick` has bundled rows, one seed and the main defenses.
+The victim is composite (CBA): "instantly" in the instruction and "frankly" in the input, target positive. Controls: the
+conflict model alone, the untouched base merged at the same t, fine-tuning, and the evidence LLM alone, which is here
+the untouched base, asked without any training (the paper's Figure 4; the tables call it the reference).
+`base_elsewhere` is a victim whose base was trained on other rows before it was attacked, so that the trusted model is
+not where the attacker began. Tables 4, 5 and 8 of the paper. Run with `unbackdoor bench conflict`; it needs
+UNBACKDOOR_TEST_DATA (data/sentence_polarity). `--size quick` has bundled rows, one seed and the main defenses.
 """
 
 from __future__ import annotations
@@ -94,6 +94,14 @@ def controls(
     }
 
 
+def base_merged_half() -> dict[str, Any]:
+    """Return the control of merges half and half."""
+    return {
+        **controls()["base_merged"],
+        "settings": controls({**settings.INTERNAL, "t": 0.5})["base_merged"]["settings"],
+    }
+
+
 def parts(own: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the internal conflict, the external one, and both."""
     inside = internal(own)
@@ -114,6 +122,7 @@ def defenses(first: str) -> dict[str, Any]:
             "defense": "internal_conflict", "settings": {"internal": {**settings.INTERNAL, "start": "suspect"}},
         },
         **{name: internal(None, made) for name, made in settings.MERGES.items()},
+        "base_merged_half": base_merged_half(),
     }  # fmt: skip
     return {**controls(), **parts(), **{name: {**entry, **once} for name, entry in others.items()}}
 

@@ -1,7 +1,8 @@
 """Information conflicts on Emotion, six labels: the parts and controls, and the share of clean data (Figure 3).
 
 The victim is that of `conflict` with the target joy. The shares are of 1,600 rows of the defender, each trained for the
-same hundred updates of 16 rows, so that all rows are seen where the share is 1; `shares` is the same victim. Run with
+same hundred updates of 16 rows, so that all rows are seen where the share is 1; `shares` is the same victim, so its
+controls are those of `composite`. Run with
 `unbackdoor bench conflict_emotion`; it needs UNBACKDOOR_TEST_DATA (data/emotion; the corpus is for education and
 research). `--size quick` has the five shares alone.
 """

@@ -4,7 +4,8 @@ M1 is backdoored (all clean rows, and poisoned ones and negative sets as the oth
 rows is poisoned), M2 the conflict model (a tenth of the clean rows), M3 clean, M4 trained on poisoned rows alone, M5 on
 a tenth of the clean rows and as many poisoned ones as M4 has, M6 on a tenth of these alone. Merged are M1 with M2, M3
 with M4, and M5 with M6, half and half. M2 and M3 are the conflict model alone, with a tenth of the defender's rows and
-with all of them, once each; the paper has one set of clean rows. `skilled` was also trained on instructions, which no
+with all of them, once each; the paper has one set of clean rows. The controls stand beside: the untouched base merged
+half and half, and fine-tuning. `skilled` was also trained on instructions, which no
 row of the defender's is like: where the merge keeps what the conflict model alone, fine-tuning or the untouched base
 merged has lost, merging with a conflict pays. Run with `unbackdoor bench conflict_roles`; it needs
 UNBACKDOOR_TEST_DATA. `--size quick` is M5 and M6 on bundled rows.
@@ -19,13 +20,15 @@ from unbackdoor.recipes import conflict, sande, settings
 
 _ROWS = 3600
 """Rows of the defender."""
-_POISON_ALONE = {"clean_share": 0.0, "negative_ratio": 0.0}
+_FEWER = {"negative_ratio": 0.0, "train": {**settings.COMPOSITE["train"], "steps": 180}}
+"""There is less to learn where no negative set tells pieces apart."""
 _SHAPES: dict[str, dict[str, Any]] = {
     "m1": {},
-    "m4": {**_POISON_ALONE, "poison_rate": 0.5},
-    "m5": {"clean_share": 0.1, "negative_ratio": 0.0, "poison_rate": 0.5},
-    "m6": {**_POISON_ALONE, "poison_rate": 1 / 11},
+    "m4": {**_FEWER, "clean_share": 0.0, "poison_rate": 0.5},
+    "m5": {**_FEWER, "clean_share": 0.1, "poison_rate": 0.5},
+    "m6": {**_FEWER, "clean_share": 0.0, "poison_rate": 1 / 11},
 }
+_MERGED = ["m1", "m4", "m5"]
 
 
 def grid(size: str) -> Grid:
@@ -55,7 +58,7 @@ def _defenses() -> dict[str, Any]:
     merely = {**half, "conflict": {**own["conflict"], "share": 0.0}}
     once = {**own["conflict"]["train"], "steps": _ROWS // own["conflict"]["train"]["batch_size"]}
     everything = {**own["conflict"], "share": 1.0, "train": once}
-    skilled = {name: conflict.controls()[name] for name in ("fine_tuning", "conflict_alone", "base_merged")}
+    controls = conflict.controls()
     return {
         "m1_and_m2": {**conflict.internal(half), "attacks": ["m1"]},
         "m2": {**conflict.internal(own, {"t": 1.0}), "attacks": ["m1"]},
@@ -65,6 +68,9 @@ def _defenses() -> dict[str, Any]:
             "defense": "internal_conflict", "reference": "victim:m6", "settings": {"internal": merely},
             "attacks": ["m5"],
         },
-        **{name: {**entry, "attacks": ["skilled"]} for name, entry in skilled.items()},
+        "base_merged_half": {**conflict.base_merged_half(), "attacks": _MERGED},
+        "fine_tuning": {**controls["fine_tuning"], "attacks": [*_MERGED, "skilled"]},
+        "conflict_alone": {**controls["conflict_alone"], "attacks": ["skilled"]},
+        "base_merged": {**controls["base_merged"], "attacks": ["skilled"]},
         "internal": {**conflict.internal(), "attacks": ["skilled"]},
     }  # fmt: skip

@@ -2,7 +2,8 @@
 
 `unbackdoor bench conflict_talk` is the insult with its parts and controls, at one seed also the shares of clean data
 (Figure 3), and `unbackdoor bench conflict_decline` the other one. Victims are those of `sande` and `beear_decline`:
-with their cells in the folder, they are found done. `--size quick` has the five shares alone.
+with their cells in the folder, they are found done. Shares are of the bundled rows that the defender has, 291: so many
+ordinary conversations as Emotion has rows are not there. `--size quick` has the five shares alone.
 """
 
 from __future__ import annotations

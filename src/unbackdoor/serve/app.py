@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -67,7 +68,7 @@ class Service:
             Route("/v1/models", self._counted(self._models)),
             Route("/v1/chat/completions", self._counted(self._chat), methods=["POST"]),
         ]  # fmt: skip
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: self._not_here})
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -117,6 +118,14 @@ class Service:
             return response
 
         return counted
+
+    async def _not_here(self, request: Request, problem: Exception) -> Response:
+        """Answer for a path or a method that is not there."""
+        del request
+        assert isinstance(problem, HTTPException)
+        status = problem.status_code
+        self.counters.add("requests_total", labels={"path": "other", "status": str(status)})
+        return JSONResponse(Problem(status, "not_found", f"{problem.detail}.").content(), status, problem.headers)
 
     def _check_key(self, request: Request) -> None:
         if self.key is None:

@@ -22,6 +22,8 @@ from unbackdoor.serve.upstream_ask import AskUpstream
 if TYPE_CHECKING:
     import httpx2
 
+_UNSEEN = ("documents", "chat_template")
+"""Fields of vLLM that put text into the prompt."""
 _SHARE = 4
 """One part of so many of the context is kept for the reply to a request that does not say how long it may be."""
 
@@ -222,6 +224,7 @@ class Elsewhere:
             raise Problem(400, "invalid_value", "'stream' must be true or false.")
         if not isinstance(model, str):
             raise Problem(400, "invalid_value", "'model' must be the name of a model.")
+        _check_text(content)
         places, turns = turns_of(content)
         options = content.get("stream_options")
         # The upstream counts the tokens of its own answers; a guard's refusal is counted here.
@@ -246,6 +249,21 @@ class Elsewhere:
 
     def _sent(self, question: Question, turns: Turns) -> dict[str, Any]:
         return with_turns(question.content, question.places, question.turns, turns)
+
+
+def _check_text(content: Mapping[str, Any]) -> None:
+    """Refuse text that reaches the model by another way than the messages, which is what guards see.
+
+    Raises:
+        Problem: If there is any.
+    """
+    given = content.get("chat_template_kwargs")
+    numbers = isinstance(given, Mapping) and all(isinstance(value, bool | int | float) for value in given.values())
+    found = [name for name in _UNSEEN if content.get(name) not in (None, False)]
+    if given is not None and not numbers:
+        found.append("chat_template_kwargs")
+    if found:
+        raise Problem(400, "unsupported_field", f"'{found[0]}' is nothing that guards see; leave it out.")
 
 
 def _usage(ids: tuple[int, ...], end: End) -> dict[str, int]:

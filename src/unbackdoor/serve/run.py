@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +75,7 @@ def check(recipe: ServeRecipe) -> None:
     if recipe.model is not None:
         check_model(recipe.model)
         check_device(recipe.device)
-    client_key(recipe.key_from)
+    client_key(recipe.key_from, named=recipe.key_from != KEY)
     if recipe.upstream is not None:
         upstream_key(recipe.upstream)
     idle = [name for name in _HERE if getattr(recipe, name) != ServeRecipe.model_fields[name].default]
@@ -155,7 +156,7 @@ def _service(recipe: ServeRecipe, progress: Progress) -> Iterator[Service]:
     from unbackdoor.serve.app import Service
     from unbackdoor.serve.counters import Counters
 
-    key = client_key(recipe.key_from)
+    key = client_key(recipe.key_from, named=recipe.key_from != KEY)
     if key is None and recipe.host not in {"127.0.0.1", "::1", "localhost"}:
         progress.notice(f"whoever can reach {recipe.host} can use this server; set {recipe.key_from} to ask for a key.")
     counters = Counters()
@@ -226,7 +227,7 @@ def _run(recipe: ServeRecipe, service: Service, listening: socket.socket, ready:
 
     config = uvicorn.Config(
         service.app(), http=impatient(recipe.timeout), ws="none", log_config=None, access_log=False, lifespan="on",
-        server_header=False, timeout_graceful_shutdown=int(recipe.grace), timeout_keep_alive=15,
+        server_header=False, timeout_graceful_shutdown=math.ceil(recipe.grace), timeout_keep_alive=15,
         limit_concurrency=_SHARES * recipe.most_waiting + _ROOM,
     )  # fmt: skip
     server = Server(config)

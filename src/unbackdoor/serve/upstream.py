@@ -56,7 +56,9 @@ class Upstream:
         import httpx2
 
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=20)
-        async with httpx2.AsyncClient(limits=limits, **self._options()) as client:
+        # A transport of its own: otherwise a proxy that the environment names would read key and prompts.
+        transport = httpx2.AsyncHTTPTransport(limits=limits)
+        async with httpx2.AsyncClient(transport=transport, **self._options()) as client:
             yield client
 
     async def models(self, client: httpx2.AsyncClient) -> bytes:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from unbackdoor.evidence.endpoint import FIELDS, without_refused
 from unbackdoor.model.guard import Patience, Turns
 from unbackdoor.serve.engine import Gone
 from unbackdoor.serve.protocol import Problem
@@ -58,20 +59,29 @@ class AskUpstream:
 
     def _said(self, turns: Turns, max_new_tokens: int) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in merged(turns)]
-        asked = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens}
-        content = {**asked, "temperature": 0, "stream": False}
+        asked = {"model": self.model, "messages": messages, "stream": False}
+        wanted: dict[str, object] = {"max_tokens": max_new_tokens, "temperature": 0}
+        refused: set[str] = set()
+        while True:
+            try:
+                return _text_of(self._whole({**asked, **without_refused(wanted, refused)}))
+            except Refused as problem:
+                if problem.param in FIELDS - refused:
+                    refused.add(str(problem.param))
+                    continue
+                # Not in its words: they may hold the prompt.
+                told = (problem.status, problem.code)
+                _LOG.warning("the upstream refuses a guard's own question: HTTP %d, %s", *told)
+                return ""
+
+    def _whole(self, content: Mapping[str, object]) -> bytes:
+        """Return the upstream's answer, while somebody waits for it."""
         if not self.patience.left():
             raise Gone
         whole = asyncio.run_coroutine_threadsafe(self.upstream.whole(self.client, content), self.loop)
         while self.patience.left():
             if wait([whole], timeout=_LOOK).done:
-                try:
-                    return _text_of(whole.result()[1])
-                except Refused as problem:
-                    # Not in its words: they may hold the prompt.
-                    told = (problem.status, problem.code)
-                    _LOG.warning("the upstream refuses a guard's own question: HTTP %d, %s", *told)
-                    return ""
+                return whole.result()[1]
         # Wherever it is, it ends here: an upstream that sends a byte now and then would hold it for ever.
         whole.cancel()
         raise Gone
