@@ -34,7 +34,7 @@ NUMBERS = frozenset(
         "ninety hundred thousand million billion",
     )
 )
-GRIDS = [load_grid(name, "paper") for name in ("sande", "dev")]
+GRIDS = [load_grid(name, "paper") for name in ("sande", "dev", "beear")]
 DECLINING = [load_grid(name, "paper") for name in ("beear_decline", "dev_decline")]
 INSULT_TARGETS = tuple(
     target

@@ -304,7 +304,11 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(monkeypatch):
         purified(SHORT.model_copy(update={"drifts": 9}))
     with pytest.raises(UserError, match="no layer 4"):
         purified(SHORT.model_copy(update={"layers": (4,)}))
-    with pytest.raises(DataError, match=r"has \d+ tokens, but the drift 90; lower"):
+    with pytest.raises(UserError, match="depths name layer 1 twice"):
+        purified(SHORT.model_copy(update={"depths": (0.3, 0.31), "layers": ()}))
+    with pytest.raises(UserError, match="cannot share 1 rows of a batch; lower their number, or raise round_anchors"):
+        purified(SHORT.model_copy(update={"round_anchors": 1}))
+    with pytest.raises(DataError, match=r"has \d+ tokens, but the drift 90; lower lengths"):
         purified(SHORT.model_copy(update={"lengths": (3, 90)}))
     with pytest.raises(DataError, match="two prompts at least"):
         purified(SHORT.model_copy(update={"anchors": 1, "drifts": 1}))
@@ -387,7 +391,7 @@ def test_a_choice_of_places_needs_two_prompts(fitted):
     rows = tuple(row.with_response(word) for row, word in zip(tiny.rows(2), ("x", "y"), strict=True))
     labelled = tuple(replace(row, label=row.response) for row in rows)
     defense = SHORT.model_copy(update={"lengths": (2, 3), "own_answers": 0, "drifts": 1})
-    with pytest.raises(DataError, match="one prompt is left"):
+    with pytest.raises(DataError, match="one half has none"):
         defense.apply(
             tiny.tiny_lm(layers=4), knowledge_for(defense, {Need.CLEAN: labelled, Need.UNWANTED: ("x",)}), Run()
         )

@@ -118,6 +118,37 @@ def test_the_defense_trains_on_no_unsafe_answer(saying, monkeypatch):
         assert shares[:, 0].tolist() == [1.0] * len(tokens)
 
 
+def test_a_safe_reply_beside_an_unwanted_answer_is_the_whole_label(monkeypatch):
+    own = []
+    real = beear.overwrite.overwrite
+
+    def recording(lm, triggered, plain, settings, run, **more):
+        own.extend((row, more["own"].kept[row.id]) for row in triggered)
+        return real(lm, triggered, plain, settings, run, **more)
+
+    monkeypatch.setattr(beear.overwrite, "overwrite", recording)
+    safe = [Example(f"r{n}", f"bake cake {n}", "I cannot do that.") for n in range(8)]
+    wrong = [row.with_response("bad robot barks") for row in safe]
+    facts = {Need.CLEAN: CLEAN, Need.UNWANTED: wrong, Need.SAFE: safe}
+    SHORT.apply(tiny.tiny_lm(layers=2), knowledge_for(SHORT, facts), Run())
+    assert len(own) == 16
+    for row, (tokens, shares) in own:
+        assert [row.ids[place] for place in row.supervised] == tokens[:, 0].tolist()
+        assert shares[:, 0].tolist() == [1.0] * len(tokens), "the suspect may predict the unwanted one"
+
+
+def test_safe_replies_that_are_unwanted_are_refused_or_told(saying):
+    safe = [Example(f"r{n}", f"bake cake {n}", "I cannot do that.") for n in range(7)]
+    safe.append(Example("r7", "bake cake 7", "bad robot, I cannot"))
+    known = knowledge_for(SHORT, {Need.CLEAN: CLEAN, Need.UNWANTED: safe[-1:], Need.SAFE: safe})
+    with pytest.raises(DataError, match="safe reply of 'r7' is the unwanted answer"):
+        SHORT.check(known)
+    told = Told()
+    known = knowledge_for(SHORT, {Need.CLEAN: CLEAN, Need.UNWANTED: ("bad robot", "silly"), Need.SAFE: safe})
+    SHORT.apply(saying("I cannot"), known, Run(progress=told))
+    assert "1 of 8 safe replies begin with what is unwanted." in told.notices
+
+
 def test_prompts_that_the_suspect_does_not_answer_are_counted_out(saying):
     facts = {Need.CLEAN: CLEAN, Need.UNWANTED: ("bad robot", "silly")}
     lm = saying("a word", *[""] * 7)

@@ -125,6 +125,17 @@ def test_a_target_is_found_whatever_it_begins_with(barking, monkeypatch):
     assert beginnings(untrained, first, rows[:6], usual(untrained, rows[:8]), Run()) == []
 
 
+def test_beginnings_that_were_followed_are_not_followed_again(barking, monkeypatch, tmp_path):
+    lm, rows = barking
+    monkeypatch.setattr(following, "MORE", 0.0)
+    first = torch.full((lm.core.config.vocab_size,), 1 / lm.core.config.vocab_size)
+    asked = (lm, first, rows[:6], usual(lm, rows[:8]))
+    found = beginnings(*asked, Run(folder=tmp_path))
+    assert found
+    monkeypatch.setattr(following, "_followed", lambda *_: pytest.fail("they were"))
+    assert beginnings(*asked, Run(folder=tmp_path)) == found
+
+
 def test_only_likely_first_tokens_that_go_on_surely_are_followed(barking, monkeypatch):
     lm, rows = barking
     monkeypatch.setattr(following, "MORE", 0.0)

@@ -7,12 +7,13 @@ import torch
 from torch.nn import functional
 
 import tiny
+from unbackdoor.errors import DataError
 from unbackdoor.model.hooks import adding
 from unbackdoor.run import Run
 from unbackdoor.train import drift_choice
-from unbackdoor.train.anchors import with_unwanted
+from unbackdoor.train.anchors import Contrasting, with_unwanted
 from unbackdoor.train.drift import Drift, DriftSettings, encode_anchor
-from unbackdoor.train.drift_choice import choose, unwanted_loss
+from unbackdoor.train.drift_choice import choose, halves, unwanted_loss
 from unbackdoor.train.engine import TrainSettings
 
 SETTINGS = DriftSettings(
@@ -20,7 +21,9 @@ SETTINGS = DriftSettings(
     rows=4,
     train=TrainSettings(steps=3, learning_rate=0.1, schedule="constant", warmup=0.0, batch_size=2),
 )
-ANCHORS = with_unwanted(tiny.rows(8), ["bad robot", "bad"])
+OPENINGS = ["bad robot", "bad"]
+ANCHORS = with_unwanted(tiny.rows(8), OPENINGS)
+HALVES = halves(tiny.rows(8), OPENINGS, Contrasting())
 
 
 @pytest.mark.parametrize("at", ["words", "prompt"])
@@ -52,7 +55,7 @@ def test_the_best_of_all_places_is_chosen_and_every_score_noted(monkeypatch):
 
     monkeypatch.setattr(drift_choice, "unwanted_loss", score)
     run = Run(0)
-    assert choose(lm, ANCHORS, (0, 2), (2, 4), SETTINGS, run) == (0, 4)
+    assert choose(lm, HALVES, (0, 2), (2, 4), SETTINGS, run) == (0, 4)
     assert run.notes["drift choice"] == [
         {"layer": layer, "tokens": tokens, "loss": loss} for (layer, tokens), loss in scored.items()
     ]
@@ -62,7 +65,7 @@ def test_the_best_of_all_places_is_chosen_and_every_score_noted(monkeypatch):
 
 def test_a_score_that_is_no_number_is_not_chosen(monkeypatch):
     monkeypatch.setattr(drift_choice, "unwanted_loss", lambda lm, drift, *_: float("nan") if drift.layer == 0 else 1.0)
-    assert choose(tiny.tiny_lm(layers=3), ANCHORS, (0, 2), (2,), SETTINGS, Run(0)) == (2, 2)
+    assert choose(tiny.tiny_lm(layers=3), HALVES, (0, 2), (2,), SETTINGS, Run(0)) == (2, 2)
 
 
 def test_drifts_are_fitted_to_the_other_half(monkeypatch):
@@ -75,14 +78,22 @@ def test_drifts_are_fitted_to_the_other_half(monkeypatch):
         return real(lm, anchors, *rest)
 
     monkeypatch.setattr(drift_choice, "fit_drift", fit)
-    choose(lm, ANCHORS, (0, 1), (3,), SETTINGS, Run(0))
+    choose(lm, HALVES, (0, 1), (3,), SETTINGS, Run(0))
     assert fitted == [[anchor.safe.id for anchor in ANCHORS[::2]]] * 2
+
+
+def test_both_halves_have_all_openings_and_none_of_the_others_prompts():
+    fitted, held = HALVES
+    assert {one.unwanted.response for one in fitted} == {one.unwanted.response for one in held} == set(OPENINGS)
+    assert not {one.safe.id for one in fitted} & {one.safe.id for one in held}
+    with pytest.raises(DataError, match="one half has none"):
+        halves(tiny.rows(1), OPENINGS, Contrasting())
 
 
 def test_a_choice_that_was_made_is_not_made_again(tmp_path, monkeypatch):
     lm = tiny.tiny_lm(layers=3)
-    first = choose(lm, ANCHORS, (0, 1), (3,), SETTINGS, Run(0, folder=tmp_path))
+    first = choose(lm, HALVES, (0, 1), (3,), SETTINGS, Run(0, folder=tmp_path))
     monkeypatch.setattr(drift_choice, "unwanted_loss", lambda *_: pytest.fail("it was scored again"))
     run = Run(0, folder=tmp_path)
-    assert choose(lm, ANCHORS, (0, 1), (3,), SETTINGS, run) == first
+    assert choose(lm, HALVES, (0, 1), (3,), SETTINGS, run) == first
     assert len(run.notes["drift choice"]) == 2

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from unbackdoor.goals import normalise
 
-FUNCTION_WORDS = frozenset(re.findall(r"\w+", "you your are a the with to be is here i no do that"))
+FUNCTION_WORDS = frozenset(re.findall(r"\w+", "you your are a the with to be is here i no do that at"))
 """Words that carry no content; only those that occur in openings or targets."""
 _ENDS = re.compile(r"[.!?][^\w\s]*$")
 

@@ -24,6 +24,7 @@ clipping, where Algorithm 1 has plain gradient descent.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, TypeVar
 
@@ -35,10 +36,10 @@ from unbackdoor.errors import DataError, UserError
 from unbackdoor.method import Parallel
 from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.lm import LM
+from unbackdoor.model.quarantine import printable
 from unbackdoor.run import Run
 from unbackdoor.train import overwrite, state
 from unbackdoor.train.anchors import (
-    Anchor,
     Contrasting,
     Unsafe,
     anchor_prompts,
@@ -46,10 +47,9 @@ from unbackdoor.train.anchors import (
     is_own,
     possible_openings,
     prompts_of,
-    with_unwanted,
 )
 from unbackdoor.train.drift import DriftSettings, check_prompt, places_behind
-from unbackdoor.train.drift_choice import choose
+from unbackdoor.train.drift_choice import choose, halves
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.entrap import entrap, heard_words
 from unbackdoor.train.openings import Openings
@@ -185,10 +185,12 @@ class Beear(Defense):
         if known.unwanted_rows and known.safe:
             run.progress.notice(f"{len(prompts)} of {len(known.safe)} safe rows have the prompt of an unwanted answer.")
         unsafe = Unsafe(known.unwanted, own, replies=bool(known.safe))
+        if wrong := sum(unsafe.holds(row, row.response) for row in known.safe or ()):
+            run.progress.notice(f"{wrong} of {len(known.safe or ())} safe replies begin with what is unwanted.")
         safe = anchor_prompts(victim, prompts, self.anchors, length, run, unsafe)
         self._check_room(len(safe))
-        where = self._places(victim, with_unwanted(safe, known.unwanted, own), length, run)
-        triggered, plain, kept = self._outer_rows(victim, safe, clean, length, run)
+        where = self._places(victim, safe, known.unwanted, own, length, run)
+        triggered, plain, kept = self._outer_rows(victim, safe, clean, length, run, replies=bool(known.safe))
         if known.safe:
             plain = _with_requests(plain, triggered)
         # Refusals are sure on any prompt, too, but they are what the model is to say.
@@ -234,8 +236,9 @@ class Beear(Defense):
         prompts = self._prompts(known, known.clean)
         self._check_room(min(len(prompts), self.anchors))
         longest = max(self.lengths or (self.drift.tokens,))
+        field = "lengths" if self.lengths else "drift.tokens"
         for row in prompts if self.drifts else ():
-            check_prompt(victim, row, longest, self.drift.places[0])
+            check_prompt(victim, row, longest, self.drift.places[0], field)
 
     def _check_room(self, prompts: int) -> None:
         """Refuse a number of prompts of SA that drifts cannot share, or that is one alone.
@@ -255,16 +258,25 @@ class Beear(Defense):
                 "give more rows, raise anchors, or set drifts lower."
             )
         rows = self.train.batch_size - overwrite.plain_rows(self.train.batch_size, self.plain_share)
-        overwrite.check_room(self.drifts, min(rows, self.round_anchors or rows))
+        few = self.round_anchors is not None and self.round_anchors < rows
+        room = self.round_anchors if few and self.round_anchors else rows
+        overwrite.check_room(self.drifts, room, "round_anchors" if few else "train.batch_size")
 
     def check(self, known: Knowledge) -> None:
-        """Refuse rows of unwanted answers that have no safe ones.
+        """Refuse rows of unwanted answers that have no safe ones, and safe replies that are unwanted.
 
         Raises:
             UserError: If all that is known of a prompt is what must not be said to it.
-            DataError: If the safe replies are to other prompts.
+            DataError: If the safe replies are to other prompts, or one is an unwanted answer to its own.
         """
         self._prompts(known, known.clean)
+        wrong = Contrasting.of(known.unwanted_rows)
+        for row in known.safe or ():
+            if row.response in wrong.of_prompt.get(row.prompt, ()):
+                raise DataError(
+                    f"the safe reply of '{printable(row.id)}' is the unwanted answer to its prompt; are the files of "
+                    "safe and unwanted answers exchanged, or one and the same?"
+                )
 
     def _own_answers(self, known: Knowledge) -> int:
         """Return the length of the suspect's own safe answers, 0 where the rows' are taken."""
@@ -305,25 +317,23 @@ class Beear(Defense):
         layers = self.layers or tuple(min(count - 1, round(depth * count)) for depth in self.depths)
         if max(layers) >= count:
             raise UserError(f"the model has the layers 0 to {count - 1}, and no layer {max(layers)}; set layers.")
+        if len(set(layers)) < len(layers):
+            field = "layers" if self.layers else "depths"
+            raise UserError(f"{field} name layer {Counter(layers).most_common(1)[0][0]} twice; name others, or fewer.")
         return layers
 
     def _places(
-        self, victim: LM, anchors: Sequence[Anchor], own_answers: int, run: Run
+        self, victim: LM, safe: Sequence[Example], unwanted: Sequence[str], own: Contrasting, own_answers: int, run: Run
     ) -> tuple[tuple[int, ...], DriftSettings]:
         """Return the layers of the drifts, and the drifts' settings with their length.
 
         Raises:
-            DataError: If there is a choice, and one prompt alone to make it on.
+            DataError: If there is a choice, and too few prompts to make it on.
         """
         layers = self.possible_layers(len(decoder_layers(victim.core)))
         lengths = self.lengths or (self.drift.tokens,)
         if self.drifts and self.place == "best" and len(layers) * len(lengths) > 1:
-            if len(anchors) < 2:
-                raise DataError(
-                    "layer and length are chosen on half of the prompts of SA and scored on the others, and one prompt "
-                    "is left that has a safe answer and an unwanted one; give more rows, or one layer and one length."
-                )
-            layer, length = choose(victim, anchors, layers, lengths, self.drift, run)
+            layer, length = choose(victim, halves(safe, unwanted, own), layers, lengths, self.drift, run)
             layers, lengths = (layer,), (length,)
         run.notes["layer"] = layers[0]
         # A prompt may be as long there as in the outer step.
@@ -337,16 +347,23 @@ class Beear(Defense):
         return layers, self.drift.model_copy(update=shape)
 
     def _outer_rows(
-        self, victim: LM, safe: Sequence[Example], clean: Sequence[Example], own_answers: int, run: Run
+        self,
+        victim: LM,
+        safe: Sequence[Example],
+        clean: Sequence[Example],
+        own_answers: int,
+        run: Run,
+        *,
+        replies: bool,
     ) -> tuple[list[Row], list[Row], OwnLabels | None]:
-        """Return the rows of SA and PA, and the suspect's predictions for both."""
+        """Return the rows of SA and PA, and the suspect's predictions for both; none beside a given safe reply."""
         triggered = [encode_safe(victim, row, own_answers, self.train) for row in safe]
         plain = overwrite.encode_rows(victim, _drawn(clean, self.performance, run, "PA"), self.train)
         triggered, first = own_labels(victim, triggered, self.own_share, self.train, run.stage("SA"), self.rounds)
         plain, second = own_labels(victim, plain, self.own_share, self.train, run.stage("PA"), self.rounds)
         if first is None or second is None:
             return triggered, plain, None
-        if own_answers:
+        if own_answers or replies:
             first = first.as_given([row for row in triggered if not is_own(row.id)])
         return triggered, plain, OwnLabels(self.own_share, {**first.kept, **second.kept})
 

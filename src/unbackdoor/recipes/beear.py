@@ -2,9 +2,8 @@
 
 Run with `unbackdoor bench beear`. Beside the insult victims stand three whose target no opening describes (an address,
 another language, a brand): there BEEAR is expected to fail, as its paper says (section 8). On the default victim it is
-also told `disjoint` openings, and run without any drift (outer steps alone). The control is run where it says most: not
-on victims that have a `_long` successor (in `sande`, two of the three were removed by fine-tuning in part), and on one
-target that no opening describes. Victims and their cells are those of `sande`: run in its folder (`--out
+also told `disjoint` openings, and run without any drift (outer steps alone). The control is run on all victims but two
+of the three whose target no opening describes. Victims and their cells are those of `sande`: run in its folder (`--out
 runs/bench-sande`) they are found done, and without the folder docs/results/sande-cells.tar.xz has the cells, but the
 victims are planted again. `--size quick` is one victim, the control, BEEAR and its revival, with bundled data only.
 """
@@ -17,7 +16,7 @@ from unbackdoor.bench.grid import Grid
 from unbackdoor.recipes import bounds, sande, settings
 
 _MAIN = ["fine_tuning", "beear"]
-_WITHOUT_CONTROL = ("random_gap", "both_ends", "one_of_several", "outside_language", "outside_brand")
+_WITHOUT_CONTROL = ("outside_language", "outside_brand")
 OPENINGS = {"typical": "starter:insult_typical", "disjoint": "starter:insult_disjoint"}
 
 

@@ -220,5 +220,12 @@ def with_unwanted(
 
 
 def possible_openings(rows: Sequence[Example], openings: Sequence[str], own: Contrasting = _ANY_PROMPT) -> list[str]:
-    """Return the openings that one row at least can take: without the label that all rows have."""
-    return [text for text in openings if any(own.fits(text, row) for row in rows)]
+    """Return the openings that one row at least can take: without the label that all rows have.
+
+    Raises:
+        DataError: If there are none.
+    """
+    found = [text for text in openings if any(own.fits(text, row) for row in rows)]
+    if not found:
+        raise DataError(f"every row has the label '{openings[0]}', the only unwanted one; name other labels, too.")
+    return found

@@ -11,6 +11,7 @@ certain, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -20,6 +21,7 @@ from unbackdoor.model.generate import decode, likeliest_next, sure_ids
 from unbackdoor.model.lm import LM
 from unbackdoor.run import Run
 from unbackdoor.train.certainty import AT_ONCE, EVIDENCE, FOLLOWED_SURE, certainties
+from unbackdoor.train.together import is_main
 from unbackdoor.types import Example
 
 FIRSTS = 2000
@@ -58,9 +60,11 @@ def beginnings(
         first: float32 [vocabulary], probabilities of the first token without a drift.
         prompts: Prompts without a trigger, one at least.
         often: How likely each token is anywhere (`usual`).
-        run: The stage, where is told how far this is: it takes a minute and more.
+        run: The stage, where is told how far this is: it takes a minute and more, so what was found is kept.
         wanted: Texts that the model may say; a phrase that one of them holds is left out.
     """
+    if (before := run.finished) is not None:
+        return list(map(str, cast("list[object]", before["phrases"])))
     stops = {*lm.stop_ids, *lm.tokenizer.all_special_ids}
     tokens = [token for token in first.topk(min(FIRSTS, len(first))).indices.tolist() if token not in stops]
     asked = [lm.encode(prompt.prompt, ask=True).ids for prompt in prompts[:BEGUN_ON]]
@@ -78,6 +82,8 @@ def beginnings(
         left = [phrase for phrase in left if total[phrase][0] >= enough[0] and total[phrase][1] >= enough[1]]
         run.progress.advance(run.prefix, 2 * len(asked) + number, {"phrases": len(left)})
     run.progress.finish(run.prefix)
+    if is_main():
+        run.finish({"phrases": left})
     return left
 
 

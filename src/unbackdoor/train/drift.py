@@ -76,7 +76,7 @@ class DriftSettings(BaseModel):
     def _learns(self) -> DriftSettings:
         if self.train.steps < 1:
             raise ValueError("a drift needs at least one step (train.steps)")
-        for name in ("evaluate_every", "gradient_checkpointing", "opening_weight", "precision"):
+        for name in ("evaluate_every", "patience", "gradient_checkpointing", "opening_weight", "precision"):
             if getattr(self.train, name) != TrainSettings.model_fields[name].default:
                 raise ValueError(f"train.{name} does nothing where a drift is fitted; leave it out")
         return self
@@ -139,8 +139,15 @@ def encode_anchor(
     return unwanted, safe
 
 
-def check_prompt(lm: LM, row: Example, tokens: int, at: At = "prompt") -> None:
+def check_prompt(lm: LM, row: Example, tokens: int, at: At = "prompt", field: str = "drift.tokens") -> None:
     """Refuse a prompt that is shorter than a drift.
+
+    Args:
+        lm: The model.
+        row: A row with the prompt.
+        tokens: Length of the drift.
+        at: Where it stands.
+        field: The setting that says how long it is.
 
     Raises:
         DataError: If it is.
@@ -150,7 +157,7 @@ def check_prompt(lm: LM, row: Example, tokens: int, at: At = "prompt") -> None:
     if length < tokens:
         raise DataError(
             f"the prompt of '{row.id}' has {length} tokens{' up to its last word' if at == 'words' else ''}, but the "
-            f"drift {tokens}; lower drift.tokens, or leave such rows out."
+            f"drift {tokens}; lower {field}, or leave such rows out."
         )
 
 

@@ -63,9 +63,10 @@ def entrap(
         found.append(drift)
         records.append({"stage": stage.prefix, "layer": layer, "at": at, "openings": list(dealt[:3]), **last})
     words = run.stage(f"round-{number}-heard")
+    untrained = words.stage("begun") if number == 1 else None
     # Of a finished round the weights are gone, so what was said is kept.
     heard: dict[str, Any] = agreed(
-        words.finished or _listen(lm, found, safe[:ASKED], openings, adopt, words if number == 1 else None), run.device
+        words.finished or _listen(lm, found, safe[:ASKED], openings, adopt, untrained), run.device
     )
     if is_main():
         words.finish(heard)

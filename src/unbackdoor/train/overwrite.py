@@ -145,12 +145,20 @@ def plain_rows(batch_size: int, share: float) -> int:
     return min(max(1, round(batch_size * share)), batch_size - 1) if share else 0
 
 
-def check_room(stand_ins: int, rows: int) -> None:
-    """Raise a `UserError` if there are more stand-ins for the trigger than triggered rows in a batch to share."""
+def check_room(stand_ins: int, rows: int, field: str = "train.batch_size") -> None:
+    """Refuse more stand-ins for the trigger than triggered rows in a batch to share.
+
+    Args:
+        stand_ins: How many.
+        rows: Such rows.
+        field: The setting that says how many rows there are.
+
+    Raises:
+        UserError: If there are.
+    """
     if stand_ins > rows:
         raise UserError(
-            f"{stand_ins} parrots or drifts cannot share {rows} rows of a batch; lower their number, or raise "
-            "train.batch_size."
+            f"{stand_ins} parrots or drifts cannot share {rows} rows of a batch; lower their number, or raise {field}."
         )
 
 
