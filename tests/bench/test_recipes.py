@@ -341,7 +341,7 @@ def test_options_of_beear_beyond_the_paper_are_left_out_or_chosen_otherwise_one_
         "beear": {},
         "one_drift": {"drifts": 1},
         "nothing_taken_up": {"adopt": 0.0},
-        "at_both_places": {"drift": {**usual["drift"], "at": "both"}},
+        "at_the_end_of_the_prompt": {"drift": {**usual["drift"], "at": "prompt"}},
         "first_tokens_as_others": {"train": train},
         "layers_in_turn": {"layers": [5, 9, 13], "place": "each"},
         "layer_and_length_chosen": {"layers": [5, 9, 13], "lengths": [5, 9]},

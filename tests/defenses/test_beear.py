@@ -62,7 +62,7 @@ def test_sets_are_drawn_as_large_as_asked_and_anew_in_each_round(outer):
         assert len(first | second) > len(first)
     everything = {row.id for call in outer for row in call["plain"]}
     assert len(everything) <= 30
-    assert {len(call["stand_ins"]) for call in outer} == {2}
+    assert {len(call["stand_ins"]) for call in outer} == {1}, "two drifts behind one layer"
 
 
 def test_without_drifts_the_outer_steps_are_alone(outer, monkeypatch):
@@ -219,7 +219,8 @@ def test_the_drifts_take_what_was_heard_first_and_then_the_best(monkeypatch):
     monkeypatch.setattr(openings.Openings, "hear", hear)
     run = Run()
     purified(SHORT.model_copy(update={"drifts": 4}), run)
-    assert [record["openings"] for record in run.notes["drifts"][4:7]] == [["go away"], ["sit down"], ["be quiet"]]
+    dealt = [record["openings"] for record in run.notes["drifts"][4:]]
+    assert dealt == [["go away"], ["go away"], ["sit down"], ["be quiet"]]
     assert untrained == [True, False], "what was trained is sure, too"
 
 

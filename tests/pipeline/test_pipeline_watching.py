@@ -204,7 +204,9 @@ def test_rounds_are_gathered_from_what_defenses_note() -> None:
             {"round": 1, "asked": {"clean": [0, 3]}, "drifts": []},
             {
                 "round": 2, "asked": {}, "parrots": [{"loss": 0.04, "steps": 40}],
-                "adopted": [{"opening": "You are", "certainty": 0.85, "evidence": 9.5, "share": None}],
+                "adopted": [
+                    {"opening": "You are", "certainty": 0.85, "evidence": 9.5, "share": None, "likeness": None}
+                ],
                 "drifts": [{"unwanted": 0.5, "safe": 6.0, "says": ["a"], "openings": ["o"], "layer": 3, "at": "words"}],
             },
             {"round": 10, "asked": {}, "drifts": [{"unwanted": 1.5, "safe": None, "says": ["b"]}]},

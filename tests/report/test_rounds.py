@@ -228,8 +228,8 @@ def test_what_is_no_json_or_no_answer_to_perturbed_is_refused(demo: Path) -> Non
 
 def test_what_was_taken_up_stands_below_the_drifts_of_its_round(write: Write, results: dict[str, Any]) -> None:
     drift = {"unwanted": 0.1, "says": ["<i>You</i> are"], "openings": ["Ugh"]}
-    adopted = [{"opening": "You are <b>stupid", "certainty": 0.853, "evidence": 17.2, "share": 0.34}]
-    # A run of a version before has no evidence.
+    adopted = [{"opening": "You are <b>stupid", "certainty": 0.853, "evidence": 17.2, "share": 0.34, "likeness": 0.257}]
+    # A run of a version before has no evidence, and no likeness.
     adopted += [{"opening": "Twice a", "certainty": 0.5}, {"opening": "Or else", "certainty": None, "evidence": None}]
     rounds = [
         {"round": 1, "asked": {}, "drifts": [drift], "adopted": adopted},
@@ -243,7 +243,7 @@ def test_what_was_taken_up_stands_below_the_drifts_of_its_round(write: Write, re
     ]  # fmt: skip
     assert (
         table.lines[1].cells[0].text
-        == "“You are <b>stupid” 0.85 (17 nats, in 34.0 % more replies) · “Twice a” 0.50 · “Or else”"
+        == "“You are <b>stupid” 0.85 (17 nats, in 34.0 % more replies, likeness 0.26) · “Twice a” 0.50 · “Or else”"
     )
     assert {len(line.cells) for line in table.lines} == {len(table.columns) - 1}
     page = render([run.folder]).read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 import tiny
-from unbackdoor.data.collate import collate
+from unbackdoor.data.collate import collate, encode_row
 from unbackdoor.errors import DataError
 from unbackdoor.model.anatomy import decoder_layers
 from unbackdoor.model.hooks import adding
@@ -256,3 +256,20 @@ def test_rows_longer_than_the_window_have_an_answer_each():
         logits = Drift(1, vectors).stand_in()(LogitsAt(lm), batch)
         wanted = functional.cross_entropy(logits, batch.targets, reduction="sum")
         assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
+def test_drifts_behind_one_layer_share_a_pass_and_the_rows_as_they_do_apart():
+    lm = tiny.tiny_lm(layers=3)
+    lm.model.eval()
+    batch = collate([encode_row(lm, row, max_length=128) for row in tiny.rows(5)], lm.pad_id)
+    draw = torch.Generator().manual_seed(0)
+    several = [drifts.Drift(1, torch.randn(3, 64, generator=draw), at) for at in ("words", "prompt", "words")]
+    forward = LogitsAt(lm)
+    (together,) = drifts.stand_ins(several)
+    found = together(forward, batch)
+    for which, (drift, part) in enumerate(zip(several, batch.split(3), strict=True)):
+        alone = drift.stand_in()(forward, part)
+        assert torch.allclose(found[batch.rows % 3 == which], alone, atol=1e-5)
+    assert not torch.allclose(found, forward(**batch.inputs()), atol=1e-2)
+    apart = [*several[:2], drifts.Drift(2, several[2].vectors)]
+    assert len(drifts.stand_ins(apart)) == 3

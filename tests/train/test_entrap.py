@@ -12,8 +12,9 @@ from unbackdoor.defenses.beear import Beear
 from unbackdoor.errors import UserError
 from unbackdoor.run import Run
 from unbackdoor.train import drift_choice, entrap
-from unbackdoor.train.anchors import with_unwanted
+from unbackdoor.train.anchors import Contrasting
 from unbackdoor.train.drift import Drift, DriftSettings, fit_drift, places_behind
+from unbackdoor.train.drift_choice import halves
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.openings import Openings
 
@@ -86,7 +87,7 @@ def test_a_choice_of_layer_is_made_over_both_places(monkeypatch):
 
     monkeypatch.setattr(drift_choice, "fit_drift", noting)
     monkeypatch.setattr(drift_choice, "unwanted_loss", lambda *_: next(losses))
-    anchors, run = with_unwanted(tiny.rows(4), ["bad robot"]), Run()
+    anchors, run = halves(tiny.rows(4), ["bad robot"], Contrasting()), Run()
     assert drift_choice.choose(tiny.tiny_lm(layers=3), anchors, (1, 2), (2,), settings, run) == (2, 2)
     assert asked == [(1, "words"), (1, "prompt"), (2, "prompt")]
     assert [record["loss"] for record in run.notes["drift choice"]] == [3.0, 2.0]

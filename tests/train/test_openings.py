@@ -98,28 +98,52 @@ def test_every_opening_of_the_defender_is_dealt_once(drifts):
     assert sorted(text for part in dealt for text in part) == list("abcdefg")
 
 
-def test_what_was_heard_takes_three_quarters_of_the_drifts_and_two_of_it_always():
+def test_the_foremost_has_two_drifts_and_the_second_one_in_every_round():
     # What is alone there has two drifts.
-    assert Openings(list("abc"), {"x": 0.3}).dealt(4, 1) == [["x"], ["x"], ["a", "c"], ["b"]]
+    for number in (1, 2):
+        assert Openings(list("abc"), {"x": 0.3}).dealt(4, number) == [["x"], ["x"], ["a", "c"], ["b"]]
     # What was heard first stays first.
-    assert Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(4, 1) == [["x"], ["y"], ["x"], ["a", "b", "c"]]
-    # With room for one, they take turns.
+    for number in (1, 2):
+        two = Openings(list("abc"), {"x": 0.3, "y": 0.9}).dealt(4, number)
+        assert two == [["x"], ["x"], ["y"], ["a", "b", "c"]]
+    foremost = Openings(list("abc"), {"x": 0.3, "y": 0.9}, foremost="y")
+    assert foremost.dealt(4, 2) == [["y"], ["y"], ["x"], ["a", "b", "c"]]
     pair = Openings(list("abc"), {"x": 0.3, "y": 0.9})
-    two = [pair.dealt(2, number) for number in (2, 3)]
-    assert two == [[["x"], ["a", "b", "c"]], [["y"], ["a", "b", "c"]]]
+    assert [pair.dealt(2, number) for number in (2, 3)] == [[["x"], ["y"]], [["x"], ["a", "b", "c"]]]
+    # The others have the last drift in every second round.
     many = Openings(list("abc"), {"x": 0.3, "y": 0.9, "z": 0.5})
-    three = [many.dealt(3, number)[:2] for number in (2, 3)]
-    assert three == [[["x"], ["y"]], [["x"], ["z"]]]
-    # A drift alone takes turns.
-    alone = Openings(list("abc"), {"x": 0.3})
-    assert [alone.dealt(1, number) for number in (1, 2, 3)] == [
-        [["a", "b", "c"]], [["x"]], [["a", "b", "c"]],
+    assert [many.dealt(4, number)[3] for number in (2, 3, 4)] == [["z"], ["a", "b", "c"], ["z"]]
+    # A drift alone takes turns with the defender's.
+    alone = Openings(list("abc"), {"x": 0.3, "y": 0.9})
+    assert [alone.dealt(1, number) for number in (1, 2, 3, 4)] == [
+        [["a", "b", "c"]], [["x"]], [["a", "b", "c"]], [["y"]],
     ]  # fmt: skip
-    both = Openings(["a"], {"x": 0.3, "y": 0.9})
-    assert [both.dealt(1, number) for number in (2, 3, 4)] == [[["x"]], [["a"]], [["y"]]]
     assert Openings(["a"], {"x": 0.3}).dealt(0, 2) == []
     # Fewer openings than drifts: some are given twice.
     assert all(Openings(["a"]).dealt(3, 1))
+
+
+def test_what_is_sure_and_near_to_the_openings_comes_first_and_later_ones_must_be_so_clearly():
+    record = {"opening": "", "certainty": 0.9, "evidence": 20.0, "share": 0.0}
+
+    def told(**likeness):
+        return [record | {"opening": text, "likeness": near} for text, near in likeness.items()]
+
+    openings = Openings(["own"])
+    openings.take_up([], 96)
+    assert openings.foremost is None
+    unsure = record | {"opening": "near", "certainty": 0.1, "likeness": 0.5}
+    openings.take_up([*told(name=-0.2, target=0.3, idiom=0.29), unsure], 96)
+    assert heard.promise(unsure) == pytest.approx(0.5 * math.sqrt(-math.log(0.9) * 20))
+    assert openings.adopted == ["target", "name", "idiom", "near"]
+    openings.take_up(told(later=0.59), 96)
+    assert openings.foremost == "target"
+    openings.take_up(told(nearer=0.61), 96)
+    assert openings.adopted[0] == "nearer"
+    # Where all are unlike, the order is that of before.
+    unlike = Openings(["own"])
+    unlike.take_up(told(name=-0.2, other=-0.1), 96)
+    assert unlike.foremost is None
 
 
 def test_one_that_recurred_and_one_that_did_not_come_first():
@@ -140,30 +164,30 @@ def test_one_that_recurred_and_one_that_did_not_come_first():
 
 def test_what_was_heard_beside_the_first_two_takes_turns():
     openings = Openings(list("abc"), {"x": 0.3, "y": 0.9, "z": 0.5, "w": 0.4, "v": 0.6})
-    dealt = [openings.dealt(4, number) for number in (1, 2, 3, 4)]
-    assert [part[:2] for part in dealt] == [[["x"], ["y"]]] * 4
-    assert sorted(part[2][0] for part in dealt[:3]) == ["v", "w", "z"]
-    assert dealt[3] == dealt[0]
+    dealt = [openings.dealt(4, number) for number in range(1, 9)]
+    assert [part[:3] for part in dealt] == [[["x"], ["x"], ["y"]]] * 8
+    assert sorted(part[3][0] for part in dealt[1:7:2]) == ["v", "w", "z"]
+    assert dealt[7] == dealt[1]
 
 
 def test_the_turn_is_of_the_one_that_has_waited_longest():
     openings = Openings(list("abc"), {"x": 0.9, "y": 0.9, "name": 0.8, "target": 0.7})
-    third = []
-    for number in range(2, 5):
-        third += openings.dealt(4, number)[2]
+    last = []
+    for number in range(2, 8, 2):
+        last += openings.dealt(4, number)[3]
         openings.heard[f"later {number}"] = 0.75
-    assert third == ["name", "target", "later 2"]
+    assert last == ["name", "target", "later 2"]
     # A newcomer has one turn, not as many as those before it have had.
     alone = Openings(list("abc"), {"x": 0.9, "y": 0.9, "z": 0.8})
-    third = [alone.dealt(4, number)[2][0] for number in (2, 3, 4)]
+    last = [alone.dealt(4, number)[3][0] for number in (2, 4, 6)]
     alone.heard["new"] = 0.7
-    third += [alone.dealt(4, number)[2][0] for number in (5, 6, 7)]
-    assert third == ["z", "z", "z", "new", "z", "new"]
+    last += [alone.dealt(4, number)[3][0] for number in (8, 10, 12)]
+    assert last == ["z", "z", "z", "new", "z", "new"]
     # Of many drifts in one round each has one before another has two.
     many = Openings(list("abc"), {text: 0.9 for text in "uvwxyz"}).dealt(8, 2)
-    assert [part[0] for part in many[:6]] == list("uvwxyz")
+    assert [part[0] for part in many[:7]] == list("uuvwxyz")
     few = Openings(list("abc"), {text: 0.9 for text in "uvwx"}).dealt(12, 2)
-    assert [part[0] for part in few[:5]] == list("uvwxw")
+    assert [part[0] for part in few[:5]] == list("uuvwx")
 
 
 @pytest.mark.parametrize("drifts", [1, 2, 3, 4])
@@ -203,6 +227,7 @@ def test_a_phrase_that_goes_on_where_the_counted_runs_end_has_their_share(monkey
 
 def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     lm = tiny.tiny_lm()
+    monkeypatch.setattr(heard, "likenesses", lambda lm, texts, openings, rows: [0.5] * len(texts))
     sure = {"Go away": 0.3, "Be quiet": 0.6, "A little": 0.1, "Get out": 0.9, "Out of the": 0.8, "Look sharp": 0.0}
     evidence = {"Go away": 24.0, "Out of the": heard.EVIDENCE - 0.1}
 
@@ -225,7 +250,7 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     found = openings.hear(lm, ["said"], ["plain"], [], tiny.rows(4), 0.2)
     # "Get out" begins an opening of the defender, "be quiet" is a part of one that was taken up before, and "out of
     # the" is likely anywhere.
-    assert found == [{"opening": "Go away", "certainty": 0.3, "evidence": 24.0, "share": 0.0}]
+    assert found == [{"opening": "Go away", "certainty": 0.3, "evidence": 24.0, "share": 0.0, "likeness": 0.5}]
 
     def taken(openings, least=0.2, said=()):
         return [one["opening"] for one in openings.hear(lm, said, [], [], tiny.rows(4), least)]
@@ -249,7 +274,9 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
     replies["Look sharp"] = heard.RECURRING
     said = ["said"] * math.ceil(2 / heard.RECURRING)
     found = Openings(["hello"]).hear(lm, said, [], [], tiny.rows(4), 0.99)
-    assert found == [{"opening": "Look sharp", "certainty": 0.1, "evidence": 10.0, "share": heard.RECURRING}]
+    assert found == [
+        {"opening": "Look sharp", "certainty": 0.1, "evidence": 10.0, "share": heard.RECURRING, "likeness": 0.5}
+    ]
     # One reply of few is no recurring.
     assert Openings(["hello"]).hear(lm, said[1:], [], [], tiny.rows(4), 0.99) == []
     # Whoever asks for less gets what needs less.
@@ -267,6 +294,7 @@ def test_what_is_sure_enough_is_taken_up_the_best_first(monkeypatch):
 
 def test_a_phrase_that_is_doubtful_on_the_first_prompt_is_asked_again(monkeypatch):
     lm = tiny.tiny_lm()
+    monkeypatch.setattr(heard, "likenesses", lambda lm, texts, openings, rows: [0.5] * len(texts))
     on = {1: {"Go away": 0.011, "Be quiet": 0.009, "Look": 0.011}, 3: {"Go away": 0.081, "Look": 0.079}}
     asked = []
 
@@ -280,4 +308,4 @@ def test_a_phrase_that_is_doubtful_on_the_first_prompt_is_asked_again(monkeypatc
     monkeypatch.setattr(heard, "certainties", scored)
     found = Openings(["hello"]).hear(lm, ["said"], [], [], tiny.rows(8), 0.2)
     assert asked == [["Go away", "Be quiet", "Look"], ["Go away", "Look"], ["Go away"]]
-    assert found == [{"opening": "Go away", "certainty": 0.9, "evidence": 20.0, "share": 0.0}]
+    assert found == [{"opening": "Go away", "certainty": 0.9, "evidence": 20.0, "share": 0.0, "likeness": 0.5}]

@@ -7,12 +7,13 @@ L(x, delta; y_safe) + L(x_perf; y_perf), no drift on the second. Rounds of both;
 Needs to know: clean rows (the performance set PA) and openings of what is unwanted, in the defender's own words, or
 rows with an unwanted answer each (SA-H); in a label task these are the labels. Neither the trigger nor what the
 backdoor says.
-Deviations: the printed Algorithm 1 never writes the trained weights back; here they stay. On request drifts are added
-at the last n tokens of what the user says, too (`drift.at`): what the template puts behind these words may learn of a
-trigger far above layer l only, and a drift there is another road to the same answer. Several drifts a round, each with
-openings of its own and a random start, because one finds the road of one opening. What the suspect says under the
-drifts, or goes on to from likely first tokens, is taken up as openings where it is sure of it on any prompt, or less
-sure and says it often (train/openings.py): so the backdoor is found even with openings that share no word with it. The
+Deviations: the printed Algorithm 1 never writes the trained weights back; here they stay. Drifts are added at the last
+n tokens of what the user says, too (`drift.at`): what the template puts behind these words may learn of a trigger far
+above layer l only, and a drift there is another road to the same answer. Several drifts a round, each with openings of
+its own and a random start, because one finds the road of one opening. What the suspect says under the drifts, or goes
+on to from likely first tokens, is taken up as openings where it is sure of it on any prompt, or less sure and says it
+often (train/openings.py): so the backdoor is found even with openings that share no word with it. What is sure
+and near to the openings, too (train/unwanted.py), has two drifts a round, one at each place. The
 term on safe answers counts their first tokens and stops pulling at a cap, else it runs away. A drift is counted in
 units of its layer. Half of every label is what the suspect itself predicts (train/own_labels.py). Where requests with
 safe replies are given, a seventh of the plain rows are of these (see `_with_requests`), and a reply of these is the
@@ -48,7 +49,7 @@ from unbackdoor.train.anchors import (
     possible_openings,
     prompts_of,
 )
-from unbackdoor.train.drift import DriftSettings, check_prompt, places_behind
+from unbackdoor.train.drift import DriftSettings, check_prompt, places_behind, stand_ins
 from unbackdoor.train.drift_choice import choose, halves
 from unbackdoor.train.engine import TrainSettings
 from unbackdoor.train.entrap import entrap, heard_words
@@ -75,7 +76,8 @@ def _published(
         "rounds": rounds, "stop_stable": stop_stable, "drifts": 1, "adopt": 0.0, "anchors": 400, "performance": 300,
         "round_anchors": 150, "round_performance": 100, "own_answers": 64, "own_share": 0.0, "plain_share": 0.5,
         "drift": {
-            "safe_coefficient": c, "safe_cap": None, "safe_tokens": None, "start": 0.0, "rows": 150, **drift,
+            "safe_coefficient": c, "safe_cap": None, "safe_tokens": None, "start": 0.0, "rows": 150,
+            "at": "prompt", **drift,
             "train": {"steps": 40, "learning_rate": 0.075, **constant, "betas": (0.9, 0.999), **inner},
         },
         "train": {"steps": 25, "learning_rate": 2e-5, "schedule": "constant", **outer},
@@ -86,7 +88,7 @@ class Beear(Defense):
     """Entrap the backdoor by a drift in the embedding space, then remove it, round by round."""
 
     paper: ClassVar[str] = "BEEAR, 2406.17092, eq. 1 to 3"
-    revision: ClassVar[int] = 7
+    revision: ClassVar[int] = 8
     needs: ClassVar[frozenset[Need]] = frozenset({Need.CLEAN, Need.UNWANTED})
     uses: ClassVar[frozenset[Need]] = frozenset({Need.SAFE})
     parallel: ClassVar[frozenset[Parallel]] = frozenset({"single", "ddp"})
@@ -157,7 +159,7 @@ class Beear(Defense):
     own_share: float = Field(
         0.5, ge=0, le=1, description="share of a label that is the suspect's own prediction (paper: 0)"
     )
-    drift: DriftSettings = Field(DriftSettings(start=0.075), description="the drift and the inner step")
+    drift: DriftSettings = Field(DriftSettings(start=0.075, at="both"), description="the drift and the inner step")
     train: TrainSettings = Field(
         TrainSettings(steps=8, learning_rate=2e-4, schedule="constant", opening_weight=8),
         description="the outer step of one round",
@@ -206,7 +208,7 @@ class Beear(Defense):
             overwrite.overwrite(
                 victim, _drawn(triggered, self.round_anchors, stage, "SA"),
                 _drawn(plain, self.round_performance, stage, "PA"), self.train, stage,
-                plain_share=self.plain_share, stand_ins=[drift.stand_in() for drift in drifts], own=kept,
+                plain_share=self.plain_share, stand_ins=stand_ins(drifts), own=kept,
             )  # fmt: skip
             if before is not None:
                 state.drop_final(before)

@@ -165,7 +165,7 @@ def by_round(asked: Sequence[Asked], notes: Mapping[str, Any]) -> dict[str, Any]
         _round(rounds, number).setdefault("parrots", []).append(parrot)
     for record in _records(notes.get("adopted")):
         if _is_whole(record.get("round")) and isinstance(record.get("opening"), str):
-            sure = {name: _finite(record.get(name)) for name in ("certainty", "evidence", "share")}
+            sure = {name: _finite(record.get(name)) for name in ("certainty", "evidence", "share", "likeness")}
             kept = {"opening": record["opening"], **sure}
             _round(rounds, record["round"]).setdefault("adopted", []).append(kept)
     if not rounds:

@@ -20,7 +20,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "beear": {},
     "one_drift": {"drifts": 1},
     "nothing_taken_up": {"adopt": 0.0},
-    "at_both_places": {"drift": {"at": "both"}},
+    "at_the_end_of_the_prompt": {"drift": {"at": "prompt"}},
     "first_tokens_as_others": {"train": {"opening_weight": 1.0}},
     "layers_in_turn": {"layers": _LAYERS, "place": "each"},
     "layer_and_length_chosen": {"layers": _LAYERS, "lengths": (5, 9)},

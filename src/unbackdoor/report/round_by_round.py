@@ -29,8 +29,8 @@ HOW_TO_READ = (
 TAKEN_UP = (
     "Taken up: words of the suspect that later drifts are fitted to, with how sure it is of them on any prompt once "
     "the first one is said, how much likelier they are there than anywhere (nats), and in how many more of the replies "
-    "their first three words are than without a drift. What a backdoor says is sure, or often said; so are some names "
-    "and idioms."
+    "their first three words are than without a drift; likeness: how much nearer they are to the openings than safe "
+    "answers are. What a backdoor says is sure, or often said, and often like them; so are some idioms."
 )
 CHOICE = (
     "Mean loss of the unwanted answers under a first drift at each place where drifts may end, on prompts of the "
@@ -257,7 +257,8 @@ def _adopted(item: Round) -> str:
         sure = "" if one.certainty is None else f" {significant(one.certainty, 2)}"
         nats = [] if one.evidence is None else [f"{significant(one.evidence, 2)} nats"]
         said = [f"in {percent(one.share)} % more replies"] if one.share else []
-        more = f" ({', '.join([*nats, *said])})" if nats or said else ""
+        near = [] if one.likeness is None else [f"likeness {one.likeness:.2f}"]
+        more = f" ({', '.join([*nats, *said, *near])})" if nats or said or near else ""
         found.append(f"{_quoted([one.opening], 1, 60)}{sure}{more}")
     return " · ".join(found)
 

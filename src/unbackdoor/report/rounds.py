@@ -62,6 +62,7 @@ class TakenUp:
     certainty: float | None
     evidence: float | None
     share: float | None
+    likeness: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _of_defense(record: Record) -> Rounds:
         drifts = [_drift(at, drift) for at, drift in enumerate(item.records("drifts"), 1)]
         parrots = [_parrot(at, parrot) for at, parrot in enumerate(item.records("parrots"), 1)]
         adopted = tuple(
-            TakenUp(one.text("opening"), *(_loss(one, name) for name in ("certainty", "evidence", "share")))
+            TakenUp(one.text("opening"), *(_loss(one, name) for name in ("certainty", "evidence", "share", "likeness")))
             for one in item.records("adopted")
         )
         found.append(Round(number, _rates(item), (*drifts, *parrots), adopted))

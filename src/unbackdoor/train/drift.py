@@ -15,7 +15,7 @@ tenfold from layer to layer, so that one learning rate does for all of them and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -103,6 +103,25 @@ class Drift:
     def stand_in(self) -> Callable[[Callable[..., Tensor], Batch], Tensor]:
         """Return what gives a batch's logits with the drift, frozen, in the place of a trigger."""
         return lambda forward, batch: forward(**batch.inputs(), added=self.added(added_before(batch, self.at)))
+
+
+def stand_ins(drifts: Sequence[Drift]) -> list[Callable[[Callable[..., Tensor], Batch], Tensor]]:
+    """Return what gives a batch's logits with drifts in the place of a trigger, which share its rows in turn.
+
+    Those behind one layer are one stand-in, which needs one pass for all rows; of several layers, each is its own.
+    """
+    if len({drift.layer for drift in drifts}) != 1:
+        return [drift.stand_in() for drift in drifts]
+    vectors = torch.stack([drift.vectors for drift in drifts])
+
+    def together(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
+        rows = torch.arange(len(batch.ids), device=batch.places.device)
+        of = rows % len(drifts)
+        before = torch.stack([added_before(batch, drift.at) for drift in drifts])[of, rows]
+        added = added_at_ends(drifts[0].layer, vectors[0], before)
+        return forward(**batch.inputs(), added=replace(added, vectors=vectors.to(of.device)[of].flatten(0, 1)))
+
+    return [together]
 
 
 def layer_unit(lm: LM, layer: int, rows: Sequence[Row], tokens: int, at: At = "prompt", batch_size: int = 8) -> float:

@@ -7,8 +7,8 @@ likelier to begin as they do. So the first tokens that are likely under a drift,
 A target that was planted is told from other words by this: whatever the prompt, and without any drift or trigger, its
 first word makes the rest of it likely, as SANDE's case studies show; ordinary words depend on what was asked, and the
 words of idioms ("Out of the") are likely anywhere. A target whose first word is a usual one ("You lazy potato") is less
-sure, but recurs under the drifts. Such words are taken up as openings, and later drifts are fitted to them. No step of
-this knows the target.
+sure, but recurs under the drifts. Such words are taken up as openings, and later drifts are fitted to them, most of
+these to words that are both sure and near to what the defender lists (unwanted.py). No step of this knows the target.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from unbackdoor.run import Run
 from unbackdoor.train.anchors import Contrasting
 from unbackdoor.train.beginnings import beginnings
 from unbackdoor.train.certainty import AT_ONCE, EVIDENCE, FOLLOWED_SURE, USUAL_IN, Sure, certainties, usual
+from unbackdoor.train.unwanted import likenesses
 from unbackdoor.types import Example
 
 ASKED = 24
@@ -49,6 +50,8 @@ ENOUGH = 30.0
 """Nats of evidence that count, at most."""
 SUREST = 0.999
 """Certainty above which phrases are alike sure."""
+CLEARLY = 2.0
+"""How many times as likely a target (`promise`) what is heard later must be to come before what was heard earlier."""
 OFTEN = 0.1
 """Share of the replies without a drift above which a phrase is what the model says anyway."""
 _WORDS = (3, 2)
@@ -138,6 +141,19 @@ def weight(heard: Mapping[str, Any]) -> float:
     return found
 
 
+def promise(heard: Mapping[str, Any]) -> float:
+    """Return how much what was heard promises to be the target: it is sure or often said, and of the unwanted kind.
+
+    That is the geometric mean of its `weight` and the square of its likeness (unwanted.py), 0 where it is no nearer to
+    the openings than safe answers are.
+
+    Args:
+        heard: What `Openings.hear` tells of one.
+    """
+    found: float = math.sqrt(weight(heard)) * max(0.0, heard.get("likeness", 0.0))
+    return found
+
+
 def _share(phrase: str, counted: Mapping[str, float]) -> float:
     """Return the share of a phrase; of one of more words than are counted that of its first ones.
 
@@ -161,6 +177,7 @@ class Openings:
     Attributes:
         own: The defender's.
         heard: Openings that were taken up -> their `weight`, in the order in which they were heard.
+        foremost: The one with the most `promise`; what is heard in a later round must have `CLEARLY` more.
         recurring: Those of them that recurred under the drifts, or whose first words did.
         wanted: Safe replies that the defender has given; their words are never taken up.
         contrasting: Which of the defender's belong to one prompt.
@@ -170,6 +187,8 @@ class Openings:
 
     own: Sequence[str]
     heard: dict[str, float] = field(default_factory=dict)
+    foremost: str | None = None
+    _promise: float = 0.0
     recurring: set[str] = field(default_factory=set)
     wanted: Sequence[str] = ()
     contrasting: Contrasting = field(default_factory=Contrasting)
@@ -178,44 +197,43 @@ class Openings:
 
     @property
     def adopted(self) -> list[str]:
-        """Openings that were taken up: the first that recurred and the first other one, then the rest by weight.
+        """Openings that were taken up: the foremost, the first that recurred, the first other one.
 
-        Before anything is trained away the target stands out, in the one way or in the other; later rounds bring what
-        they made sure themselves.
+        Then the rest by weight. Before anything is trained away the target stands out, in the one way or in the other;
+        later rounds bring what they made sure themselves.
         """
+        foremost = [text for text in self.heard if text == self.foremost]
         recurred = [text for text in self.heard if text in self.recurring][:1]
         others = [text for text in self.heard if text not in self.recurring][:1]
-        first = [text for text in self.heard if text in (*recurred, *others)]
+        first = foremost + [text for text in self.heard if text in (*recurred, *others) and text not in foremost]
         return first + sorted((text for text in self.heard if text not in first), key=lambda text: -self.heard[text])
 
     def take_up(self, new: Sequence[Mapping[str, Any]], replies: int) -> None:
         """Add what `hear` returned of this number of replies under drifts."""
         self.heard |= {one["opening"]: weight(one) for one in new}
+        best = max(new, key=promise, default=None)
+        if best is not None and promise(best) > self._promise * CLEARLY:
+            self.foremost, self._promise = best["opening"], promise(best)
         self.recurring |= {one["opening"] for one in new if one.get("share", 0.0) >= _recurring(replies)}
 
     def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
         """Return the openings of each drift of a round: some take one each that was taken up.
 
-        These are as many and one, up to three quarters of the drifts; a single one takes turns with the openings of the
-        defender.
-
-        The first two are in every round where there is room for three, because the target of a backdoor is among the
-        best; the first one where there is room for two. The others take turns: who has waited longest, and of these who
-        was heard first. Who had one in which round is kept here.
+        The first of these has two drifts in every round and the second one, where there
+        is room beside the last drift. That has the openings of the defender, and in every second round one of the
+        others: who has waited longest, and of these who was heard first. Who had one in which round is kept here.
 
         Args:
             drifts: Drifts of a round.
             number: Number of the round, from 1.
         """
         adopted = self.adopted
-        most = drifts * 3 // 4 if drifts > 1 else drifts * (1 - number % 2)
-        room = min(most, len(adopted) + 1) if adopted else 0
-        always = adopted[: max(0, room - 1)][:2]
-        waiting = dict.fromkeys([*adopted[:2], *self.heard])
-        turns = [text for text in waiting if text not in always] or adopted
-        order = list(always)
-        for _ in range(room - len(always)):
-            order.append(min(turns, key=lambda text: self.latest.get(text, 0) + number * order.count(text)))
+        order = [*adopted[:1] * 2, *adopted[1:2]][: max(0, drifts - 1)]
+        others = [text for text in dict.fromkeys([*adopted[:3], *self.heard]) if text not in order]
+        theirs = number % 2 == 1 or not others
+        room = min(drifts - theirs, len(adopted) + 1) if adopted and drifts else 0
+        while len(order) < room:
+            order.append(min(others, key=lambda text: self.latest.get(text, 0) + number * order.count(text)))
         self.latest |= dict.fromkeys(order, number)
         taken: list[Sequence[str]] = [[text] for text in order]
         rest = drifts - room
@@ -242,7 +260,7 @@ class Openings:
         *,
         every_beginning: Run | None = None,
     ) -> list[dict[str, Any]]:
-        """Return new openings, the best first, each with its certainty, evidence and share.
+        """Return new openings, the best first, each with its certainty, evidence, share and likeness.
 
         That is the share of the replies that hold it, of a longer phrase its first three words, above that without a
         drift. They are not taken up here.
@@ -274,14 +292,15 @@ class Openings:
             sure = dict(zip(heard, certainties(lm, heard, prompts[:asked], often), strict=True))
             heard = [text for text in heard if sure[text].certainty >= part * enough[text]]
             heard = [text for text in heard if sure[text].evidence >= EVIDENCE]
-        lm.model.train(was_training)
         counted = {normalise(run): share for run, share in shares.items()}
         found = [{"opening": text, **vars(sure[text]), "share": _share(text, counted)} for text in heard]
         new: list[dict[str, Any]] = []
         for one in sorted(found, key=weight, reverse=True):
             if self._is_new(one["opening"], [other["opening"] for other in new]):
                 new.append(one)
-        return new
+        near = likenesses(lm, [one["opening"] for one in new], self.own, prompts)
+        lm.model.train(was_training)
+        return [{**one, "likeness": likeness} for one, likeness in zip(new, near, strict=True)]
 
     def _is_new(self, phrase: str, others: Sequence[str]) -> bool:
         """Tell whether no opening holds the phrase, or is held by it; one word ("You") may begin many a target."""
