@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tiny
+from unbackdoor.defenses import beear as beear_defense
 from unbackdoor.defenses.base import Need
 from unbackdoor.errors import UserError
 from unbackdoor.model import checkpoint
@@ -159,6 +160,8 @@ def test_beear_is_told_openings_and_a_layer_that_it_chooses_leaves_the_control_o
         return purify_model(victim, defense, told, run)
 
     monkeypatch.setattr(steps, "purify_model", listening)
+    # Not the middle one, where the control's states were taken.
+    monkeypatch.setattr(beear_defense, "choose", lambda lm, halves, layers, lengths, *_: (0, lengths[0]))
     out = run_demo(recipe.model_copy(update=more), Job(tmp_path / "demo")).folder
     assert facts["beear"].keys() == {Need.CLEAN, Need.UNWANTED}
     assert facts["beear"][Need.UNWANTED] == ("bad", "not good")
