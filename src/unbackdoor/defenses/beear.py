@@ -12,15 +12,15 @@ n tokens of what the user says, too (`drift.at`): what the template puts behind 
 above layer l only, and a drift there is another road to the same answer. Several drifts a round, each with openings of
 its own and a random start, because one finds the road of one opening. What the suspect says under the drifts, or goes
 on to from likely first tokens, is taken up as openings where it is sure of it on any prompt, or less sure and says it
-often (train/openings.py): so the backdoor is found even with openings that share no word with it. What is sure
-and near to the openings, too (train/unwanted.py), has two drifts a round, one at each place. The
-term on safe answers counts their first tokens and stops pulling at a cap, else it runs away. A drift is counted in
-units of its layer. Half of every label is what the suspect itself predicts (train/own_labels.py). Where requests with
-safe replies are given, a seventh of the plain rows are of these (see `_with_requests`), and a reply of these is the
-safe answer, and the whole label, where the suspect's own does not decline. The first tokens of an answer weigh more in
-equation 3 (`train.opening_weight`). Of all this the published presets have the written-back weights, the units, the
-safe answers and, where replies are given, the requests among the plain rows; like the default they train with AdamW and
-clipping, where Algorithm 1 has plain gradient descent.
+often (train/openings.py): so the backdoor is found even with openings that share no word with it. What is sure and near
+to the openings, too (train/unwanted.py), has two drifts a round, one at each place. The term on safe answers counts
+their first tokens and stops pulling at a cap, else it runs away. A drift is counted in units of its layer. Half of
+every label is what the suspect itself predicts (train/own_labels.py). Where requests with safe replies are given, a
+seventh of the plain rows are of these (see `_with_requests`), and a reply of these is the safe answer, and the whole
+label, where the suspect's own does not decline. The first tokens of an answer weigh more in equation 3
+(`train.opening_weight`). Of all this the published presets have the written-back weights, the units, the safe answers
+and, where replies are given, the requests among the plain rows; like the default they train with AdamW and clipping,
+where Algorithm 1 has plain gradient descent.
 """
 
 from __future__ import annotations
