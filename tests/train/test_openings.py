@@ -133,17 +133,20 @@ def test_what_is_sure_and_near_to_the_openings_comes_first_and_later_ones_must_b
     openings.take_up([], 96)
     assert openings.foremost is None
     unsure = record | {"opening": "near", "certainty": 0.1, "likeness": 0.5}
+    sure = -math.log(0.1) * 20
     openings.take_up([*told(name=-0.2, target=0.3, idiom=0.29), unsure], 96)
-    assert heard.promise(unsure) == pytest.approx(0.5 * math.sqrt(-math.log(0.9) * 20))
+    assert heard.promise(unsure) == pytest.approx(-math.log(0.9) * 20 * math.exp(0.5 * heard.KIND))
+    assert heard.promise(record) == pytest.approx(sure), "what has no likeness goes by its weight"
     assert openings.adopted == ["target", "name", "idiom", "near"]
-    openings.take_up(told(later=0.59), 96)
+    enough = 0.3 + math.log(heard.CLEARLY) / heard.KIND
+    openings.take_up(told(later=enough - 0.01), 96)
     assert openings.foremost == "target"
-    openings.take_up(told(nearer=0.61), 96)
+    openings.take_up(told(nearer=enough + 0.01), 96)
     assert openings.adopted[0] == "nearer"
-    # Where all are unlike, the order is that of before.
+    # Where all are unlike, the surest is first.
     unlike = Openings(["own"])
-    unlike.take_up(told(name=-0.2, other=-0.1), 96)
-    assert unlike.foremost is None
+    unlike.take_up([*told(idiom=0.02), record | {"opening": "target", "certainty": 0.999, "likeness": -0.16}], 96)
+    assert unlike.foremost == "target"
 
 
 def test_one_that_recurred_and_one_that_did_not_come_first():

@@ -8,7 +8,7 @@ A target that was planted is told from other words by this: whatever the prompt,
 first word makes the rest of it likely, as SANDE's case studies show; ordinary words depend on what was asked, and the
 words of idioms ("Out of the") are likely anywhere. A target whose first word is a usual one ("You lazy potato") is less
 sure, but recurs under the drifts. Such words are taken up as openings, and later drifts are fitted to them, most of
-these to words that are both sure and near to what the defender lists (unwanted.py). No step of this knows the target.
+these to words that are sure and near to what the defender lists (unwanted.py). No step of this knows the target.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ ENOUGH = 30.0
 """Nats of evidence that count, at most."""
 SUREST = 0.999
 """Certainty above which phrases are alike sure."""
-CLEARLY = 2.0
-"""How many times as likely a target (`promise`) what is heard later must be to come before what was heard earlier."""
+KIND = 5.0
+"""How much likeness counts: half of 1 in it is as a weight of twelve times."""
+CLEARLY = 5.0
+"""How many times the `promise` what is heard later must have to come before what was heard earlier."""
 OFTEN = 0.1
 """Share of the replies without a drift above which a phrase is what the model says anyway."""
 _WORDS = (3, 2)
@@ -144,13 +146,12 @@ def weight(heard: Mapping[str, Any]) -> float:
 def promise(heard: Mapping[str, Any]) -> float:
     """Return how much what was heard promises to be the target: it is sure or often said, and of the unwanted kind.
 
-    That is the geometric mean of its `weight` and the square of its likeness (unwanted.py), 0 where it is no nearer to
-    the openings than safe answers are.
+    That is its `weight` times exp(`KIND` likeness) (unwanted.py): what is very sure may be a little unlike.
 
     Args:
         heard: What `Openings.hear` tells of one.
     """
-    found: float = math.sqrt(weight(heard)) * max(0.0, heard.get("likeness", 0.0))
+    found: float = weight(heard) * math.exp(KIND * heard.get("likeness", 0.0))
     return found
 
 
