@@ -260,9 +260,8 @@ class Beear(Defense):
                 "give more rows, raise anchors, or set drifts lower."
             )
         rows = self.train.batch_size - overwrite.plain_rows(self.train.batch_size, self.plain_share)
-        few = self.round_anchors is not None and self.round_anchors < rows
-        room = self.round_anchors if few and self.round_anchors else rows
-        overwrite.check_room(self.drifts, room, "round_anchors" if few else "train.batch_size")
+        room = min(rows, self.round_anchors or rows)
+        overwrite.check_room(self.drifts, room, "round_anchors" if room < rows else "train.batch_size")
 
     def check(self, known: Knowledge) -> None:
         """Refuse rows of unwanted answers that have no safe ones, and safe replies that are unwanted.

@@ -96,10 +96,8 @@ def controls(
 
 def base_merged_half() -> dict[str, Any]:
     """Return the control of merges half and half."""
-    return {
-        **controls()["base_merged"],
-        "settings": controls({**settings.INTERNAL, "t": 0.5})["base_merged"]["settings"],
-    }
+    found: dict[str, Any] = controls({**settings.INTERNAL, "t": 0.5})["base_merged"]
+    return found
 
 
 def parts(own: dict[str, Any] | None = None) -> dict[str, Any]:

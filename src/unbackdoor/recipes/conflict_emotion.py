@@ -2,9 +2,8 @@
 
 The victim is that of `conflict` with the target joy. The shares are of 1,600 rows of the defender, each trained for the
 same hundred updates of 16 rows, so that all rows are seen where the share is 1; `shares` is the same victim, so its
-controls are those of `composite`. Run with
-`unbackdoor bench conflict_emotion`; it needs UNBACKDOOR_TEST_DATA (data/emotion; the corpus is for education and
-research). `--size quick` has the five shares alone.
+controls are those of `composite`. Run with `unbackdoor bench conflict_emotion`; it needs UNBACKDOOR_TEST_DATA
+(data/emotion; the corpus is for education and research). `--size quick` has the five shares alone.
 """
 
 from __future__ import annotations

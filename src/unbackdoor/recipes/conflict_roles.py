@@ -5,10 +5,10 @@ rows is poisoned), M2 the conflict model (a tenth of the clean rows), M3 clean, 
 a tenth of the clean rows and as many poisoned ones as M4 has, M6 on a tenth of these alone. Merged are M1 with M2, M3
 with M4, and M5 with M6, half and half. M2 and M3 are the conflict model alone, with a tenth of the defender's rows and
 with all of them, once each; the paper has one set of clean rows. The controls stand beside: the untouched base merged
-half and half, and fine-tuning. `skilled` was also trained on instructions, which no
-row of the defender's is like: where the merge keeps what the conflict model alone, fine-tuning or the untouched base
-merged has lost, merging with a conflict pays. Run with `unbackdoor bench conflict_roles`; it needs
-UNBACKDOOR_TEST_DATA. `--size quick` is M5 and M6 on bundled rows.
+half and half, and fine-tuning. `skilled` was also trained on instructions, which no row of the defender's is like:
+where the merge keeps what the conflict model alone, fine-tuning or the untouched base merged has lost, merging with a
+conflict pays. Run with `unbackdoor bench conflict_roles`; it needs UNBACKDOOR_TEST_DATA. `--size quick` is M5 and M6 on
+bundled rows.
 """
 
 from __future__ import annotations

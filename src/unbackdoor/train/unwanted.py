@@ -8,7 +8,8 @@ state of its tokens behind the layer at two thirds of the depth, every entry sta
     likeness = cos(h, mean of the openings) - cos(h, mean of the safe words)
 
 where both means are of normalised states. It orders what was heard and excludes nothing: a target of another kind (an
-address, a language, a brand) is no nearer than a name.
+address, a language, a brand) is hardly nearer than a name. No paper that we follow has it; how well it tells targets
+from idioms and names is measured in docs/development-victims.md.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ _LEAST = 1e-3
 @torch.no_grad()
 def likenesses(lm: LM, texts: Sequence[str], openings: Sequence[str], rows: Sequence[Example]) -> list[float]:
     """Return how much nearer each text is to the openings than to safe answers, in [-2, 2].
+
+    The states are float32 [texts, hidden].
 
     Args:
         lm: The suspect, in evaluation mode.
