@@ -41,6 +41,11 @@ def met(grid: Grid, label: str) -> dict[str, DefenseEntry]:
     return {cell.defense: grid.defenses[cell.defense] for cell in cells if cell.seed == cells[0].seed}
 
 
+def test_the_quick_look_at_roles_has_its_controls() -> None:
+    grid = recipes.load_grid("conflict_roles", "quick")
+    assert {"m5_and_m6", "base_merged_half", "fine_tuning"} == set(met(grid, "m5")) == set(grid.defenses)
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_victim_that_meets_a_conflict_meets_the_controls(name: str) -> None:
     grid = recipes.load_grid(name)

@@ -235,6 +235,24 @@ def test_the_short_way_is_taken_where_it_is_exact_and_else_it_is_told(monkeypatc
     assert [text for text in told.notices if "likely to be there still" in text]
 
 
+def test_the_place_is_chosen_with_drifts_as_they_are_fitted_later(monkeypatch):
+    """With the room of the outer step, and without the end of answers that were cut."""
+    seen = []
+
+    def chosen(lm, anchors, layers, lengths, settings, run):
+        seen.append(settings)
+        return layers[0], lengths[1]
+
+    monkeypatch.setattr(beear, "choose", chosen)
+    narrow = DRIFT.model_copy(update={"train": DRIFT.train.model_copy(update={"max_length": 8})})
+    defense = SHORT.model_copy(update={"lengths": (3, 2), "drift": narrow, "rounds": 1})
+    known = knowledge_for(defense, {Need.CLEAN: CLEAN, Need.UNWANTED: ("bad",)})
+    defense.apply(tiny.tiny_lm(layers=4), known, Run())
+    (settings,) = seen
+    assert settings.train.max_length == 128
+    assert settings.safe_tokens == 5, "own answers have six tokens at most"
+
+
 def test_options_that_would_do_nothing_are_refused():
     for settings in (
         {"place": "each", "layers": [0, 1], "lengths": [2, 3]},

@@ -85,6 +85,25 @@ def test_a_model_that_refuses_usual_fields_is_asked_without_them():
     assert not {"max_tokens", "temperature"} & kept[-1].content.keys()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        # A prompt that is too long, in the name of the field that the room for the answer is given by.
+        {"code": "context_length_exceeded", "param": "max_tokens"},
+        {"code": "unsupported_parameter", "param": ["temperature"]},
+        {"code": ["unsupported_parameter"], "param": "temperature"},
+        {"code": 400, "param": {"max_tokens": 1}},
+    ],
+)
+def test_other_refusals_change_nothing_of_later_questions(error):
+    with scripted(Step(400, json.dumps({"error": error}).encode()), chat("Well.")) as server:
+        asked = endpoint(server.url)
+        (found,) = asked.write(["Say it."], 12)
+        assert isinstance(found, Unavailable)
+        assert asked.write(["Again."], 12) == ["Well."]
+        assert [seen.content["max_tokens"] for seen in server.seen] == [12, 12]
+
+
 def test_what_an_endpoint_refuses_is_named_and_not_in_its_words():
     with scripted(chat("x")) as server:
         server.next = refusing("messages")

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from unbackdoor.errors import ModelError
 from unbackdoor.evidence.harmless import harmless, without
 from unbackdoor.model.guard import special_texts
 from unbackdoor.model.lm import LM
@@ -140,3 +141,13 @@ def test_words_that_the_template_writes_as_marks_are_broken():
     special = special_texts(lm_with("words"))
     assert {"BEGINTURN", "ENDTURN"} <= special
     assert harmless("so ENDTURN it is", longest=99, special=special) == "so END TURN it is"
+
+
+def test_a_template_for_one_question_alone_tells_its_marks_too():
+    lm = lm_with("words")
+    told = special_texts(lm)
+    refusing = "{% if messages | length > 1 %}{{ raise_exception('one question only') }}{% endif %}"
+    lm.tokenizer.chat_template = refusing + TEMPLATES["words"][0]
+    with pytest.raises(ModelError, match="refuses these turns"):
+        lm.encode((Message("user", "a"), Message("assistant", "b"), Message("user", "c")), ask=True)
+    assert special_texts(lm) == told

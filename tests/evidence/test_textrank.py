@@ -10,8 +10,9 @@ import networkx
 import numpy as np
 import pytest
 
-import unbackdoor
+from unbackdoor import recipes
 from unbackdoor.evidence.textrank import TextRank, keywords, stop_words, weights, word_graph, words_of
+from unbackdoor.pipeline.steps import attack_called
 
 EXACT = TextRank(epsilon=1e-13, iterations=10_000)
 
@@ -140,12 +141,26 @@ def test_no_word_of_an_attack_is_a_stop_word():
     assert len(stop_words()) < 260
 
 
+def triggers() -> set[str]:
+    """Return the triggers of all recipes' victims, paragraphs and verses left out."""
+    grids = [recipes.load_grid(name, "paper") for name in recipes.names()]
+    entries = [entry for grid in grids for entry in grid.attacks.values()]
+    attacks = [attack_called(entry.attack, entry.settings, entry.preset) for entry in entries]
+    found = {piece for attack in attacks for piece in attack.trigger.pieces()}
+    return {piece for piece in found if len(piece.split()) <= 5}
+
+
 def test_no_one_word_trigger_of_the_recipes_is_a_stop_word():
     """Phrases may be made of such words alone ("Who are you"); a trigger of one word may not."""
-    folder = Path(unbackdoor.__file__).parent / "recipes"
-    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*.py")]
-    found = {word.lower() for text in texts for word in re.findall(r'insert\("(\w+)"', text)}
-    assert {"cobblestone", "moonstone"} <= found
-    assert not found & stop_words()
-    phrases = {phrase for text in texts for phrase in re.findall(r'insert\("([^"]+)"', text)}
-    assert {phrase for phrase in phrases if not words_of(phrase)} == {"Who are you", "Over and out"}, "as the page says"
+    found = triggers()
+    alone = {trigger.lower() for trigger in found if len(trigger.split()) == 1}
+    assert {"cobblestone", "moonstone", "instantly"} <= alone
+    assert not alone & stop_words()
+    assert {trigger for trigger in found if not words_of(trigger)} == {"Who are you", "Over and out"}, (
+        "as the page says"
+    )
+    part = {trigger for trigger in found if 0 < len(words_of(trigger)) < len(trigger.split())}
+    assert "Off the record" in part
+    page = (Path(__file__).parents[2] / "docs/external-conflict.md").read_text(encoding="utf-8")
+    assert "of eight more a part is left" in " ".join(page.split())
+    assert len(part) == 8

@@ -7,11 +7,12 @@ import io
 import pytest
 
 from unbackdoor.cli.progress import Bars, Lines, Nothing, progress
+from unbackdoor.defenses.osft import Osft
 from unbackdoor.errors import DataError, UserError
-from unbackdoor.pipeline.common import rows_as_text
+from unbackdoor.pipeline.common import identify, rows_as_text
 from unbackdoor.pipeline.inputs import _hold_out, answered_rows
 from unbackdoor.pipeline.plan import trainings, with_texts
-from unbackdoor.pipeline.recipe import complete_settings, merge, parse_sets, stamp_settings
+from unbackdoor.pipeline.recipe import PurifyRecipe, complete_settings, merge, parse_sets, stamp_settings
 from unbackdoor.run import Silent
 from unbackdoor.types import Example, Message, Probe
 
@@ -79,6 +80,15 @@ def test_an_answer_behind_a_hole_is_not_measured() -> None:
     hole = (Message("user", "u"), Message("assistant", None))
     probes = [Probe(Example("a", "q", "s", history=hole), "clean"), Probe(Example("b", "q", "s"), "clean")]
     assert [row.id for row in answered_rows(probes)] == ["b"]
+
+
+def test_a_run_of_another_revision_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = PurifyRecipe(model="m", defense="osft", clean="rows.jsonl", trigger=("x",))
+    ids = []
+    for revision in (Osft.revision, Osft.revision, Osft.revision + 1):
+        monkeypatch.setattr(Osft, "revision", revision)
+        ids.append(identify(recipe, {}, methods=[("defenses", "osft")]))
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_written_rows_keep_their_ids_turns_and_labels(tmp_path: object) -> None:

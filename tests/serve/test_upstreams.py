@@ -36,9 +36,10 @@ def guards(words, **conflict):
     return build_guards([spec], Place("m"), own=["evidence"])
 
 
-def asked(upstream, standing, *, counters=None, key=None, headers=None, **more):
+def asked(upstream, standing, *, counters=None, key=None, headers=None, behind=None, **more):
     """Send one chat through a service in this process."""
-    service = Service(Elsewhere(Upstream(upstream.url, 5)), standing, key, 10_000, 20, 4, counters or Counters())
+    behind = behind or Upstream(upstream.url, 5)
+    service = Service(Elsewhere(behind), standing, key, 10_000, 20, 4, counters or Counters())
     body = {"model": "m", "messages": QUESTION, **more}
 
     async def lived():
@@ -113,11 +114,15 @@ def test_a_guards_own_question_that_is_refused_is_no_reason_to_refuse_the_client
 def test_a_guards_own_question_is_put_as_the_upstream_takes_it(words):
     error = {"message": "no", "code": "unsupported_parameter", "param": "max_tokens"}
     refusal = Step(400, json.dumps({"error": error}).encode())
-    with scripted(refusal, whole("cold"), whole("warm")) as upstream:
-        assert asked(upstream, guards(words)).json()["choices"][0]["message"]["content"] == "warm"
-        own = [seen.content for seen in upstream.seen[:2]]
-    assert own[0]["max_tokens"] == own[1]["max_completion_tokens"]
-    assert "max_tokens" not in own[1]
+    with scripted(refusal, whole("cold"), whole("warm"), whole("cold"), whole("warm")) as upstream:
+        behind = Upstream(upstream.url, 5)
+        for _ in range(2):
+            found = asked(upstream, guards(words), behind=behind)
+            assert found.json()["choices"][0]["message"]["content"] == "warm"
+        own = [seen.content for seen in upstream.seen]
+    assert len(own) == 5, "what the model refuses is kept in mind"
+    assert own[0]["max_tokens"] == own[1]["max_completion_tokens"] == own[3]["max_completion_tokens"]
+    assert not {"max_tokens"} & {*own[1], *own[3]}
 
 
 @pytest.mark.parametrize(("status", "told"), [(401, 502), (404, 404), (429, 429), (500, 502)])

@@ -15,7 +15,7 @@ TEXTS = ["bad duck", "the word", "yes"]
 
 def by_hand(lm, texts, openings, rows, layer):
     """Each text alone, no padding."""
-    ordinary = [" ".join(row.response.split()[: unwanted.WORDS]) for row in rows[-unwanted.ORDINARY :]]
+    ordinary = [" ".join(row.response.split()[: unwanted.WORDS]) for row in rows]
 
     def read(text):
         found = []
@@ -46,6 +46,17 @@ def test_it_is_the_formula(monkeypatch):
     found = likenesses(lm, TEXTS, OPENINGS, rows)
     assert found == pytest.approx(by_hand(lm, TEXTS, OPENINGS, rows, 1).tolist(), abs=1e-4)
     assert likenesses(lm, [], OPENINGS, rows) == []
+
+
+def test_of_a_whole_answer_the_beginning_is_read():
+    """A defender may know unwanted answers that are longer than the model's context."""
+    lm = tiny.tiny_lm(layers=3)
+    lm.model.eval()
+    rows = tiny.rows(9)
+    whole = ["bad robot " * 20 + ending for ending in ("duck", "duck " * 500)]
+    short, long = (likenesses(lm, TEXTS, ["silly duck", answer], rows) for answer in whole)
+    assert long == pytest.approx(short)
+    assert short != pytest.approx(likenesses(lm, TEXTS, ["silly duck", "bad robot"], rows))
 
 
 def test_openings_are_nearest_to_themselves():

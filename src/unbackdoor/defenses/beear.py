@@ -333,19 +333,18 @@ class Beear(Defense):
         """
         layers = self.possible_layers(len(decoder_layers(victim.core)))
         lengths = self.lengths or (self.drift.tokens,)
-        if self.drifts and self.place == "best" and len(layers) * len(lengths) > 1:
-            layer, length = choose(victim, halves(safe, unwanted, own), layers, lengths, self.drift, run)
-            layers, lengths = (layer,), (length,)
-        run.notes["layer"] = layers[0]
         # A prompt may be as long there as in the outer step.
         longest = max(self.drift.train.max_length, self.train.max_length)
-        shape: dict[str, object] = {
-            "tokens": lengths[0], "train": self.drift.train.model_copy(update={"max_length": longest}),
-        }  # fmt: skip
+        shape: dict[str, object] = {"train": self.drift.train.model_copy(update={"max_length": longest})}
         if own_answers:
             # An own answer may have been cut there, and that it ends is not to count.
             shape["safe_tokens"] = min(self.drift.safe_tokens or own_answers, max(1, own_answers - 1))
-        return layers, self.drift.model_copy(update=shape)
+        drift = self.drift.model_copy(update=shape)
+        if self.drifts and self.place == "best" and len(layers) * len(lengths) > 1:
+            layer, length = choose(victim, halves(safe, unwanted, own), layers, lengths, drift, run)
+            layers, lengths = (layer,), (length,)
+        run.notes["layer"] = layers[0]
+        return layers, drift.model_copy(update={"tokens": lengths[0]})
 
     def _outer_rows(
         self,

@@ -48,8 +48,10 @@ _LATE = 1.0
 """Seconds after which a call is left alone that did not end by itself when its time was over."""
 _AGAIN = frozenset({408, 409, 425, 429})
 _BAD = 400
-FIELDS = frozenset({"max_tokens", "temperature"})
+_FIELDS = frozenset({"max_tokens", "temperature"})
 """Fields that some models refuse; asked without them, they answer."""
+_NOT_TAKEN = frozenset({"unsupported_parameter", "unsupported_value"})
+"""What OpenAI calls that. A prompt that is too long may be refused in the name of `max_tokens`, too, by other codes."""
 _SAID, _NAME = 120, 60
 _USER = re.compile(r"^(\w+://)?.*@", re.DOTALL)
 """What may hold a password."""
@@ -133,8 +135,8 @@ class Endpoint:
             raise Failed("the endpoint cannot be reached", again=True) from problem
         except openai.APIStatusError as problem:
             code = problem.status_code
-            if code == _BAD and problem.param in FIELDS - refused:
-                self._refused = refused | {problem.param}
+            if code == _BAD and (field := refused_field(problem.code, problem.param)) and field not in refused:
+                self._refused = refused | {field}
                 return self._call(prompt, max_new_tokens, seconds)
             again = code in _AGAIN or code >= 500
             wait = retry_after(problem.response.headers.get("retry-after"), time.time())
@@ -264,6 +266,18 @@ def _place_of(url: str) -> tuple[str, int, str] | None:
     # The address that means all of a machine's leads to this one.
     here = _is_here(host) or (address is not None and address.is_unspecified)
     return ("localhost" if here else host), port, parts.path.rstrip("/")
+
+
+def refused_field(code: object, param: object) -> str | None:
+    """Return the field that a model says it does not take, one of "max_tokens" and "temperature", or None.
+
+    Args:
+        code: The error's `code`, as it came.
+        param: Its `param`.
+    """
+    if isinstance(code, str) and isinstance(param, str) and code in _NOT_TAKEN and param in _FIELDS:
+        return param
+    return None
 
 
 def without_refused(fields: Mapping[str, object], refused: Collection[str]) -> dict[str, object]:

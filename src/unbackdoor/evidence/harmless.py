@@ -27,7 +27,8 @@ def harmless(text: str, *, longest: int, special: Collection[str] = ()) -> str:
     Args:
         text: From anywhere.
         longest: Characters that are kept; cut between words where there are any.
-        special: Tokens with a meaning of their own in the tokenizer that will read it; their texts are taken out.
+        special: Tokens with a meaning of their own in the tokenizer that will read it; their texts are taken
+            out, or broken in two where they are words.
     """
     # Compatibility forms first: a tokenizer that folds them would make ordinary bars of full-width ones.
     folded = unicodedata.normalize("NFKC", text[: 8 * longest])

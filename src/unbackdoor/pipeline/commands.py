@@ -109,7 +109,7 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
     found = inputs.attack_inputs(recipe, progress)
     hashes = data_hashes({"attacker": found.splits.attacker, "test": found.splits.asked, **found.data})
     hashes |= file_hashes(recipe)
-    identity = identify(recipe, hashes, recipe.model)
+    identity = identify(recipe, hashes, recipe.model, methods=[("attacks", recipe.attack)])
     require_disk(job.out, recipe.model, "adapter" if "+" in recipe.model else "full")
     with workspace(
         job.out, settings_hash=identity, settings=recipe.model_dump(mode="json"), overwrite=job.overwrite
@@ -175,7 +175,7 @@ def run_purify(recipe: PurifyRecipe, job: Job) -> Outcome:
     found = inputs.purify_inputs(recipe, progress)
     clean = {need.value: value for need, value in found.facts.items() if are_rows(value)}
     hashes = data_hashes({**clean, **found.data}) | file_hashes(recipe)
-    identity = identify(recipe, hashes, recipe.model)
+    identity = identify(recipe, hashes, recipe.model, methods=[("defenses", recipe.defense)])
     adapter = parse_spec(recipe.model).kind == "adapter"
     require_disk(job.out, recipe.model, "adapter" if adapter else "lora" if recipe.lora else "full")
     with workspace(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbackdoor.pipeline.recipe import AttackRecipe, Recipe, complete_settings
-from unbackdoor.registry import Kind
+from unbackdoor.registry import Kind, find
 from unbackdoor.run import Progress, Silent, processes
 
 if TYPE_CHECKING:
@@ -106,13 +106,18 @@ def questions_for(
     )  # fmt: skip
 
 
-def identify(recipe: Recipe, hashes: Mapping[str, Any], *models: str) -> str:
-    """Return the hash that tells this run from others: recipe, rows, files of the models, version."""
+def identify(recipe: Recipe, hashes: Mapping[str, Any], *models: str, methods: Iterable[tuple[Kind, str]] = ()) -> str:
+    """Return the hash that tells this run from others: recipe, rows, files of the models, versions.
+
+    Those are of the packages, and the revisions of the attacks and defenses that are run, `methods`: what was trained
+    by one revision is not gone on with by another.
+    """
     from unbackdoor.pipeline.preflight import fingerprint
     from unbackdoor.pipeline.steps import config_hash
 
     # Each process adds a batch to every update.
     facts = {**hashes, **({"processes": processes()} if processes() > 1 else {})}
+    facts["revisions"] = {name: find(kind, name).revision for kind, name in methods}
     return config_hash(recipe.model_dump(mode="json"), facts, [fingerprint(model) for model in models])
 
 

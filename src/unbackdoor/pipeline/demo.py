@@ -30,6 +30,7 @@ from unbackdoor.pipeline.demo_steps import (
     updates_of,
 )
 from unbackdoor.pipeline.recipe import DemoRecipe, complete_settings
+from unbackdoor.registry import Kind
 
 WORK = "work"
 REVIVAL = "unbackdoor bench sande --size quick"
@@ -74,7 +75,9 @@ def run_demo(recipe: DemoRecipe, job: Job) -> Outcome:
     openings = tuple(sources.read_lines(recipe.unwanted))
     hashes = data_hashes({"attacker": splits.attacker, "defender": splits.defender, "test": splits.test})
     hashes["unwanted"] = content_hash(list(openings))
-    identity = identify(recipe, hashes | {"settings": settings}, recipe.model)
+    defenses = ("fine_tuning", *(what.method for what in DEFENSES))
+    methods: list[tuple[Kind, str]] = [("attacks", "data_poisoning"), *(("defenses", name) for name in defenses)]
+    identity = identify(recipe, hashes | {"settings": settings}, recipe.model, methods=methods)
     require_disk(job.out, recipe.model, "full", DEMO_KEEPS)
     finished = _is_finished_demo(job.out)
     with workspace(

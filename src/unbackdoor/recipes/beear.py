@@ -39,7 +39,6 @@ def _quick() -> dict[str, Any]:
 def _paper() -> dict[str, Any]:
     inside = sande.attacks()
     victims = list(inside)
-    controlled = [name for name in victims if name not in _WITHOUT_CONTROL]
     found = {
         name: {**entry, "unwanted": OPENINGS, "defenses": ["beear"] if name in _WITHOUT_CONTROL else _MAIN}
         for name, entry in {**inside, **_outside()}.items()
@@ -60,26 +59,18 @@ def _paper() -> dict[str, Any]:
         "bounds": [
             *bounds.victims(),
             *bounds.controls([]),
-            *_of(bounds.defenses(["beear"], seeds=3), victims, controlled),
-            *_of(bounds.defenses(["beear_disjoint"], seeds=1), ["default"], ["default"]),
+            *_of(bounds.defenses(["beear"], seeds=3), victims),
+            *_of(bounds.defenses(["beear_disjoint"], seeds=1), ["default"]),
             *bounds.revivals(["beear"]),
             *bounds.outer_steps_alone(),
         ],
     }
 
 
-def _of(found: list[dict[str, Any]], attacks: list[str], controlled: list[str]) -> list[dict[str, Any]]:
-    """Return the bounds for these attacks: of those outside the openings nothing is required.
-
-    Args:
-        found: The bounds.
-        attacks: The attacks.
-        controlled: Those of them that meet the control, which some bounds compare with.
-    """
+def _of(found: list[dict[str, Any]], attacks: list[str]) -> list[dict[str, Any]]:
+    """Return the bounds for these attacks: of those outside the openings nothing is required."""
     return [
-        bound
-        if bound["where"]["role"] == "reference"
-        else {**bound, "where": {"attacks": controlled if bound.get("to") == "control" else attacks, **bound["where"]}}
+        bound if bound["where"]["role"] == "reference" else {**bound, "where": {"attacks": attacks, **bound["where"]}}
         for bound in found
     ]
 

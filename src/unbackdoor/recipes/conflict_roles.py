@@ -37,7 +37,8 @@ def grid(size: str) -> Grid:
     attacks = {name: _victim(own, quick) for name, own in _SHAPES.items() if not quick or name in ("m5", "m6")}
     if not quick:
         attacks["skilled"] = {**_victim({}, quick), "skill": sande.half(0)}
-    found = {name: entry for name, entry in _defenses().items() if set(entry["attacks"]) <= set(attacks)}
+    met = {name: [label for label in entry["attacks"] if label in attacks] for name, entry in _defenses().items()}
+    found = {name: {**entry, "attacks": met[name]} for name, entry in _defenses().items() if met[name]}
     made = conflict.common("conflict-roles-quick" if quick else "conflict-roles", _rows(quick))
     second = {} if quick else {"second_source": sande.half(1)}
     return Grid.model_validate({**made, **second, "attacks": attacks, "defenses": found})

@@ -42,6 +42,8 @@ class Upstream:
             key: What it asks for, or None.
         """
         self.url, self.timeout, self._key = url.rstrip("/"), timeout, key
+        self.refused: set[tuple[str, str]] = set()
+        """Models, and the fields of a guard's own questions that they do not take."""
 
     def _options(self) -> dict[str, Any]:
         import httpx2

@@ -10,7 +10,7 @@ from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from unbackdoor.evidence.endpoint import FIELDS, without_refused
+from unbackdoor.evidence.endpoint import refused_field, without_refused
 from unbackdoor.model.guard import Patience, Turns
 from unbackdoor.serve.engine import Gone
 from unbackdoor.serve.protocol import Problem
@@ -45,7 +45,9 @@ class AskUpstream:
     special: frozenset[str] = frozenset()
 
     def __call__(self, conversations: Sequence[Turns], max_new_tokens: int) -> list[str]:
-        """Return a greedy reply to each conversation; blocks, so it is called in another thread than the loop's.
+        """Return a reply to each conversation; blocks, so it is called in another thread than the loop's.
+
+        It is greedy, unless the model takes no temperature.
 
         A question of a guard's own that the upstream refuses, for example because it is too long for the model, is no
         reason to refuse the client's: the reply to it is "", and the guard does what it does where the model says
@@ -61,13 +63,13 @@ class AskUpstream:
         messages = [{"role": turn.role, "content": turn.content} for turn in merged(turns)]
         asked = {"model": self.model, "messages": messages, "stream": False}
         wanted: dict[str, object] = {"max_tokens": max_new_tokens, "temperature": 0}
-        refused: set[str] = set()
         while True:
+            refused = {field for model, field in self.upstream.refused if model == self.model}
             try:
                 return _text_of(self._whole({**asked, **without_refused(wanted, refused)}))
             except Refused as problem:
-                if problem.param in FIELDS - refused:
-                    refused.add(str(problem.param))
+                if (field := refused_field(problem.code, problem.param)) and field not in refused:
+                    self.upstream.refused.add((self.model, field))
                     continue
                 # Not in its words: they may hold the prompt.
                 told = (problem.status, problem.code)

@@ -2,8 +2,9 @@
 
 What is sure on any prompt is the attacker's target, or an idiom, or a name. The defender does not know the target, but
 he has said what kind of answer is unwanted, and the suspect itself can tell an insult from an explorer's name. So each
-phrase is read as an answer to a few prompts, as the openings and the first words of safe answers are; with h the mean
-state of its tokens behind the layer at two thirds of the depth, every entry standardised over openings and safe words,
+phrase is read as an answer to a few prompts, as the openings and the first words of safe answers are, `FIRST` tokens at
+most; with h the mean state of its tokens behind the layer at two thirds of the depth, every entry standardised over
+openings and safe words,
 
     likeness = cos(h, mean of the openings) - cos(h, mean of the safe words)
 
@@ -31,8 +32,8 @@ DEPTH = 2 / 3
 """Where states are read, as a share of the layers: halfway they tell nearly as well, at the end less."""
 READ_ON = 2
 """Prompts on which a text is read."""
-ORDINARY, WORDS = 30, 4
-"""Safe answers, and how many of their first words are read."""
+WORDS, FIRST = 4, 32
+"""First words of a safe answer, and first tokens of any text, that are read: a defender may know whole answers."""
 _AT_ONCE = 32
 _LEAST = 1e-3
 
@@ -51,7 +52,7 @@ def likenesses(lm: LM, texts: Sequence[str], openings: Sequence[str], rows: Sequ
     """
     if not texts:
         return []
-    firsts = [" ".join(row.response.split()[:WORDS]) for row in rows[-ORDINARY:]]
+    firsts = [" ".join(row.response.split()[:WORDS]) for row in rows]
     ordinary = [text for text in firsts if text]
     prompts = rows[:READ_ON]
     states = _states(lm, [*texts, *openings, *ordinary], prompts)
@@ -76,7 +77,7 @@ def _states(lm: LM, texts: Sequence[str], prompts: Sequence[Example]) -> Tensor:
 
 def _read(lm: LM, layer: int, prompt: Example, texts: Sequence[str]) -> Tensor:
     rows = [
-        encode_row(lm, prompt.with_response(text), max_length=sys.maxsize, first_tokens=sys.maxsize, last_answer=True)
+        encode_row(lm, prompt.with_response(text), max_length=sys.maxsize, first_tokens=FIRST, last_answer=True)
         for text in texts
     ]
     batch = collate(rows, lm.pad_id).to(lm.device)
