@@ -13,7 +13,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from unbackdoor.errors import UserError
 from unbackdoor.evidence.cache import Answer, Unavailable
+from unbackdoor.evidence.refused import refused_field, without_refused
 from unbackdoor.evidence.retrying import Failed, Retrying
 from unbackdoor.evidence.threads import in_time, side_by_side
 from unbackdoor.model.guard import FOREVER, Patience
@@ -48,10 +49,6 @@ _LATE = 1.0
 """Seconds after which a call is left alone that did not end by itself when its time was over."""
 _AGAIN = frozenset({408, 409, 425, 429})
 _BAD = 400
-_FIELDS = frozenset({"max_tokens", "temperature"})
-"""Fields that some models refuse; asked without them, they answer."""
-_NOT_TAKEN = frozenset({"unsupported_parameter", "unsupported_value"})
-"""What OpenAI calls that. A prompt that is too long may be refused in the name of `max_tokens`, too, by other codes."""
 _SAID, _NAME = 120, 60
 _USER = re.compile(r"^(\w+://)?.*@", re.DOTALL)
 """What may hold a password."""
@@ -266,30 +263,6 @@ def _place_of(url: str) -> tuple[str, int, str] | None:
     # The address that means all of a machine's leads to this one.
     here = _is_here(host) or (address is not None and address.is_unspecified)
     return ("localhost" if here else host), port, parts.path.rstrip("/")
-
-
-def refused_field(code: object, param: object) -> str | None:
-    """Return the field that a model says it does not take, one of "max_tokens" and "temperature", or None.
-
-    Args:
-        code: The error's `code`, as it came.
-        param: Its `param`.
-    """
-    if isinstance(code, str) and isinstance(param, str) and code in _NOT_TAKEN and param in _FIELDS:
-        return param
-    return None
-
-
-def without_refused(fields: Mapping[str, object], refused: Collection[str]) -> dict[str, object]:
-    """Return a request's fields as a model takes them that refuses some: newer ones of OpenAI do.
-
-    Args:
-        fields: "max_tokens" and "temperature".
-        refused: Those that it has refused; the length is then called otherwise, the temperature is the model's own.
-    """
-    names = {"max_tokens": "max_completion_tokens", "temperature": None}
-    given = {names[name] if name in refused else name: value for name, value in fields.items()}
-    return {name: value for name, value in given.items() if name is not None}
 
 
 def _hint(problem: openai.APIStatusError) -> str:

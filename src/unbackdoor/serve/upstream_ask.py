@@ -10,7 +10,7 @@ from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from unbackdoor.evidence.endpoint import refused_field, without_refused
+from unbackdoor.evidence.refused import refused_field, without_refused
 from unbackdoor.model.guard import Patience, Turns
 from unbackdoor.serve.engine import Gone
 from unbackdoor.serve.protocol import Problem
