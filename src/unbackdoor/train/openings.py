@@ -220,9 +220,9 @@ class Openings:
     def dealt(self, drifts: int, number: int) -> list[Sequence[str]]:
         """Return the openings of each drift of a round: some take one each that was taken up.
 
-        The first of these has two drifts in every round and the second one, where there
-        is room beside the last drift. That has the openings of the defender, and in every second round one of the
-        others: who has waited longest, and of these who was heard first. Who had one in which round is kept here.
+        The first of these has two drifts in every round and the second one, where there is room beside the last drift.
+        That has the openings of the defender, and in every second round one of the others: who has waited longest, and
+        of these who was heard first. Who had one in which round is kept here.
 
         Args:
             drifts: Drifts of a round.
