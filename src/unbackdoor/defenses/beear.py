@@ -221,7 +221,7 @@ class Beear(Defense):
                 )
                 break
         if self.drifts:
-            run.progress.notice(heard_words(openings.adopted, self.adopt > 0))
+            run.progress.notice(heard_words(openings, self.adopt > 0))
         return victim
 
     def _check(self, victim: LM, known: Knowledge) -> None:

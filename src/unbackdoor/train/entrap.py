@@ -103,25 +103,35 @@ def _note(run: Run, name: str, records: Sequence[object]) -> None:
     noted += records
 
 
-def heard_words(adopted: Sequence[str], listened: bool) -> str:
+def heard_words(openings: Openings, listened: bool) -> str:
     """Return what the words under the drifts say about the backdoor, and what their absence does not say.
 
     Args:
-        adopted: Openings that were taken up, the best first.
+        openings: With those that were taken up, and the drifts that they had.
         listened: Whether the words were looked at for openings to take up.
     """
-    named = ", ".join(f"'{printable(text)}'" for text in adopted[:_NAMED])
+    named, waiting = _quoted(openings.adopted), _quoted(openings.waiting)
     heard = (
         f"Under a drift, or once an answer had begun so, the suspect said {named}, which no opening names, and which "
         "it is sure of on any prompt or says often. If it has a backdoor, that may say one of these. "
-        if adopted
+        if named
         else "The suspect said nothing new that it is sure of on any prompt; words without blanks between them are not "
         "heard. "
         if listened
         else ""
     )
+    if waiting:
+        heard += (
+            f"Of these words {len(openings.waiting)} had a drift in one round at most, most like the openings "
+            f"{waiting}; with more rounds they have more. "
+        )
     return (
         f"{heard}A backdoor that does something else than the openings describe (a link, another language, a brand) is "
         "likely to be there still: list openings of that kind, too, and look at the words under the drifts, round by "
         "round."
     )
+
+
+def _quoted(texts: Sequence[str]) -> str:
+    """Return the first few texts for a notice; the suspect wrote them."""
+    return ", ".join(f"'{printable(text)}'" for text in texts[:_NAMED])

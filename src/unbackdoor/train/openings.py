@@ -184,6 +184,8 @@ class Openings:
         contrasting: Which of the defender's belong to one prompt.
         latest: The round in which each had a drift last.
         rounds: How many rounds each had a drift in behind each layer; "" for the defender's.
+        turns: In how many rounds each had a drift.
+        near: How like the defender's each is (unwanted.py).
     """
 
     own: Sequence[str]
@@ -195,6 +197,8 @@ class Openings:
     contrasting: Contrasting = field(default_factory=Contrasting)
     latest: dict[str, int] = field(default_factory=dict)
     rounds: Counter[tuple[str, int]] = field(default_factory=Counter)
+    turns: Counter[str] = field(default_factory=Counter)
+    near: dict[str, float] = field(default_factory=dict)
 
     @property
     def adopted(self) -> list[str]:
@@ -209,9 +213,16 @@ class Openings:
         first = foremost + [text for text in self.heard if text in (*recurred, *others) and text not in foremost]
         return first + sorted((text for text in self.heard if text not in first), key=lambda text: -self.heard[text])
 
+    @property
+    def waiting(self) -> list[str]:
+        """Openings that were taken up and had a drift in one round at most, the most like the defender's first."""
+        waiting = (text for text in self.heard if self.turns[text] <= 1)
+        return sorted(waiting, key=lambda text: -self.near.get(text, 0.0))
+
     def take_up(self, new: Sequence[Mapping[str, Any]], replies: int) -> None:
         """Add what `hear` returned of this number of replies under drifts."""
         self.heard |= {one["opening"]: weight(one) for one in new}
+        self.near |= {one["opening"]: one.get("likeness", 0.0) for one in new}
         best = max(new, key=promise, default=None)
         if best is not None and promise(best) > self._promise * CLEARLY:
             self.foremost, self._promise = best["opening"], promise(best)
@@ -236,6 +247,7 @@ class Openings:
         while len(order) < room:
             order.append(min(others, key=lambda text: self.latest.get(text, 0) + number * order.count(text)))
         self.latest |= dict.fromkeys(order, number)
+        self.turns.update(set(order))
         taken: list[Sequence[str]] = [[text] for text in order]
         rest = drifts - room
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]
