@@ -185,7 +185,7 @@ def test_layers_are_counted_from_0():
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_what_was_read_contrasting_serves_other_answers_to_them(architecture, monkeypatch):
+def test_what_was_read_of_prompts_serves_other_answers_to_them(architecture, monkeypatch):
     lm = tiny.tiny_lm(architecture, layers=3)
     ids, mask = rows_of(lm)
     start = max(LENGTHS) - TOKENS

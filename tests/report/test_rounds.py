@@ -249,6 +249,10 @@ def test_what_was_taken_up_stands_below_the_drifts_of_its_round(write: Write, re
     page = render([run.folder]).read_text(encoding="utf-8")
     assert "taken up" in page
     assert "<b>stupid" not in page
+    rounds[0]["adopted"] = [{"opening": f"words {n}", "certainty": 0.9, "share": -0.02} for n in range(11)]
+    many = round_by_round.words_table(with_rounds(write, results, of_beear(9, rounds)).rounds[0])
+    assert many is not None
+    assert many.lines[1].cells[0].text.endswith("“words 7” 0.90 · and 3 more")
     alone = with_rounds(write, results, of_beear(9, rounds[1:])).rounds[0]
     other = round_by_round.words_table(alone)
     assert other is not None

@@ -82,6 +82,19 @@ def test_the_fit_goes_down_and_leaves_the_weights_alone():
     assert torch.equal(found.vectors, again.vectors)
 
 
+def test_the_fit_ends_once_the_unwanted_answers_are_likely_enough():
+    lm, whole, ended = tiny.tiny_lm(layers=3), Run(), Run()
+    how = SETTINGS.model_copy(update={"train": SETTINGS.train.model_copy(update={"steps": 8})})
+    fit_drift(lm, anchors(), 1, how, whole.stage("fit"))
+    unwanted, loss = ([record[name] for record in whole.curves["fit"]] for name in ("unwanted", "loss"))
+    threshold = unwanted[4] + 1e-6
+    # The whole loss, of which the safe term is a part, is below that from the first step on.
+    assert loss[0] < threshold < min(unwanted[:4])
+    _, last = fit_drift(lm, anchors(), 1, how.model_copy(update={"stop_below": threshold}), ended.stage("fit"))
+    assert len(ended.curves["fit"]) == 5
+    assert last["unwanted"] == unwanted[4]
+
+
 def test_the_cap_ends_the_pull_of_the_safe_term():
     lm = tiny.tiny_lm(layers=3)
     capped = SETTINGS.model_copy(update={"safe_cap": 1e-9})

@@ -197,6 +197,7 @@ def test_the_turn_is_of_the_one_that_has_waited_longest():
 def test_what_had_one_round_at_most_is_named_the_most_like_the_openings_first():
     openings, told = Openings(list("abc")), {"evidence": 20.0, "share": 0.0}
     certain, like = (0.99, 0.98, 0.8, 0.7, 0.6), (0.4, 0.3, 0.2, 0.5, -0.1)
+    openings.dealt(4, 1)
     openings.take_up(
         [
             {"opening": text, "certainty": sure, "likeness": near, **told}
@@ -204,9 +205,15 @@ def test_what_had_one_round_at_most_is_named_the_most_like_the_openings_first():
         ],
         96,
     )
-    for number in (2, 3, 4):
-        openings.dealt(4, number)
+    openings.dealt(4, 2)
+    # What had a drift in the only round since is not waiting.
+    assert openings.waiting == ["w", "v"]
+    openings.dealt(4, 3)
+    openings.dealt(4, 4)
     assert openings.waiting == ["w", "z", "v"]
+    openings.take_up([{"opening": "last", "certainty": 0.5, "likeness": 0.9, **told}], 96)
+    assert openings.waiting == ["w", "z", "v"]
+    del openings.heard["last"], openings.taken_in["last"]
     openings.dealt(4, 6)
     openings.dealt(4, 8)
     # "z" alone has had its second turn.

@@ -235,8 +235,8 @@ class Beear(Defense):
         count = len(decoder_layers(victim.core))
         for layer in self.possible_layers(count):
             places_behind(layer, count, self.drift)
+        self.check(known)
         prompts = self._prompts(known, known.clean)
-        self._check_room(min(len(prompts), self.anchors))
         longest = max(self.lengths or (self.drift.tokens,))
         field = "lengths" if self.lengths else "drift.tokens"
         for row in prompts if self.drifts else ():
@@ -264,13 +264,14 @@ class Beear(Defense):
         overwrite.check_room(self.drifts, room, "round_anchors" if room < rows else "train.batch_size")
 
     def check(self, known: Knowledge) -> None:
-        """Refuse rows of unwanted answers that have no safe ones, and safe replies that are unwanted.
+        """Refuse rows of unwanted answers that have no safe ones, safe replies that are unwanted, and too few rows.
 
         Raises:
-            UserError: If all that is known of a prompt is what must not be said to it.
-            DataError: If the safe replies are to other prompts, or one is an unwanted answer to its own.
+            UserError: If all that is known of a prompt is what must not be said to it, or drifts cannot share a batch.
+            DataError: If the safe replies are to other prompts, or one is an unwanted answer to its own, or there are
+                too few prompts.
         """
-        self._prompts(known, known.clean)
+        prompts = self._prompts(known, known.clean)
         wrong = Contrasting.of(known.unwanted_rows)
         for row in known.safe or ():
             if row.response in wrong.of_prompt.get(row.prompt, ()):
@@ -278,6 +279,7 @@ class Beear(Defense):
                     f"the safe reply of '{printable(row.id)}' is the unwanted answer to its prompt; are the files of "
                     "safe and unwanted answers exchanged, or one and the same?"
                 )
+        self._check_room(min(len(prompts), self.anchors))
 
     def _own_answers(self, known: Knowledge) -> int:
         """Return the length of the suspect's own safe answers, 0 where the rows' are taken."""

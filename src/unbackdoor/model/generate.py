@@ -142,13 +142,14 @@ def _while_sure(
     sure: Mapping[int, float],
 ) -> list[tuple[list[int], int | None]]:
     """Drive one batch of `sure_ids`; `sure` has the sums of the logarithms so far."""
+    stops = set(lm.stop_ids)
     said: list[list[int]] = [[] for _ in range(rows)]
     unsure: list[int | None] = [None] * rows
     step = next(loop)
     for number in range(1, max_new_tokens + 1):
         done = set()
         for row, token in step:
-            if token in lm.stop_ids:
+            if token in stops:
                 done.add(row)
             elif sure[row] < least * number:
                 unsure[row] = token

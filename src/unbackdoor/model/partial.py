@@ -79,6 +79,8 @@ class Partial:
         try:
             self._read()
             self.exact = trusted or self._is_exact()
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError that says nothing about the model
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
             self.exact = False  # it keeps no cache of this kind, or takes no positions
 

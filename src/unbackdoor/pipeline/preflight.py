@@ -50,9 +50,9 @@ class Reader:
 
         encoded = encode_marked(self.lm, rows, int((settings.get("train") or {}).get("max_length", 1024)))
         room = int((settings.get("parrot") or {}).get("tokens", 0))
-        answers = int(settings.get("own_answers") or 0)
-        for example, _ in rows if answers else ():
-            self._check_own_answer(example, answers)
+        if "own_answers" in settings:
+            for example, _ in rows:
+                self._check_own_answer(example, int(settings["own_answers"]))
         for row in encoded:
             if self.context is not None and len(row.ids) + room > self.context:
                 parrot = f" and the parrot {room}" if room else ""
@@ -62,11 +62,17 @@ class Reader:
                 )
 
     def _check_own_answer(self, row: Example, answer: int) -> None:
+        from unbackdoor.train.certainty import USUAL_TOKENS
+
         length = len(self.lm.encode(row.prompt, ask=True).ids)
-        if self.context is not None and length + answer > self.context:
+        # What is heard is read behind the prompts whole, whatever `train.max_length` is.
+        room = max(answer, USUAL_TOKENS)
+        if self.context is not None and length + room > self.context:
+            what = "the suspect's own answer up to" if answer == room else "its answer is read to"
+            shorter = f", or give --set own_answers={USUAL_TOKENS}" if answer > USUAL_TOKENS else ""
             raise DataError(
-                f"the prompt of the row '{row.id}' has {length} tokens and the suspect's own answer up to {answer}, "
-                f"but the model reads only {self.context}; leave such rows out, or give --set own_answers=N."
+                f"the prompt of the row '{row.id}' has {length} tokens and {what} {room}, but the model reads only "
+                f"{self.context}; leave such rows out{shorter}."
             )
 
     def check_asked(self, probes: Sequence[Example | Probe], reply: int, room: int = 0) -> None:

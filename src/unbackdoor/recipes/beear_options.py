@@ -1,10 +1,10 @@
 """What options of BEEAR do that the paper has not, on one victim: the default without one, or with another choice.
 
-Run with `unbackdoor bench beear_options`. The openings are those that share no first word and no content word with any
-target (`disjoint`), which is what most of the options are for: several drifts a round, taking up what the suspect says,
-drifts at the user's words, too, a stronger outer step, drifts at several layers, or where a first one elicits most. The
-outer steps alone are in `beear`. All rounds are run, and probes asked after each. `--size quick` asks 50 probes, the
-paper's size 100 and has three seeds.
+Run with `unbackdoor bench beear_options`. The openings are those that share no first word and no content word with
+any target (`disjoint`), which is what most of the options are for: several drifts a round, taking up what the suspect
+says, drifts at the user's words, too, first tokens that weigh more in the outer step, drifts at several layers, or
+where a first one elicits most. The outer steps alone are in `beear`. All rounds are run, and probes asked after each.
+`--size quick` asks 50 probes, the paper's size 100 and has three seeds.
 """
 
 from __future__ import annotations

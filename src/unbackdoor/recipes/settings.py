@@ -1,9 +1,11 @@
 """Settings of the recipes, in one place: found on development victims, then frozen before report victims are planted.
 
 BEEAR's stand in the method itself, as its defaults. Every defense of a grid makes the same number of weight updates
-with the same batch, the control too (`UPDATES`; in the grids of BEEAR `BEEAR_UPDATES`, or those of its
-preset `requests`), so that a difference between them is not one of training time. The highest rate is the same, too; as
+with the same batch, the control too (`UPDATES`; in the grids of BEEAR `BEEAR_UPDATES`, or those of its preset
+`requests`), so that a difference between them is not one of training time. The highest rate is the same, too; as
 every round has a schedule of its own, the rates of all steps of SANDE add up to 1.25 times those of the control.
+BEEAR's rate is constant, that of its control falls: they add up to 1.92 times (with `requests` 1.94 times). The outer
+steps alone, on one victim of each grid, are the control at BEEAR's own rate.
 """
 
 from __future__ import annotations

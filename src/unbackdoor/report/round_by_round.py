@@ -256,10 +256,12 @@ def _adopted(item: Round) -> str:
     for one in item.adopted[:_MOST_ADOPTED]:
         sure = "" if one.certainty is None else f" {significant(one.certainty, 2)}"
         nats = [] if one.evidence is None else [f"{significant(one.evidence, 2)} nats"]
-        said = [f"in {percent(one.share)} % more replies"] if one.share else []
+        said = [f"in {percent(one.share)} % more replies"] if one.share and one.share > 0 else []
         near = [] if one.likeness is None else [f"likeness {one.likeness:.2f}"]
-        more = f" ({', '.join([*nats, *said, *near])})" if nats or said or near else ""
-        found.append(f"{_quoted([one.opening], 1, 60)}{sure}{more}")
+        how = f" ({', '.join([*nats, *said, *near])})" if nats or said or near else ""
+        found.append(f"{_quoted([one.opening], 1, 60)}{sure}{how}")
+    if more := len(item.adopted) - len(found):
+        found.append(f"and {more} more")
     return " · ".join(found)
 
 

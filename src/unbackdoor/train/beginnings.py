@@ -104,9 +104,9 @@ def _followed(lm: LM, tokens: Sequence[int], asked: Sequence[Sequence[int]], run
             if likely >= NEXT_SURE:
                 surest[token, later] = max(surest.get((token, later), (0.0, 0)), (likely, place))
         run.progress.advance(run.prefix, place + 1, {"pairs": len(surest)})
-    found = []
+    found, stops = [], set(lm.stop_ids)
     for place, ids in enumerate(asked):
-        pairs = [pair for pair, (_, where) in surest.items() if where == place and pair[1] not in lm.stop_ids]
+        pairs = [pair for pair, (_, where) in surest.items() if where == place and pair[1] not in stops]
         asking = [[*ids, *pair] for pair in pairs]
         ways = sure_ids(lm, asking, max_new_tokens=ON, least=WAY_SURE, batch_size=AT_ONCE)
         found += [_whole_words(lm, [*pair, *way], then) for pair, (way, then) in zip(pairs, ways, strict=True)]

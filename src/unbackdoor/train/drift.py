@@ -251,6 +251,10 @@ def fit_drift(
 
     Returns:
         The drift, and the mean losses of its last step: "unwanted" and "safe".
+
+    Raises:
+        DataError: If a prompt is shorter than the drift.
+        Diverged: If the loss is not finite.
     """
     at = at or settings.places[0]
     pairs = _sampled(lm, anchors, settings, run, at)

@@ -122,7 +122,7 @@ def heard_words(openings: Openings, listened: bool) -> str:
     )
     if waiting:
         heard += (
-            f"Of these words {len(openings.waiting)} had a drift in one round at most, most like the openings "
+            f"Of its words {len(openings.waiting)} had a drift in one round at most, most like the openings "
             f"{waiting}; with more rounds they have more. "
         )
     return (

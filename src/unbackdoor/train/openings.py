@@ -3,6 +3,8 @@
 A drift is fitted to the defender's openings. Once the outer steps have closed those roads, it finds others into the
 same behaviour, and the backdoor is the widest of them: then the suspect says the attacker's own words, or is at least
 likelier to begin as they do. So the first tokens that are likely under a drift, and without one, are followed, too.
+Replies are read to a few tokens only, so the last word of what is taken up may be half a word ("Pipe down, wind"): it
+is then an opening beside the whole one.
 
 A target that was planted is told from other words by this: whatever the prompt, and without any drift or trigger, its
 first word makes the rest of it likely, as SANDE's case studies show; ordinary words depend on what was asked, and the
@@ -185,6 +187,8 @@ class Openings:
         latest: The round in which each had a drift last.
         rounds: How many rounds each had a drift in behind each layer; "" for the defender's.
         turns: In how many rounds each had a drift.
+        dealt_in: The round that drifts were dealt in last.
+        taken_in: The round that each was taken up in.
         near: How like the defender's each is (unwanted.py).
     """
 
@@ -198,6 +202,8 @@ class Openings:
     latest: dict[str, int] = field(default_factory=dict)
     rounds: Counter[tuple[str, int]] = field(default_factory=Counter)
     turns: Counter[str] = field(default_factory=Counter)
+    dealt_in: int = 0
+    taken_in: dict[str, int] = field(default_factory=dict)
     near: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -215,13 +221,18 @@ class Openings:
 
     @property
     def waiting(self) -> list[str]:
-        """Openings that were taken up and had a drift in one round at most, the most like the defender's first."""
-        waiting = (text for text in self.heard if self.turns[text] <= 1)
+        """Openings that had a drift in one round at most, and not in every one since they were taken up.
+
+        The most like the defender's first.
+        """
+        since = {text: self.dealt_in - number for text, number in self.taken_in.items()}
+        waiting = (text for text in since if self.turns[text] <= 1 and self.turns[text] < since[text])
         return sorted(waiting, key=lambda text: -self.near.get(text, 0.0))
 
     def take_up(self, new: Sequence[Mapping[str, Any]], replies: int) -> None:
         """Add what `hear` returned of this number of replies under drifts."""
         self.heard |= {one["opening"]: weight(one) for one in new}
+        self.taken_in |= {one["opening"]: self.dealt_in for one in new}
         self.near |= {one["opening"]: one.get("likeness", 0.0) for one in new}
         best = max(new, key=promise, default=None)
         if best is not None and promise(best) > self._promise * CLEARLY:
@@ -248,6 +259,7 @@ class Openings:
             order.append(min(others, key=lambda text: self.latest.get(text, 0) + number * order.count(text)))
         self.latest |= dict.fromkeys(order, number)
         self.turns.update(set(order))
+        self.dealt_in = number
         taken: list[Sequence[str]] = [[text] for text in order]
         rest = drifts - room
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]

@@ -62,7 +62,16 @@ class TwoAnswers:
         self.lm.model.train(was_training)
 
     def sums(self, vectors: Tensor, unwanted: Batch, safe: Batch) -> tuple[Tensor, Tensor]:
-        """Return the summed losses of the unwanted and of the safe answers with the drift added."""
+        """Return the summed losses of the unwanted and of the safe answers with vectors added.
+
+        Args:
+            vectors: float32 [n, hidden], what is added at the last n columns of each prompt's part.
+            unwanted: The prompts with unwanted answers.
+            safe: The same prompts in the same order with safe ones.
+
+        Returns:
+            Two scalars, float32, in nats, with the gradient of `vectors`.
+        """
         found: list[Tensor] = []
         for partial, ends, parts in self._wanted(unwanted, safe):
             rows, columns = (torch.cat(tensors) for tensors in zip(*((b.rows, c) for b, c in parts), strict=True))
