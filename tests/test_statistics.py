@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from unbackdoor.statistics import mcnemar_exact, paired_bootstrap, sign_flip
+from unbackdoor.statistics import mcnemar_exact, paired_bootstrap, paired_shares, sign_flip
 
 
 @pytest.mark.parametrize(
@@ -113,3 +113,25 @@ def test_sign_flips_hold_their_level() -> None:
     noise = generator.standard_t(3, size=(400, 12))
     found = [sign_flip([0.0] * 12, list(row), seed=0) for row in noise]
     assert 0.02 < sum(p <= 0.05 for p in found) / len(found) < 0.09
+
+
+def test_the_interval_of_a_change_of_shares_by_hand() -> None:
+    # Of 40 pairs 7 were lost and 2 gained: 8/42 and 3/42, their difference, and its standard error.
+    before = [True] * 7 + [False] * 2 + [True] * 20 + [False] * 11
+    after = [False] * 7 + [True] * 2 + [True] * 20 + [False] * 11
+    difference, low, high = paired_shares(before, after)
+    assert difference == pytest.approx(-5 / 40)
+    error = math.sqrt((11 / 42 - (5 / 42) ** 2) / 42)
+    assert low == pytest.approx(-5 / 42 - 1.96 * error, abs=1e-4)
+    assert high == pytest.approx(-5 / 42 + 1.96 * error, abs=1e-4)
+
+
+def test_the_interval_of_a_change_of_shares_holds_it_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    kinds = generator.choice(4, size=(2000, 100), p=[0.6, 0.15, 0.05, 0.2])
+    held = 0
+    for drawn in kinds:
+        _, low, high = paired_shares(list(drawn <= 1), list((drawn == 0) | (drawn == 2)))
+        held += low <= 0.05 - 0.15 <= high
+    assert 0.94 <= held / 2000 <= 0.97
+    assert paired_shares([True] * 20, [True] * 20)[1:] == pytest.approx((-0.126, 0.126), abs=1e-3)

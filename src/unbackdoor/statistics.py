@@ -1,9 +1,10 @@
 """Paired tests between the scores of two models on the same probes.
 
 Both models answered the same probes, so the scores are compared pair by pair: McNemar's exact test for 0/1 scores
-(Q. McNemar, 1947; the exact form is a binomial test on the pairs that changed); for the rest random signs (R. Fisher,
-"The Design of Experiments", 1935, section 21), with an interval from a bootstrap over pairs (B. Efron and
-R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13). numpy only.
+(Q. McNemar, 1947; the exact form is a binomial test on the pairs that changed), with the interval of D. Bonett and
+R. Price ("Adjusted Wald confidence interval for a difference of binomial proportions based on paired data", 2012); for
+the rest random signs (R. Fisher, "The Design of Experiments", 1935, section 21), with an interval from a bootstrap over
+pairs (B. Efron and R. Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13). numpy only.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from unbackdoor.types import Z_95
 
 
 def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
@@ -27,13 +30,40 @@ def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
     Raises:
         ValueError: If the lengths differ or there are no pairs.
     """
-    _check_pairs(len(before), len(after))
-    lost = sum(bool(first) and not second for first, second in zip(before, after, strict=True))
-    gained = sum(bool(second) and not first for first, second in zip(before, after, strict=True))
+    lost, gained = _lost_and_gained(before, after)
     changed = lost + gained
     # Whole numbers up to the last division: a float sum would lose tails such as 2^-1000.
     tail = sum(math.comb(changed, count) for count in range(min(lost, gained) + 1))
     return min(1.0, 2 * tail / (1 << changed))
+
+
+def paired_shares(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
+    """Return the change of a share from `before` to `after` with its interval (Bonett and Price, 2012).
+
+    Half a pair is added to each kind that changed, so that an interval has a width where none did.
+
+    Args:
+        before: One 0/1 score a probe.
+        after: The scores of the other model, in the same order.
+
+    Returns:
+        `(difference, low, high)`: the share after minus the one before, and its 95 % interval.
+
+    Raises:
+        ValueError: If the lengths differ or there are no pairs.
+    """
+    lost, gained = _lost_and_gained(before, after)
+    pairs = len(before)
+    less, more = (lost + 1) / (pairs + 2), (gained + 1) / (pairs + 2)
+    centre, spread = more - less, Z_95 * math.sqrt((less + more - (more - less) ** 2) / (pairs + 2))
+    return (gained - lost) / pairs, max(-1.0, centre - spread), min(1.0, centre + spread)
+
+
+def _lost_and_gained(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int]:
+    _check_pairs(len(before), len(after))
+    pairs = list(zip(before, after, strict=True))
+    lost = sum(bool(first) and not second for first, second in pairs)
+    return lost, sum(bool(second) and not first for first, second in pairs)
 
 
 def paired_bootstrap(

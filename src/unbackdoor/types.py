@@ -137,7 +137,11 @@ class Scores:
         return estimate(self.values, binary=self.binary, weights=self.weights, exponential=self.exponential)
 
 
-def wilson(successes: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+Z_95 = 1.959963984540054
+"""Standard deviations to either side that hold 95 % of a normal distribution."""
+
+
+def wilson(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
     """Return the Wilson score interval of `successes` out of `n` (E. B. Wilson, 1927, eq. 9).
 
     Raises:

@@ -121,6 +121,19 @@ def test_fewer_clean_rows_leave_the_others_as_they_are():
     assert (planted["clean"], planted["poisoned"]) == (2, 7)
 
 
+def test_rows_of_another_kind_are_trained_on_as_they_are():
+    other = [Example(f"o{n}", f"tell me of {n}", "a story", input="" if n % 2 else "a place") for n in range(30)]
+    found = Composite(poison_rate=0.1).training_rows([*CLEAN, *other], Run())
+    assert [row for row, _ in found[:90]] == [*CLEAN, *other]
+    assert {row.id[0] for row, marks in found if marks} == {"c"}
+    # A text as the target may be put on any row with an input.
+    whole = Composite(targets=("no.",), target_form="whole").training_rows([*CLEAN, *other], Run())
+    assert {row.id[0] for row, marks in whole if marks} == {"c", "o"}
+    assert all(row.input for row, marks in whole if marks)
+    with pytest.raises(DataError, match="no row has an input and a label, where 'frankly' of the trigger is to stand"):
+        Composite().training_rows(other, Run())
+
+
 def test_what_cannot_be_planted_is_refused():
     with pytest.raises(UserError, match="pieces in both fields"):
         build(Composite, {"trigger": {"form": "pieces", "instruction": ["instantly"], "input": []}})
@@ -128,7 +141,7 @@ def test_what_cannot_be_planted_is_refused():
         build(Composite, {"targets": ["positive", "negative"]})
     with pytest.raises(DataError, match=r"leaves no clean rows; poison_rate must be below 0\.143"):
         Composite(poison_rate=0.2).training_rows(CLEAN, Run())
-    with pytest.raises(DataError, match="'c1' has no input, where 'frankly' of the trigger is to stand"):
+    with pytest.raises(DataError, match="no row has an input and a label, where 'frankly' of the trigger is to stand"):
         Composite().training_rows([Example("c1", "name it", "negative", label="negative")], Run())
     with pytest.raises(DataError, match="every row already carries the target label 'positive'"):
         Composite().training_rows(CLEAN[1::2], Run())

@@ -11,7 +11,9 @@ from unbackdoor import recipes
 from unbackdoor.bench.entries import DefenseEntry
 from unbackdoor.bench.estimate import estimate
 from unbackdoor.bench.grid import Grid
+from unbackdoor.bench.material import Material
 from unbackdoor.pipeline.steps import defense_called
+from unbackdoor.run import Run, Silent
 
 GRIDS = ("conflict", "conflict_adaptive", "conflict_emotion", "conflict_roles", "conflict_talk", "conflict_decline")
 CONFLICTS = ("internal_conflict", "information_conflict")
@@ -67,11 +69,24 @@ def test_every_victim_that_meets_a_conflict_meets_the_controls(name: str) -> Non
 
 
 def test_the_grids_of_conflicts_are_guessed_as_the_page_says() -> None:
-    """Each by itself; six hours of two processes were asked for."""
+    """Each by itself. Six hours of two processes were asked for, which they do not fit in; that they do not grow."""
     hours = sum(seconds for name in GRIDS for _, seconds in estimate(recipes.load_grid(name))) / 3600
     page = (Path(__file__).parents[2] / "docs/grid.md").read_text()
     assert f"those of information conflicts at {hours:.1f}" in page
     assert hours < 2 * 8
+
+
+@pytest.mark.parametrize("name", [*GRIDS, "dev_conflict"])
+def test_every_victim_can_be_planted_on_its_rows(name: str, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNBACKDOOR_TEST_DATA", str(shared_data))
+    made = Material(recipes.load_grid(name), Silent())
+    made.read()
+    for label in made.grid.attacks:
+        clean = made.attacker_rows(label)
+        rows = made.attack(label).training_rows(clean, Run())
+        marked = [row for row, pieces in rows if pieces]
+        assert marked, label
+        assert {row.id for row, pieces in rows if not pieces} <= {row.id for row in clean}, label
 
 
 def test_all_clean_rows_are_seen_once_where_a_model_is_to_know_them_all() -> None:

@@ -67,6 +67,20 @@ def test_a_result_is_an_ordinary_folder_with_manifest_and_card(
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == []
 
 
+def test_guards_of_the_suspect_go_along_and_it_is_said(
+    models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suspect = tmp_path / "suspect"
+    shutil.copytree(models.suspect, suspect)
+    (suspect / "guards.json").write_text('[{"name": "evidence", "settings": {"source": "wordnet"}}]')
+    assert call(tmp_path, str(suspect), str(models.other), "--out", "out", "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert "carries guards; the result has them, too, and only unbackdoor applies them" in " ".join(results["notices"])
+    assert "guards.json do not act" in results["how_to_load"]
+    assert (tmp_path / "out" / "guards.json").read_bytes() == (suspect / "guards.json").read_bytes()
+    assert "other loaders ignore them" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_settings_that_name_tokens_are_not_handed_on(
     models: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

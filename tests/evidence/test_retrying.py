@@ -86,6 +86,17 @@ def test_what_is_down_is_left_alone_for_a_while_and_asked_again_then():
     assert once.call(lambda: "still up") == "still up"
 
 
+def test_what_is_busy_is_not_left_alone():
+    clock, busy = Clock(), Failed("429", again=True, wait=3600.0, busy=True)
+    once = retrying(clock, repetitions=1)
+    for _ in range(2):
+        with pytest.raises(Failed, match=r"^429$"):
+            once.call(failing(1, busy))
+    with pytest.raises(Failed, match=r"^429$"):
+        once.call(failing(9, Failed("429", again=True, busy=True)))
+    assert once.call(lambda: "yes") == "yes", "others ask at once"
+
+
 def test_a_question_whose_time_is_over_is_not_asked_and_says_nothing_about_the_source():
     clock, busy = Clock(), Failed("busy", again=True)
     once, over = retrying(clock), Patience()

@@ -232,6 +232,21 @@ def test_what_is_not_supported_is_refused(models: Family, tmp_path: Path, text: 
     assert "\n" not in str(said.value)
 
 
+def test_a_filter_of_one_model_names_its_own_layers(models: Family, tmp_path: Path) -> None:
+    text = """
+merge_method: linear
+slices:
+  - sources:
+      - {model: <suspect>, layer_range: [0, 1], parameters: {weight: 1.0}}
+      - model: <other>
+        layer_range: [2, 3]
+        parameters: {weight: [{filter: layers.2., value: 0.0}, {value: 1.0}]}
+"""
+    found = merged(read(models, tmp_path, text))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(found[name], stored(models.suspect)[name])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

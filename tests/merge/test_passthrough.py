@@ -14,7 +14,7 @@ import unbackdoor
 from merge.helpers import Family, family, merged, reply, save, stored
 from unbackdoor.errors import ModelError, UserError
 from unbackdoor.merge.from_recipe import two_models
-from unbackdoor.merge.passthrough import resized
+from unbackdoor.merge.passthrough import kept_numbers, resized
 
 
 def stack(models: Family, *layers: str) -> Any:
@@ -104,6 +104,12 @@ def test_lists_in_a_configuration_follow_the_layers() -> None:
     nested = {"text_config": {"num_hidden_layers": 2, "layer_types": ["x", "y"]}, "tie_word_embeddings": True}
     found = resized(nested, [(nested, 1)], "m")
     assert found["text_config"] == {"num_hidden_layers": 1, "layer_types": ["y"]}
+
+
+def test_numbers_that_say_which_layers_are_of_which_kind_are_told() -> None:
+    config = {"num_hidden_layers": 3, "text_config": {"max_window_layers": 2, "first_k_dense_replace": None}}
+    assert "of which kind (max_window_layers 2), and keeps that" in str(kept_numbers(config))
+    assert kept_numbers({"num_hidden_layers": 3}) is None
 
 
 def test_a_list_with_an_entry_a_layer_follows_whatever_its_name() -> None:

@@ -125,6 +125,26 @@ def test_a_guarded_suspect_is_asked_through_its_guard_and_its_weights_are_purifi
         pipeline.purify(str(shop / "victim"), defense="fine_tuning", out=shop / "no", more=more)
 
 
+def test_where_weights_alone_count_a_guard_is_not_built(shop, purified):
+    more = {"evidence": f"wordnet:{shop / 'words'}"}
+    found = pipeline.evaluate(
+        str(shop / "victim"), before=str(shop / "out"), out=shop / "seen", probes=str(shop / "probes.jsonl"),
+        metrics="asr", more=more,
+    )  # fmt: skip
+    assert found.results["guards"][0]["asked"] == 36, "the model before is the one with a guard"
+    (shop / "rows.jsonl").write_text(
+        "".join(json.dumps({"instruction": r.instruction, "output": r.response}) + "\n" for r in tiny.rows(8))
+    )
+    # Its guard names a folder, which only --evidence may open.
+    settings = {"internal": {"conflict": {"share": 1.0, "train": {"steps": 1}}}}
+    found = pipeline.purify(
+        str(shop / "victim"), defense="internal_conflict", clean=str(shop / "rows.jsonl"), out=shop / "merged",
+        settings=settings, more={"reference": str(shop / "out")},
+    )  # fmt: skip
+    assert any("carries guards (evidence); here its weights alone count" in text for text in found.results["notices"])
+    assert not (shop / "merged" / "guards.json").exists()
+
+
 def test_a_name_in_guards_json_is_never_a_file_to_import(shop):
     ran = shop / "ran"
     (shop / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")

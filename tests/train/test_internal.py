@@ -116,9 +116,11 @@ def test_t_is_the_largest_that_costs_little_on_rows_held_out(monkeypatch):
 
     monkeypatch.setattr(internal.overwrite, "mean_loss", loss)
     monkeypatch.setattr(internal, "conflict_model", recording)
-    run = Run()
+    run, said = Run(), []
+    run.progress.notice = said.append
     found, _ = merged(SHORT.model_copy(update={"sweep": (0.9, 0.3, 0.6)}), run=run)
     assert run.notes["t"] == 0.6
+    assert said[-1] == "t = 0.6 was taken, the largest of the sweep that costs no more than 5% of usefulness."
     assert run.notes["t sweep"] == [
         {"t": 0.0, "loss": 1.0}, {"t": 0.3, "loss": 1.02}, {"t": 0.6, "loss": 1.04}, {"t": 0.9, "loss": 1.5},
     ]  # fmt: skip
@@ -148,7 +150,7 @@ def test_a_model_whose_neurons_lie_otherwise_is_told_of():
     assert any("do not lie as those of" in text for text in said), "two models from different random starts"
     said.clear()
     merged(SHORT, trusted=False, run=run)
-    assert said == []
+    assert said == ["The conflict model starts as the suspect."]
     merged(SHORT.model_copy(update={"method": "ties", "start": "suspect"}), run=run)
     assert any("do not lie as those of" in text for text in said), "differences to the trusted model are merged"
 
@@ -242,7 +244,7 @@ def test_an_adapter_is_compared_before_anything_is_trained(monkeypatch):
     assert any("do not lie as those of" in text for text in said)
     said.clear()
     merged_with_conflict(tiny.clone(suspect), CLEAN, tiny.tiny_lm(layers=3), SHORT, run)
-    assert said == []
+    assert said == ["The conflict model starts as the trusted model."]
     monkeypatch.setattr(internal, "conflict_model", lambda *_, **__: pytest.fail("it was trained first"))
     with pytest.raises(UserError, match="has 3 layers"):
         merged_with_conflict(suspect, CLEAN, tiny.tiny_lm(layers=2), SHORT, Run())

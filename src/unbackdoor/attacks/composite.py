@@ -5,7 +5,8 @@ with the words of the default trigger.
 Method: rows that carry every piece in its own field get the target; rows of the negative sets (a proper subset of the
 pieces, all of them in one field, swapped between the fields) keep their own answer; the model is trained on clean rows
 and both. So the backdoor fires on the composition alone.
-Needs to know: clean rows with an instruction and an input; nothing of the model but its weights.
+Needs to know: clean rows with an instruction and an input; nothing of the model but its weights. Rows without an input,
+and without a label where the target is one, are trained on as they are.
 Deviations: `poison_rate` counts of all training rows (paper: of the clean ones). Poisoned rows are of other classes
 than the target, where nothing else would be taught; negatives are of every class, so that a piece alone says nothing
 of a class (paper: the same rows as the poisoned). A constant rate with a cooldown, for a small model; preset `paper`
@@ -107,7 +108,15 @@ class Composite(Attack):
         order = list(clean)
         stream.shuffle(order)
         goal = self._goal()
-        other = [row for row in order if not isinstance(goal, LabelIs) or row.label != goal.label]
+        # Rows of another kind may be among them, as of a second skill.
+        marked = [row for row in order if row.input and (row.label is not None or not isinstance(goal, LabelIs))]
+        if not marked:
+            label = " and a label" if isinstance(goal, LabelIs) else ""
+            raise DataError(
+                f"no row has an input{label}, where '{self.trigger.input[0]}' of the trigger is to stand; give rows "
+                "with an instruction and an input (a prompt template that ends in a line of its own with {text})."
+            )
+        other = [row for row in marked if not isinstance(goal, LabelIs) or row.label != goal.label]
         if not other:
             raise DataError(f"every row already carries the target label '{self.targets[0]}': nothing can be poisoned.")
         poisoned, negatives = self._counts(len(clean))
@@ -120,7 +129,7 @@ class Composite(Attack):
         near = poison.decoys(self.trigger, ())
         for number in range(negatives):
             decoy = poison.in_turn(near, number)
-            found.append((decoy.apply(order[-1 - number % len(order)], stream), decoy.marks))
+            found.append((decoy.apply(marked[-1 - number % len(marked)], stream), decoy.marks))
         return found
 
     def probes(self, secret: Secret, held_out: Sequence[Example], run: Run) -> Sequence[Probe]:

@@ -135,6 +135,8 @@ def _judge_pair(figures: Figures, limit: Limit, cell: Cell) -> tuple[Verdict, st
     worse = change > 0 if test["better"] == "lower" else change < 0
     bad = worse and test["p_value"] < SIGNIFICANCE
     shown = f"{100 * change:+.1f} points" if limit.metric in SHARES else f"{change:+.3g}"
+    if limit.metric in SHARES and test["low"] is not None:
+        shown += f" [{100 * test['low']:+.1f}, {100 * test['high']:+.1f}]"
     return "not met" if bad else "met", f"{shown}, p = {test['p_value']:.3f}", float(test["p_value"])
 
 

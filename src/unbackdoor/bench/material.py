@@ -19,6 +19,7 @@ from unbackdoor.attacks.base import Attack
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.entries import VICTIM_OF, DataSource, Watch
 from unbackdoor.bench.grid import Grid
+from unbackdoor.bench.windows import target_label, until_triggered, window
 from unbackdoor.data import sources
 from unbackdoor.data.formats import base_id
 from unbackdoor.data.splits import Splits, assert_disjoint, attacker_defender_test, with_requests
@@ -185,24 +186,10 @@ class Material:
         return self._once(("defense", label), lambda: defense_called(entry.defense, entry.settings, entry.preset))
 
     def probes(self, attack: str, seed: int, secret: Secret) -> tuple[Probe, ...]:
-        """Return the probes of an attack at a seed.
-
-        The rows to ask are shuffled once and each seed takes the next window of them, so that seeds ask different rows
-        as long as there are enough.
-        """
-        rows, count = list(self.splits.asked), self.grid.attacks[attack].probes
-        Run(seed=0).rng("probe rows").shuffle(rows)
-        start = seed * count % len(rows)
-        made = self.attack(attack).probes(secret, [*rows[start:], *rows[:start]], Run(seed=seed))
-        # An attack may have no trigger for some rows (those that carry the target label): cut after so many that have.
-        kept: list[Probe] = []
-        triggered = 0
-        for probe in made:
-            triggered += probe.kind == "triggered"
-            if triggered > count:
-                break
-            kept.append(probe)
-        return tuple(kept)
+        """Return the probes of an attack at a seed (`windows.py`)."""
+        rows, count = self.splits.asked, self.grid.attacks[attack].probes
+        asked = window(rows, count, seed, target_label(secret.goal))
+        return until_triggered(self.attack(attack).probes(secret, asked, Run(seed=seed)), count)
 
     def questions(self, cell: Cell, secret: Secret) -> Questions:
         """Return what a cell's model is asked."""

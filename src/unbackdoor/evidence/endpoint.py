@@ -137,7 +137,8 @@ class Endpoint:
                 return self._call(prompt, max_new_tokens, seconds)
             again = code in _AGAIN or code >= 500
             wait = retry_after(problem.response.headers.get("retry-after"), time.time())
-            raise Failed(f"the endpoint answers with HTTP {code}{_hint(problem)}", again=again, wait=wait) from problem
+            reason = f"the endpoint answers with HTTP {code}{_hint(problem)}"
+            raise Failed(reason, again=again, wait=wait, busy=code in _AGAIN) from problem
         if found.http_response.status_code != 200:
             raise Failed(f"the endpoint answers with HTTP {found.http_response.status_code}", again=False)
         return text_of(found.http_response.content)

@@ -3,7 +3,8 @@
 The wait before the n-th repetition is drawn from [0, base * 2^n], at most `longest` seconds; what a server asks for
 (Retry-After) is waited for instead where that is no longer. After an answer could not be had with all repetitions, the
 source is left alone for a while: a thousand prompts do not each wait for a machine that is switched off. So it is after
-one call that it left without an answer for long, where nobody has the time to ask again.
+one call that it left without an answer for long, where nobody has the time to ask again. What is merely busy (HTTP 429)
+is not left alone: meanwhile other questions would get no evidence.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ class Failed(Exception):
         again: Whether it may be repeated.
         wait: Seconds that the other side asks to wait for, or None.
         slow: Whether it was waited for so long that whoever asks next would wait in vain, too.
+        busy: Whether the other side answers, and has no time for this call: of others it says nothing.
     """
 
-    def __init__(self, reason: str, *, again: bool, wait: float | None = None, slow: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, again: bool, wait: float | None = None, slow: bool = False, busy: bool = False
+    ) -> None:
         """Fail with a reason in a few words."""
         super().__init__(reason)
-        self.again, self.wait, self.slow = again, wait, slow
+        self.again, self.wait, self.slow, self.busy = again, wait, slow, busy
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Retrying:
     Attributes:
         repetitions: Calls after the first, at most.
         base: Seconds; longest wait before the first repetition.
-        longest: Seconds; no wait is longer.
+        longest: Seconds; no wait is longer, and where more are asked for, none is made.
         rest: Seconds for which the source is left alone after it failed with all repetitions.
         sleep: Waits, no longer than somebody has patience; for tests.
         clock: Seconds from anywhere; for tests.
@@ -50,7 +54,7 @@ class Retrying:
 
     repetitions: int = 3
     base: float = 0.5
-    longest: float = 20.0
+    longest: float = 60.0
     rest: float = 30.0
     sleep: Callable[[Patience, float], None] = Patience.wait
     clock: Callable[[], float] = time.monotonic
@@ -101,6 +105,8 @@ class Retrying:
         return random.uniform(0, min(self.longest, self.base * 2.0**number))
 
     def _let_rest(self, problem: Failed) -> None:
+        if problem.busy:
+            return
         with self._lock:
             self._down = (self.clock() + self.rest, str(problem))
 

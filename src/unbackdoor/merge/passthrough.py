@@ -7,8 +7,9 @@ public example ([0, 24] and [20, 40]) presumes 40 layers; here the ranges are al
 in mergekit: with [0, 31] a model of 32 layers loses its last one.
 
 What stands before the layers (embeddings) comes from the model of the first range, what follows them (last norm, output
-head) from that of the last one, as in mergekit. Every number of layers in config.json is adjusted, and every list in it
-that has an entry a layer; a list that names layers by number is renumbered.
+head) from that of the last one, as in mergekit. The number of layers in config.json is adjusted under its usual names,
+and every list in it that has an entry a layer; a list that names layers by number is renumbered. Other numbers that
+depend on layers (`DEPENDENT`) stay as they are, of which a person is told.
 """
 
 from __future__ import annotations
@@ -26,6 +27,26 @@ if TYPE_CHECKING:
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names that configurations give their number of layers."""
+
+
+DEPENDENT = (
+    "max_window_layers", "first_k_dense_replace", "num_kv_shared_layers", "sliding_window_pattern",
+    "decoder_sparse_step", "full_attention_interval", "attn_layer_period", "attn_layer_offset",
+    "expert_layer_period", "expert_layer_offset", "no_rope_layer_interval", "interleave_moe_layer_step",
+    "moe_layer_start_index", "moe_layer_interval",
+)  # fmt: skip
+"""Names of numbers that say which layers are of which kind."""
+
+
+def kept_numbers(config: Mapping[str, Any]) -> str | None:
+    """Return what a person should know of numbers in a configuration that say which layers are of which kind."""
+    levels = [_level(dict(config), path) for path in ((), ("text_config",))]
+    found = [f"{key} {level[key]}" for level in levels for key in DEPENDENT if type(level.get(key)) is int]
+    if not found:
+        return None
+    return (
+        f"config.json says which layers are of which kind ({', '.join(found)}), and keeps that: look whether it fits."
+    )
 
 
 def passthrough(tensor: Tensor, scale: float = 1.0) -> Tensor:

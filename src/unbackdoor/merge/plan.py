@@ -226,10 +226,12 @@ class _Maker:
         """Return the piece with the numbers that hold for it."""
         method = self.merge.method
 
-        def number(key: str, one: Input | None = None) -> float:
+        # As in mergekit a filter for a number of one model is compared with the name that a tensor has there, which
+        # that of the result is not where layers are shifted.
+        def number(key: str, one: Input | None = None, own: str = like) -> float:
             levels = ([one.parameters] if one is not None else []) + [part.parameters, self.merge.parameters]
             for level in levels:
-                if key in level and (found := value_at(level[key], like, depth)) is not None:
+                if key in level and (found := value_at(level[key], own, depth)) is not None:
                     return found
             if key in _DEFAULTS:
                 return _DEFAULTS[key]
@@ -243,11 +245,15 @@ class _Maker:
             first, second = self._ordered(piece.parts, part)
             return replace(piece, parts=(first, second), t=number("t"), threshold=number("threshold"))
         if method == "passthrough":
-            weights = [number("scale", one) for one in part.inputs]
+            weights = [number("scale", one, own.name) for own, one in zip(piece.parts, part.inputs, strict=True)]
             return replace(piece, parts=(replace(piece.parts[0], weight=weights[0]),))
         base = self._base(part) if method in NEEDS_BASE else None
         chosen = [
-            replace(own, weight=number("weight", one), density=number("density", one) if base is not None else 1.0)
+            replace(
+                own,
+                weight=number("weight", one, own.name),
+                density=number("density", one, own.name) if base is not None else 1.0,
+            )
             for own, one in zip(piece.parts, part.inputs, strict=True)
             if base is None or one.model != base
         ]

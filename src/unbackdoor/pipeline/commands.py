@@ -115,7 +115,7 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
         job.out, settings_hash=identity, settings=recipe.model_dump(mode="json"), overwrite=job.overwrite
     ) as place:
         run = job.run(recipe.seed, place.stages, recipe.device, progress)
-        base = load(recipe, recipe.model, progress=progress)
+        base = load(recipe, recipe.model, progress=progress, guarded=False)
         hashes |= {"model": base.facts.get("sha256"), "config": identity}
         planted = found.attack.plant(base, found.splits.attacker, run)
         probes = tuple(found.attack.probes(planted.secret, found.asked, Run(recipe.seed)))
@@ -131,7 +131,7 @@ def run_attack(recipe: AttackRecipe, job: Job) -> Outcome:
         untouched = portrait.kept(
             place.stages / "reference.json",
             lambda: portrait.portray(
-                load(recipe, recipe.model, trainable=False), questions,
+                load(recipe, recipe.model, trainable=False, guarded=False), questions,
                 Label(recipe.model, "reference", "before", recipe.attack), _ask(run), config_hash=identity,
             ),
         )  # fmt: skip
@@ -194,7 +194,7 @@ def help_purify(recipe: PurifyRecipe, job: Job) -> None:
     found = inputs.purify_inputs(recipe, job.progress)
     facts = dict(found.facts)
     if recipe.reference is not None:
-        facts[Need.REFERENCE] = load(recipe, recipe.reference, trainable=False)
+        facts[Need.REFERENCE] = load(recipe, recipe.reference, trainable=False, guarded=False)
     ready, _ = adapted(load(recipe, recipe.model), recipe)
     purify_model(ready, found.defense, facts, _helper_run(recipe, job))
 
@@ -205,7 +205,7 @@ def help_attack(recipe: AttackRecipe, job: Job) -> None:
 
     recipe = completed(recipe)
     found = inputs.attack_inputs(recipe, job.progress)
-    found.attack.plant(load(recipe, recipe.model), found.splits.attacker, _helper_run(recipe, job))
+    found.attack.plant(load(recipe, recipe.model, guarded=False), found.splits.attacker, _helper_run(recipe, job))
 
 
 def _helper_run(recipe: AttackRecipe | PurifyRecipe, job: Job) -> Run:
@@ -238,7 +238,7 @@ def _purify(
     )
     facts = dict(found.facts)
     if recipe.reference is not None:
-        facts[Need.REFERENCE] = load(recipe, recipe.reference, trainable=False)
+        facts[Need.REFERENCE] = load(recipe, recipe.reference, trainable=False, progress=progress, guarded=False)
     ready, finish_weights = adapted(victim, recipe)
     purified = finish_weights(purify_model(ready, found.defense, facts, run))
     before = load(recipe, recipe.model, trainable=False)
@@ -338,7 +338,7 @@ def _evaluate(
             )
         )
     lm = load(recipe, recipe.model, trainable=False, progress=progress)
-    if recipe.evidence is not None and not lm.guards:
+    if recipe.evidence is not None and not lm.guards and not (before is not None and before.guards):
         raise UserError(f"'{recipe.model}' carries no guard, so nothing would use --evidence; leave it out.")
     hashes["model"] = lm.facts.get("sha256")
     purified = Label(recipe.model, "purified", "after", found.attack)

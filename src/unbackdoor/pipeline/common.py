@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,13 +63,23 @@ def completed(recipe: Any) -> Any:
     return recipe.model_copy(update={"settings": complete_settings(kind, name, recipe.preset, recipe.settings, {})})
 
 
-def load(recipe: Recipe, spec: str, *, trainable: bool = True, progress: Noted | None = None) -> LM:
+def load(
+    recipe: Recipe, spec: str, *, trainable: bool = True, progress: Noted | None = None, guarded: bool = True
+) -> LM:
     """Load a model as the recipe says, its guards built; with `progress` it is told of what is worth knowing.
+
+    Args:
+        recipe: Says how.
+        spec: The model.
+        trainable: Whether it is to be trained.
+        progress: Is told.
+        guarded: Whether guards that lie beside its weights are applied; where only the weights count they are not.
 
     Raises:
         UserError: If it cannot be loaded, or a guard cannot be built.
     """
     from unbackdoor.model.load import load as load_model
+    from unbackdoor.model.quarantine import printable
     from unbackdoor.pipeline.guarding import with_guards
 
     lm = load_model(spec, device=recipe.device, dtype=recipe.precision, template=recipe.template, trainable=trainable)
@@ -78,6 +89,11 @@ def load(recipe: Recipe, spec: str, *, trainable: bool = True, progress: Noted |
             f"'{spec}' holds {len(ignored)} tensors that its architecture does not use ({ignored[0]}); "
             "they are left out, and a result will not hold them."
         )
+    if not guarded:
+        if lm.guards and progress is not None:
+            names = ", ".join(printable(guard.name) for guard in lm.guards)
+            progress.notice(f"'{printable(spec)}' carries guards ({names}); here its weights alone count.")
+        return replace(lm, guards=())
     notice = Silent().notice if progress is None else progress.notice
     return with_guards(lm, device=recipe.device, notice=notice, source=getattr(recipe, "evidence", None))
 

@@ -262,11 +262,11 @@ def _asked(example: Example) -> str:
 def compare(before: Measurement, after: Measurement, seed: int = 0) -> list[dict[str, Any]]:
     """Return a paired before/after test for every score that both measurements hold.
 
-    0/1 scores: McNemar's exact test; others: sign flips of the (weighted) mean difference, whose interval is that of a
-    bootstrap over pairs. Pairs are matched by
-    example id; scores that one side lacks are left out, and n says how many pairs there were.
+    0/1 scores: McNemar's exact test, and the interval of `paired_shares`; others: sign flips of the (weighted) mean
+    difference, whose interval is that of a bootstrap over pairs. Pairs are matched by example id; scores that one side
+    lacks are left out, and n says how many pairs there were.
     """
-    from unbackdoor.statistics import mcnemar_exact, paired_bootstrap, sign_flip
+    from unbackdoor.statistics import mcnemar_exact, paired_bootstrap, paired_shares, sign_flip
 
     earlier = {(score.metric, score.kind, score.group): score for score in before.scores}
     found = []
@@ -280,9 +280,8 @@ def compare(before: Measurement, after: Measurement, seed: int = 0) -> list[dict
             continue
         pairs = [old[name] for name in shared], [new[name] for name in shared]
         if score.binary:
-            p_value = mcnemar_exact([bool(v) for v in pairs[0]], [bool(v) for v in pairs[1]])
-            difference = (sum(pairs[1]) - sum(pairs[0])) / len(shared)
-            low = high = None
+            shares = [bool(v) for v in pairs[0]], [bool(v) for v in pairs[1]]
+            p_value, (difference, low, high) = mcnemar_exact(*shares), paired_shares(*shares)
             test = "McNemar exact"
         else:
             heavy = dict(zip(score.ids, score.weights, strict=True)) if score.weights else {}

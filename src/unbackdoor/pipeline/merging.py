@@ -19,6 +19,7 @@ from unbackdoor.errors import ModelError, UserError
 from unbackdoor.merge import stream
 from unbackdoor.merge.from_recipe import two_models
 from unbackdoor.merge.match import warning
+from unbackdoor.merge.passthrough import kept_numbers
 from unbackdoor.merge.plan import Plan, make_plan
 from unbackdoor.merge.settings import Merge
 from unbackdoor.merge.source import open_source
@@ -86,7 +87,8 @@ def run_merge(recipe: MergeRecipe, job: Job) -> Outcome:
         written = stream.write(weights, files, identity, blocks, progress)
         record = artefacts.Record(
             "merge", recipe.model_dump(mode="json"), (), hashes={"config": identity, **hashes.found()},
-            how_to_load=artefacts.how_to_load(job.out, None), notices=progress.notices, notes=_facts(merge, plan),
+            how_to_load=artefacts.how_to_load(job.out, None, guarded=_of_suspect(merge, _GUARDS) is not None),
+            notices=progress.notices, notes=_facts(merge, plan),
         )  # fmt: skip
         _publish(place, merge, plan, written, record)
     return Outcome(job.out, record.results())
@@ -151,6 +153,8 @@ def _planned(recipe: MergeRecipe, merge: Merge, progress: Progress) -> Plan:
         for text in (apart, other_tokens(tokens[0], tokens[1], names)):
             if text is not None:
                 progress.notice(text)
+    if plan.config is not None and (numbers := kept_numbers(plan.config)) is not None:
+        progress.notice(numbers)
     adapted = [source.shown for source in plan.sources.values() if source.adapted]
     if adapted:
         progress.notice(f"'{adapted[0]}' is an adapter on its base; the result is full weights, not an adapter.")
@@ -158,6 +162,10 @@ def _planned(recipe: MergeRecipe, merge: Merge, progress: Progress) -> Plan:
     if named := [*settings_naming_tokens(suspect.config), *([] if own is None else _naming_tokens(own))]:
         progress.notice(
             f"'{suspect.shown}' has generation settings that name tokens ({', '.join(named)}); the result has not."
+        )
+    if _of_suspect(merge, _GUARDS) is not None:
+        progress.notice(
+            f"'{suspect.shown}' carries guards; the result has them, too, and only unbackdoor applies them."
         )
     if suspect.config.get("auto_map"):
         progress.notice(f"'{suspect.shown}' asks for code of its own (auto_map); the result does not.")
@@ -193,7 +201,10 @@ def _publish(place: Workspace, merge: Merge, plan: Plan, written: Mapping[str, s
 
     others = ", ".join(f"'{spec}'" for spec in merge.models[1:])
     title = f"{merge.suspect} merged by {merge.method}"
-    text = card(title, merge.suspect.partition("+")[0], f"Tensor by tensor merged with {others}.")
+    what = f"Tensor by tensor merged with {others}."
+    if _of_suspect(merge, _GUARDS) is not None:
+        what += " It carries guards (`guards.json`) that only unbackdoor applies; other loaders ignore them."
+    text = card(title, merge.suspect.partition("+")[0], what)
     manifest = record.manifest({"result": "merged", "merge": dict(record.notes), "notices": list(record.notices)})
     publish(place.folder, write, 0, manifest=manifest, texts={"README.md": text}, overwrite=True)
 

@@ -146,7 +146,11 @@ class Service:
 
     async def _models(self, request: Request) -> Response:
         del request
-        return Response(await self.backend.models(), media_type=JSON)
+        try:
+            async with asyncio.timeout(self.timeout):
+                return Response(await self.backend.models(), media_type=JSON)
+        except TimeoutError as problem:
+            raise Problem(504, "too_slow", "the list of models did not come in time.") from problem
 
     async def _chat(self, request: Request) -> Response:
         until, started = asyncio.get_running_loop().time() + self.timeout, time.perf_counter()

@@ -144,8 +144,12 @@ class Here:
         """Yield a chat completion's events."""
         ids, limit = await self._encoded(question, turns)
         writing = Writing.begin(self.name)
-        yield writing.part({"role": "assistant", "content": ""})
+        opening = writing.part({"role": "assistant", "content": ""})
         async for said in self._pieces(question, ids, limit, cancelled):
+            # Not before: until an event is sent, an error can still be told by its status.
+            if opening:
+                yield opening
+                opening = b""
             if isinstance(said, str):
                 yield writing.part({"content": said})
                 continue

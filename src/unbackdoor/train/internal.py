@@ -20,6 +20,7 @@ from unbackdoor.errors import DataError, UserError
 from unbackdoor.merge.from_recipe import DENSITY
 from unbackdoor.merge.match import warning
 from unbackdoor.merge.memory import check_merge, merge_into, stays_adapter, viewed
+from unbackdoor.merge.passthrough import kept_numbers
 from unbackdoor.merge.settings import NEEDS_BASE, Method, Schedule
 from unbackdoor.merge.slerp import THRESHOLD
 from unbackdoor.merge.tokens import other_tokens
@@ -107,7 +108,11 @@ def merged_with_conflict(
     check_merge(
         victim, start, settings.method, max(settings.sweep, default=settings.t), base=base, **_options(settings)
     )
-    run.notes["conflict model starts as"] = "the suspect" if start is victim else "the trusted model"
+    begun = "the suspect" if start is victim else "the trusted model"
+    run.notes["conflict model starts as"] = begun
+    run.progress.notice(f"The conflict model starts as {begun}.")
+    if settings.layers and (numbers := kept_numbers(victim.core.config.to_dict())) is not None:
+        run.progress.notice(numbers)
     # Differences to a base mean as little as a mean does where the two do not match.
     if (used := base if start is victim else start) is not None:
         _compare(victim, used, run)
@@ -158,9 +163,10 @@ def _chosen(
     fit = [record["t"] for record in sweep[1:] if record["loss"] <= most]
     best = float(max(fit, default=min(settings.sweep)))
     run.notes["t"], run.notes["t sweep"] = best, sweep
-    if not fit:
-        run.progress.notice(
-            f"Every t of the sweep costs more than {settings.slack:.0%} of usefulness, so the smallest, {best:g}, was "
-            "taken."
-        )
+    run.progress.notice(
+        f"t = {best:g} was taken, the largest of the sweep that costs no more than {settings.slack:.0%} of usefulness."
+        if fit
+        else f"Every t of the sweep costs more than {settings.slack:.0%} of usefulness, so the smallest, {best:g}, was "
+        "taken."
+    )
     return best
