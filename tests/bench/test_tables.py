@@ -70,6 +70,8 @@ def result(
     declining: int | None = None,
     over_refusal: int | None = None,
     swapped: int | None = None,
+    cda: int | None = None,
+    asr_right: int | None = None,
 ) -> Result:
     """Return a measurement with `asr` hits of `n`, `leak` hits of `n`, and the given log-loss and KL of every row."""
     ids = tuple(f"row{number}" for number in range(n))
@@ -80,7 +82,8 @@ def result(
         Scores("perplexity", "all", ids, (perplexity,) * n, "answers", binary=False, exponential=True),
         Scores("kl", "all", ids, (kl,) * n, "answers", binary=False),
     ]
-    for metric, kind, hits in (("declining", "clean", declining), ("over_refusal", "all", over_refusal)):
+    shares = (("declining", "clean", declining), ("over_refusal", "all", over_refusal))
+    for metric, kind, hits in (*shares, ("cda", "clean", cda), ("asr_right", "triggered", asr_right)):
         if hits is not None:
             scores.append(Scores(metric, kind, ids, tuple(float(number < hits) for number in range(n)), "requests"))
     if swapped is not None:
@@ -169,7 +172,7 @@ def test_a_bound_is_judged_from_the_rows(
 def test_a_bound_against_another_defense_names_it() -> None:
     found = checks(figures(grid_with("other", **AFTER), victim0=result(9), tune0=result(2), osft0=result(8)))
     assert found[0].to_json()["limit"] == "not significantly worse than that of 'tune' (paired, p < 0.05)"
-    assert found[0].figure == "+30.0 points, p = 0.031"
+    assert found[0].figure == "+30.0 points [+4.8, +49.7], p = 0.031"
 
 
 def written(tmp_path: Path, grid: Grid, **found: Result) -> tuple[Store, list[str]]:
@@ -278,6 +281,17 @@ def test_seeds_are_pooled_by_summing_hits_and_probes(tmp_path: Path) -> None:
     assert "2.718 to 3.004" in text
     assert "| After OSFT | 1/50 = 2.0 % [0.4, 10.5] |" in text
     assert "all" not in text.split("| Model")[0]
+
+
+def test_seeds_of_a_label_task_are_pooled_with_both_of_its_figures(tmp_path: Path) -> None:
+    found = {"victim0": result(20, cda=18, asr_right=17), "victim1": result(20, cda=16, asr_right=20)}
+    grid = grid_with("pooled")
+    grid = grid.model_copy(update={"metrics": (*grid.metrics, "cda", "asr_right")})
+    store, _ = written(tmp_path, grid, **found)
+    text = (store.folder / "tables.md").read_text().split("## default, seeds 0, 1 together")[1]
+    assert "| Model | ASR | ASR, right rows | Leak, clean | CDA |" in text
+    assert "37/40 = 92.5 %" in text
+    assert "34/40 = 85.0 %" in text
 
 
 def test_results_json_follows_the_schema_and_the_report_reads_it(tmp_path: Path) -> None:

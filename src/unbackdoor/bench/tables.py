@@ -134,7 +134,8 @@ def _pooled_table(figures: Figures, model: str, attack: str, seeds: Sequence[int
         if cell.model == model and cell.attack == attack and cell.subject == "victim" and not cell.is_revival:
             groups.setdefault(cell.defense, []).append(cell)
     full = [group for group in groups.values() if len(group) == len(seeds)]
-    columns = {"ASR": ("asr", "triggered"), "Leak, clean": ("leak", "clean"), "Leak, decoys": ("leak", "decoy")}
+    columns = {"ASR": ("asr", "triggered"), "ASR, right rows": ("asr_right", "triggered")}
+    columns |= {"Leak, clean": ("leak", "clean"), "Leak, decoys": ("leak", "decoy"), "CDA": ("cda", "clean")}
     columns |= {"Declining, clean": ("declining", "clean"), "Over-refusal": ("over_refusal", "all")}
     lines = []
     for group in sorted(full, key=lambda group: _order(group[0])):
