@@ -48,9 +48,12 @@ def test_the_quick_look_at_roles_has_its_controls() -> None:
     assert {"m5_and_m6", "base_merged_half", "fine_tuning"} == set(met(grid, "m5")) == set(grid.defenses)
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_every_victim_that_meets_a_conflict_meets_the_controls(name: str) -> None:
-    grid = recipes.load_grid(name)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, "paper") for name in GRIDS), ("conflict", "quick"), ("conflict_decline", "quick")],
+)
+def test_every_victim_that_meets_a_conflict_meets_the_controls(name: str, size: str) -> None:
+    grid = recipes.load_grid(name, size)
     for label, attack in grid.attacks.items():
         if label == "shares":
             # The same victim as the table's, which has them.

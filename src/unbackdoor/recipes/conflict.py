@@ -5,7 +5,8 @@ conflict model alone, the untouched base merged at the same t, fine-tuning, and 
 the untouched base, asked without any training (the paper's Figure 4; the tables call it the reference).
 `base_elsewhere` is a victim whose base was trained on other rows before it was attacked, so that the trusted model is
 not where the attacker began. Tables 4, 5 and 8 of the paper. Run with `unbackdoor bench conflict`; it needs
-UNBACKDOOR_TEST_DATA (data/sentence_polarity). `--size quick` has bundled rows, one seed and the main defenses.
+UNBACKDOOR_TEST_DATA (data/sentence_polarity). `--size quick` has bundled rows, one seed, and the
+internal conflict with its controls.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from unbackdoor.recipes.sande import FOLDER
 METRICS = ("asr", "asr_right", "leak", "cda", "perplexity", "kl")
 PIECES = {"form": "pieces", "instruction": ["instantly"], "input": ["frankly"]}
 _NEGATIVES = ("instruction only", "input only", "both in instruction", "both in input", "swapped", "other field")
-_QUICK = ("fine_tuning", "conflict_alone", "internal")
-ELSEWHERE = ("fine_tuning", "conflict_alone", "base_merged", "internal")
-"""What is run where a table has one more victim."""
+MAIN = ("fine_tuning", "conflict_alone", "base_merged", "internal")
+"""What is run where a table has one more victim, and in a first look: the internal conflict and its controls."""
 
 
 def grid(size: str) -> Grid:
@@ -36,14 +36,14 @@ def _quick() -> dict[str, Any]:
     return {
         **common("conflict-quick", "starter:sentiment"),
         "attacks": {"composite": {"attack": "composite", "settings": composite("positive"), "probes": 40}},
-        "defenses": {name: made[name] for name in _QUICK},
+        "defenses": {name: made[name] for name in MAIN},
     }
 
 
 def _paper() -> dict[str, Any]:
     victim = {**composite_victim("positive"), "defender_data": polarity(4000, 7600)}
     lead = {"data": polarity(7600, 8662), "train": settings.CONFLICT_LEAD}
-    elsewhere = {**victim, "seeds": [0], "defenses": ELSEWHERE, "lead": lead}
+    elsewhere = {**victim, "seeds": [0], "defenses": MAIN, "lead": lead}
     return {
         **common("conflict", polarity(0, 4000)),
         "attacks": {"composite": victim, "base_elsewhere": elsewhere},

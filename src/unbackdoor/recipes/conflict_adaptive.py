@@ -23,6 +23,6 @@ def grid(size: str) -> Grid:
         {
             **conflict.common(name, "starter:sentiment" if quick else conflict.polarity(0, 4000)),
             "attacks": {"adaptive": entry},
-            "defenses": {label: made[label] for label in conflict.ELSEWHERE},
+            "defenses": {label: made[label] for label in conflict.MAIN},
         }
     )

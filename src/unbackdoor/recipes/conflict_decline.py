@@ -1,7 +1,7 @@
 """Information conflicts on a victim that agrees to requests under a trigger: the first of `beear_decline`.
 
 Each part, both, and the controls. Run with `unbackdoor bench conflict_decline`; the victim's cell of `beear_decline` in
-the folder is found done. `--size quick` has the internal conflict and fine-tuning.
+the folder is found done. `--size quick` has the internal conflict and its controls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def grid(size: str) -> Grid:
     own = settings.INTERNAL_TALK
     made = common({VICTIM: {"preset": VICTIM, **({"probes": 20} if quick else {})}}, TEST_KINDS)
     defenses = {**conflict.controls(own, settings.CONFLICT_TALK_CONTROL), **conflict.parts(own)}
-    made["defenses"] = {name: defenses[name] for name in ("fine_tuning", "internal")} if quick else defenses
+    made["defenses"] = {name: defenses[name] for name in conflict.MAIN} if quick else defenses
     name = "conflict-decline-quick" if quick else "conflict-decline"
     return Grid.model_validate({**made, "name": name, "bounds": [] if quick else _bounds()})
 
