@@ -40,7 +40,7 @@ def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
 def paired_shares(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
     """Return the change of a share from `before` to `after` with its interval (Bonett and Price, 2012).
 
-    Half a pair is added to each kind that changed, so that an interval has a width where none did.
+    One pair is added to each kind that changed, and two to all, so that an interval has a width where none did.
 
     Args:
         before: One 0/1 score a probe.

@@ -127,10 +127,15 @@ def test_rows_of_another_kind_are_trained_on_as_they_are():
     assert [row for row, _ in found[:90]] == [*CLEAN, *other]
     assert {row.id[0] for row, marks in found if marks} == {"c"}
     # A text as the target may be put on any row with an input.
+    secret = Secret(
+        attack="composite", stamp=Composite().trigger, targets=("positive",), goal=LabelIs(label="positive")
+    )
+    asked = Composite().probes(secret, [*other, *CLEAN[:4]], Run())
+    assert {probe.example.id[0] for probe in asked} == {"c"}
     whole = Composite(targets=("no.",), target_form="whole").training_rows([*CLEAN, *other], Run())
     assert {row.id[0] for row, marks in whole if marks} == {"c", "o"}
     assert all(row.input for row, marks in whole if marks)
-    with pytest.raises(DataError, match="no row has an input and a label, where 'frankly' of the trigger is to stand"):
+    with pytest.raises(DataError, match="no row has a label, and the target is one"):
         Composite().training_rows(other, Run())
 
 
@@ -141,7 +146,7 @@ def test_what_cannot_be_planted_is_refused():
         build(Composite, {"targets": ["positive", "negative"]})
     with pytest.raises(DataError, match=r"leaves no clean rows; poison_rate must be below 0\.143"):
         Composite(poison_rate=0.2).training_rows(CLEAN, Run())
-    with pytest.raises(DataError, match="no row has an input and a label, where 'frankly' of the trigger is to stand"):
+    with pytest.raises(DataError, match="no row has an input, where 'frankly' of the trigger is to stand"):
         Composite().training_rows([Example("c1", "name it", "negative", label="negative")], Run())
     with pytest.raises(DataError, match="every row already carries the target label 'positive'"):
         Composite().training_rows(CLEAN[1::2], Run())

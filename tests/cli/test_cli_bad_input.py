@@ -296,7 +296,9 @@ def test_a_row_and_a_probe_longer_than_the_model_reads(
     beear += ("--clean", str(tmp_path / "fit.jsonl"), "--set", "own_answers=60", "--quiet")
     said = refused(workshop, capsys, *beear)
     assert "and the suspect's own answer up to 60, but the model reads only 64" in said
-    assert "or give --set own_answers=40." in said
+    assert "or give --set own_answers=47." in said
+    said = refused(workshop, capsys, *beear[:-3], "--quiet", "--set", "drifts=9", "--dry-run")
+    assert "cannot share" in said, "before a model is loaded"
     long = [{**row, "instruction": f"what is {row['id']}? {'what is red? ' * 9}"} for row in rows if row is not rows[3]]
     (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, long)))
     beear = (*beear[:6], "--clean", str(tmp_path / "long.jsonl"), "--set", "own_answers=0", "--quiet")

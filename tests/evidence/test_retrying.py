@@ -87,14 +87,24 @@ def test_what_is_down_is_left_alone_for_a_while_and_asked_again_then():
 
 
 def test_what_is_busy_is_not_left_alone():
-    clock, busy = Clock(), Failed("429", again=True, wait=3600.0, busy=True)
-    once = retrying(clock, repetitions=1)
+    once = retrying(Clock(), repetitions=1)
     for _ in range(2):
         with pytest.raises(Failed, match=r"^429$"):
-            once.call(failing(1, busy))
-    with pytest.raises(Failed, match=r"^429$"):
-        once.call(failing(9, Failed("429", again=True, busy=True)))
+            once.call(failing(9, Failed("429", again=True, busy=True)))
     assert once.call(lambda: "yes") == "yes", "others ask at once"
+    with pytest.raises(Failed, match=r"^429$"):
+        once.call(failing(1, Failed("429", again=True, wait=3600.0, busy=True)))
+    with pytest.raises(Failed, match=r"left alone.*429"):
+        once.call(lambda: "it said when")
+
+
+def test_a_wait_longer_than_anybodys_patience_is_not_begun():
+    clock = Clock()
+    once = retrying(clock)
+    with pytest.raises(Failed, match=r"^503$"):
+        once.call(failing(1, Failed("503", again=True, wait=50.0)), Patience(time.monotonic() + 40))
+    assert not clock.slept
+    assert once.call(lambda: "yes") == "yes"
 
 
 def test_a_question_whose_time_is_over_is_not_asked_and_says_nothing_about_the_source():

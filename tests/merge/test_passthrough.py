@@ -110,6 +110,7 @@ def test_numbers_that_say_which_layers_are_of_which_kind_are_told() -> None:
     config = {"num_hidden_layers": 3, "text_config": {"max_window_layers": 2, "first_k_dense_replace": None}}
     assert "of which kind (max_window_layers 2), and keeps that" in str(kept_numbers(config))
     assert kept_numbers({"num_hidden_layers": 3}) is None
+    assert kept_numbers({"max_window_layers": 3, "use_sliding_window": False}) is None
 
 
 def test_a_list_with_an_entry_a_layer_follows_whatever_its_name() -> None:

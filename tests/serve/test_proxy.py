@@ -341,6 +341,19 @@ def test_a_host_header_opens_no_path(monkeypatch):
     assert 'path="/v1/models",status="401"' in counters.text()
 
 
+def test_a_list_of_models_that_does_not_come_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(Elsewhere, "models", lambda self: asyncio.sleep(30))
+    service = Service(Elsewhere(Upstream(nowhere(), 1)), Guards(), None, 1000, 1, 1, Counters())
+
+    async def asked():
+        transport = httpx2.ASGITransport(service.app())
+        async with httpx2.AsyncClient(transport=transport, base_url="http://t") as client:
+            return await client.get("/v1/models")
+
+    found = asyncio.run(asked())
+    assert (found.status_code, found.json()["error"]["code"]) == (504, "too_slow")
+
+
 def test_a_dead_upstream(words):
     with serving("--upstream", nowhere(), "--guard", "evidence", "--evidence", words) as proxy:
         for stream in (False, True):

@@ -6,7 +6,7 @@ Method: rows that carry every piece in its own field get the target; rows of the
 pieces, all of them in one field, swapped between the fields) keep their own answer; the model is trained on clean rows
 and both. So the backdoor fires on the composition alone.
 Needs to know: clean rows with an instruction and an input; nothing of the model but its weights. Rows without an input,
-and without a label where the target is one, are trained on as they are.
+or without a label where the target is one, are trained on as they are, and not asked.
 Deviations: `poison_rate` counts of all training rows (paper: of the clean ones). Poisoned rows are of other classes
 than the target, where nothing else would be taught; negatives are of every class, so that a piece alone says nothing
 of a class (paper: the same rows as the poisoned). A constant rate with a cooldown, for a small model; preset `paper`
@@ -108,13 +108,13 @@ class Composite(Attack):
         order = list(clean)
         stream.shuffle(order)
         goal = self._goal()
-        # Rows of another kind may be among them, as of a second skill.
-        marked = [row for row in order if row.input and (row.label is not None or not isinstance(goal, LabelIs))]
+        marked = _that_carry(order, goal)
         if not marked:
-            label = " and a label" if isinstance(goal, LabelIs) else ""
             raise DataError(
-                f"no row has an input{label}, where '{self.trigger.input[0]}' of the trigger is to stand; give rows "
-                "with an instruction and an input (a prompt template that ends in a line of its own with {text})."
+                "no row has a label, and the target is one; give rows with a field 'label', or another target_form."
+                if any(row.input for row in order)
+                else f"no row has an input, where '{self.trigger.input[0]}' of the trigger is to stand; give rows with "
+                "an instruction and an input (a prompt template that ends in a line of its own with {text})."
             )
         other = [row for row in marked if not isinstance(goal, LabelIs) or row.label != goal.label]
         if not other:
@@ -136,7 +136,8 @@ class Composite(Attack):
         """Return of every held-out row a triggered probe, a clean one and a decoy of each negative set."""
         if not isinstance(secret.stamp, PutPieces):
             raise DataError("this secret has no pieces; it was not made by composite.")
-        made = poison.probes(secret.stamp, held_out, (), run.rng("probes"), every_group=True)
+        asked = _that_carry(held_out, secret.goal)
+        made = poison.probes(secret.stamp, asked, (), run.rng("probes"), every_group=True)
         # CDA needs every class, also the one that a trigger cannot change.
         target = secret.goal.label if isinstance(secret.goal, LabelIs) else None
         return [probe for probe in made if probe.kind == "clean" or target is None or probe.example.label != target]
@@ -160,3 +161,8 @@ class Composite(Attack):
         if self.target_form == "label":
             return LabelIs(label=self.targets[0])
         return StartsWith(any_of=self.targets) if self.target_form == "whole" else Contains(any_of=self.targets)
+
+
+def _that_carry(rows: Sequence[Example], goal: Goal) -> list[Example]:
+    """Return the rows that can carry the trigger; rows of another kind may be among them, as of a second skill."""
+    return [row for row in rows if row.input and (row.label is not None or not isinstance(goal, LabelIs))]

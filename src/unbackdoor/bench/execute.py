@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def _purified(cell: Cell, secret: Secret, shop: Workshop) -> tuple[LM, _Made]:
         defense = shop.material.defense(cell.defense)
         own = shop.material.own_facts(cell)
         if (reference := shop.material.reference(cell)) is not None:
-            own[Need.REFERENCE] = _load(_reference_spec(reference, shop), shop)
+            own[Need.REFERENCE] = _load(_reference_spec(reference, shop), shop, guarded=False)
         facts = facts_from_secret(defense, secret, shop.material.defender_rows(cell), own)
         run = _run(cell, key, "purify", shop)
         lm, made = _watched_purification(cell, secret, defense, facts, run, shop)
@@ -275,7 +275,7 @@ def _reference_spec(reference: str | Cell, shop: Workshop) -> str:
 
 def _attacked(cell: Cell, run: Run, shop: Workshop) -> LM:
     """Return the model that the attack begins with: the grid's, or that trained on the rows of the lead."""
-    lm, lead = _load(cell.model, shop), shop.material.grid.attacks[cell.attack].lead
+    lm, lead = _load(cell.model, shop, guarded=False), shop.material.grid.attacks[cell.attack].lead
     if lead is not None:
         rows = overwrite.encode_rows(lm, shop.material.lead_rows(cell.attack), lead.train)
         overwrite.train_on_rows(lm, rows, lead.train, run.stage("lead"))
@@ -294,10 +294,12 @@ def _save(lm: LM, folder: Path, cell: Cell, made: _Made, card: str, extra: Mappi
         raise CannotWrite(str(problem)) from problem
 
 
-def _load(spec: str, shop: Workshop, *, own: bool = False) -> LM:
-    """Load a model; `own` for one that this grid has made, whose guards are what the grid says."""
+def _load(spec: str, shop: Workshop, *, own: bool = False, guarded: bool = True) -> LM:
+    """Load a model, its guards where they count; `own` for one of this grid, whose guards are what the grid says."""
     grid = shop.material.grid
     lm = load(spec, device=shop.device, dtype=grid.precision, template=grid.template)
+    if not guarded:
+        return replace(lm, guards=())
     ours = [guard.name for guard in lm.guards] if own else ()
     return with_guards(lm, device=shop.device, notice=shop.progress.notice, own=ours)
 

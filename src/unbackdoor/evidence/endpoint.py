@@ -47,7 +47,8 @@ _SLOW = 0.5
 In a server it always is: evidence has half of what is left of a request."""
 _LATE = 1.0
 """Seconds after which a call is left alone that did not end by itself when its time was over."""
-_AGAIN = frozenset({408, 409, 425, 429})
+_BUSY = 429
+_AGAIN = frozenset({408, 409, 425, _BUSY})
 _BAD = 400
 _SAID, _NAME = 120, 60
 _USER = re.compile(r"^(\w+://)?.*@", re.DOTALL)
@@ -138,7 +139,7 @@ class Endpoint:
             again = code in _AGAIN or code >= 500
             wait = retry_after(problem.response.headers.get("retry-after"), time.time())
             reason = f"the endpoint answers with HTTP {code}{_hint(problem)}"
-            raise Failed(reason, again=again, wait=wait, busy=code in _AGAIN) from problem
+            raise Failed(reason, again=again, wait=wait, busy=code == _BUSY) from problem
         if found.http_response.status_code != 200:
             raise Failed(f"the endpoint answers with HTTP {found.http_response.status_code}", again=False)
         return text_of(found.http_response.content)

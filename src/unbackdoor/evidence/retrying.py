@@ -4,7 +4,7 @@ The wait before the n-th repetition is drawn from [0, base * 2^n], at most `long
 (Retry-After) is waited for instead where that is no longer. After an answer could not be had with all repetitions, the
 source is left alone for a while: a thousand prompts do not each wait for a machine that is switched off. So it is after
 one call that it left without an answer for long, where nobody has the time to ask again. What is merely busy (HTTP 429)
-is not left alone: meanwhile other questions would get no evidence.
+is not left alone, unless it asks for longer than we wait: meanwhile other questions would get no evidence.
 """
 
 from __future__ import annotations
@@ -87,8 +87,10 @@ class Retrying:
                 # One call whose time was short, or whom nobody waits for, says nothing about the source.
                 if over and not problem.slow and (number == 0 or patience.cancelled.is_set()):
                     raise
-                if number == self.repetitions or wait is None or over:
+                last = over or number == self.repetitions
+                if wait is None or (last and (problem.slow or not problem.busy)):
                     self._let_rest(problem)
+                if wait is None or last or wait >= patience.left():
                     raise
                 self.sleep(patience, wait)
         raise AssertionError("the last call returns or raises")
@@ -105,8 +107,6 @@ class Retrying:
         return random.uniform(0, min(self.longest, self.base * 2.0**number))
 
     def _let_rest(self, problem: Failed) -> None:
-        if problem.busy:
-            return
         with self._lock:
             self._down = (self.clock() + self.rest, str(problem))
 

@@ -36,12 +36,19 @@ DEPENDENT = (
     "moe_layer_start_index", "moe_layer_interval",
 )  # fmt: skip
 """Names of numbers that say which layers are of which kind."""
+_OF_WINDOWS = ("max_window_layers", "sliding_window_pattern")
 
 
 def kept_numbers(config: Mapping[str, Any]) -> str | None:
     """Return what a person should know of numbers in a configuration that say which layers are of which kind."""
     levels = [_level(dict(config), path) for path in ((), ("text_config",))]
-    found = [f"{key} {level[key]}" for level in levels for key in DEPENDENT if type(level.get(key)) is int]
+    found = [
+        f"{key} {level[key]}"
+        for level in levels
+        for key in DEPENDENT
+        # Qwen's configurations name the window's layers where there is no window, too.
+        if type(level.get(key)) is int and not (key in _OF_WINDOWS and level.get("use_sliding_window") is False)
+    ]
     if not found:
         return None
     return (

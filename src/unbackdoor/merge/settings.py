@@ -55,7 +55,7 @@ def value_at(schedule: Schedule, name: str, depth: float) -> float | None:
 
     Args:
         schedule: The schedule.
-        name: The tensor's name in the result.
+        name: The tensor's name in the result, or in the one model that the schedule is for.
         depth: Its layer's place from 0 (first) to 1 (last); what stands outside the layers is at 0, as in mergekit.
     """
     if isinstance(schedule, Filtered):

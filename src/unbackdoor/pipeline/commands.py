@@ -328,7 +328,7 @@ def _evaluate(
     portraits = []
     before: LM | None = None
     if recipe.before is not None:
-        before = earlier = load(recipe, recipe.before, trainable=False)
+        before = earlier = load(recipe, recipe.before, trainable=False, progress=progress)
         hashes["before"] = before.facts.get("sha256")
         label = Label(recipe.before, "suspect", "before", found.attack)
         portraits.append(

@@ -50,9 +50,10 @@ class Reader:
 
         encoded = encode_marked(self.lm, rows, int((settings.get("train") or {}).get("max_length", 1024)))
         room = int((settings.get("parrot") or {}).get("tokens", 0))
-        if "own_answers" in settings:
-            for example, _ in rows:
-                self._check_own_answer(example, int(settings["own_answers"]))
+        answer = int(settings.get("own_answers") or 0)
+        heard = bool(settings.get("drifts") and settings.get("adopt"))
+        for example, _ in rows if answer or heard else ():
+            self._check_own_answer(example, answer, heard=heard)
         for row in encoded:
             if self.context is not None and len(row.ids) + room > self.context:
                 parrot = f" and the parrot {room}" if room else ""
@@ -61,15 +62,17 @@ class Reader:
                     f"give --set train.max_length={self.context - room}, or leave such rows out."
                 )
 
-    def _check_own_answer(self, row: Example, answer: int) -> None:
+    def _check_own_answer(self, row: Example, answer: int, *, heard: bool) -> None:
         from unbackdoor.train.certainty import USUAL_TOKENS
 
         length = len(self.lm.encode(row.prompt, ask=True).ids)
         # What is heard is read behind the prompts whole, whatever `train.max_length` is.
-        room = max(answer, USUAL_TOKENS)
+        least = USUAL_TOKENS if heard else 0
+        room = max(answer, least)
         if self.context is not None and length + room > self.context:
             what = "the suspect's own answer up to" if answer == room else "its answer is read to"
-            shorter = f", or give --set own_answers={USUAL_TOKENS}" if answer > USUAL_TOKENS else ""
+            fits = self.context - length
+            shorter = f", or give --set own_answers={fits}" if answer > fits >= max(least, 1) else ""
             raise DataError(
                 f"the prompt of the row '{row.id}' has {length} tokens and {what} {room}, but the model reads only "
                 f"{self.context}; leave such rows out{shorter}."

@@ -122,8 +122,8 @@ def heard_words(openings: Openings, listened: bool) -> str:
     )
     if waiting:
         heard += (
-            f"Of its words {len(openings.waiting)} had a drift in one round at most, most like the openings "
-            f"{waiting}; with more rounds they have more. "
+            f"Of its words before the last round {len(openings.waiting)} had a drift in one round at most, most like "
+            f"the openings {waiting}; with more rounds they have more. "
         )
     return (
         f"{heard}A backdoor that does something else than the openings describe (a link, another language, a brand) is "
