@@ -88,9 +88,9 @@ class Retrying:
                 if over and not problem.slow and (number == 0 or patience.cancelled.is_set()):
                     raise
                 last = over or number == self.repetitions
-                if wait is None or (last and (problem.slow or not problem.busy)):
-                    self._let_rest(problem)
                 if wait is None or last or wait >= patience.left():
+                    if wait is None or problem.slow or (last and not problem.busy):
+                        self._let_rest(problem)
                     raise
                 self.sleep(patience, wait)
         raise AssertionError("the last call returns or raises")
