@@ -89,7 +89,6 @@ def test_every_victim_can_be_planted_on_its_rows(name: str, shared_data: Path, m
         rows = made.attack(label).training_rows(clean, Run())
         marked = [row for row, pieces in rows if pieces]
         assert marked, label
-        assert {row.id for row, pieces in rows if not pieces} <= {row.id for row in clean}, label
 
 
 def test_all_clean_rows_are_seen_once_where_a_model_is_to_know_them_all() -> None:

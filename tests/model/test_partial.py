@@ -169,6 +169,17 @@ def test_added_vectors_move_logits_from_their_column_on_and_no_others(architectu
         assert torch.equal(plain, lm.core(**given).logits), "a null perturbation changes no logit"
 
 
+def test_no_memory_left_says_nothing_about_the_model(monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("no memory left")
+
+    lm = tiny.tiny_lm(layers=3)
+    ids, mask = rows_of(lm)
+    monkeypatch.setattr(Partial, "_read", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Partial(lm.core, 1, ids, mask, max(LENGTHS) - TOKENS)
+
+
 def test_layers_are_counted_from_0():
     lm = tiny.tiny_lm(layers=3)
     ids = torch.tensor([[5, 6, 7]])

@@ -91,3 +91,24 @@ def test_a_choice_of_layer_is_made_over_both_places(monkeypatch):
     assert drift_choice.choose(tiny.tiny_lm(layers=3), anchors, (1, 2), (2,), settings, run) == (2, 2)
     assert asked == [(1, "words"), (1, "prompt"), (2, "prompt")]
     assert [record["loss"] for record in run.notes["drift choice"]] == [3.0, 2.0]
+
+
+def told(taken_up, drifts):
+    """Notes of a run: (opening, round, likeness) that were taken up, and (round, opening) of every drift."""
+    return {
+        "adopted": [{"opening": text, "round": number, "likeness": near} for text, number, near in taken_up],
+        "drifts": [{"round": number, "openings": [text]} for number, text in drifts],
+    }
+
+
+def test_what_had_one_round_at_most_is_named_the_most_like_the_openings_first():
+    heard = [("first", 1, 0.9), ("never", 1, 0.2), ("once", 1, 0.5), ("late", 2, 0.8), ("last", 3, 1.0)]
+    drifts = [(1, "own"), (2, "first"), (2, "first"), (2, "once"), (3, "first"), (3, "late")]
+    # "late" had a drift in the only round since it was taken up, and "last" could have none.
+    assert entrap.waiting(told(heard, drifts)) == ["once", "never"]
+    assert entrap.waiting(told(heard, drifts[:4])) == ["never"]
+    assert entrap.waiting(told(heard, [*drifts, (4, "first"), (4, "never")])) == ["last", "late", "once", "never"]
+    assert entrap.waiting({}) == []
+    said = entrap.heard_words(["first"], True, ["once", "never"])
+    assert "2 had a drift in one round at most, most like the openings 'once', 'never';" in said
+    assert "at most" not in entrap.heard_words(["first"], True)

@@ -11,7 +11,6 @@ import tiny
 from unbackdoor.run import Run
 from unbackdoor.train import openings as heard
 from unbackdoor.train.anchors import Contrasting
-from unbackdoor.train.entrap import heard_words
 from unbackdoor.train.openings import Openings, Sure, begun, phrases
 
 
@@ -192,35 +191,6 @@ def test_the_turn_is_of_the_one_that_has_waited_longest():
     assert [part[0] for part in many[:7]] == list("uuvwxyz")
     few = Openings(list("abc"), {text: 0.9 for text in "uvwx"}).dealt(12, 2)
     assert [part[0] for part in few[:5]] == list("uuvwx")
-
-
-def test_what_had_one_round_at_most_is_named_the_most_like_the_openings_first():
-    openings, told = Openings(list("abc")), {"evidence": 20.0, "share": 0.0}
-    certain, like = (0.99, 0.98, 0.8, 0.7, 0.6), (0.4, 0.3, 0.2, 0.5, -0.1)
-    openings.dealt(4, 1)
-    openings.take_up(
-        [
-            {"opening": text, "certainty": sure, "likeness": near, **told}
-            for text, sure, near in zip("xyzwv", certain, like, strict=True)
-        ],
-        96,
-    )
-    openings.dealt(4, 2)
-    # What had a drift in the only round since is not waiting.
-    assert openings.waiting == ["w", "v"]
-    openings.dealt(4, 3)
-    openings.dealt(4, 4)
-    assert openings.waiting == ["w", "z", "v"]
-    openings.take_up([{"opening": "last", "certainty": 0.5, "likeness": 0.9, **told}], 96)
-    assert openings.waiting == ["w", "z", "v"]
-    del openings.heard["last"], openings.taken_in["last"]
-    openings.dealt(4, 6)
-    openings.dealt(4, 8)
-    # "z" alone has had its second turn.
-    assert openings.waiting == ["w", "v"]
-    said = heard_words(openings, listened=True)
-    assert "2 had a drift in one round at most, most like the openings 'w', 'v';" in said
-    assert "at most" not in heard_words(Openings(list("abc")), listened=True)
 
 
 @pytest.mark.parametrize("drifts", [1, 2, 3, 4])

@@ -52,7 +52,7 @@ from unbackdoor.train.anchors import (
 from unbackdoor.train.drift import DriftSettings, check_prompt, places_behind, stand_ins
 from unbackdoor.train.drift_choice import choose, halves
 from unbackdoor.train.engine import TrainSettings
-from unbackdoor.train.entrap import entrap, heard_words
+from unbackdoor.train.entrap import entrap, heard_words, waiting
 from unbackdoor.train.openings import Openings
 from unbackdoor.train.own_labels import OwnLabels, own_labels
 from unbackdoor.train.usefulness import Usefulness
@@ -221,7 +221,7 @@ class Beear(Defense):
                 )
                 break
         if self.drifts:
-            run.progress.notice(heard_words(openings, self.adopt > 0))
+            run.progress.notice(heard_words(openings.adopted, self.adopt > 0, waiting(run.notes)))
         return victim
 
     def _check(self, victim: LM, known: Knowledge) -> None:

@@ -170,14 +170,13 @@ def rows_as_text(rows: Sequence[Example]) -> str:
 
 def model_card(title: str, source: str, lm: LM, what: str, files: Iterable[str] = ()) -> str:
     """Return the README.md of a result; `files` are the names of those that lie beside it."""
-    guards = ", ".join(guard.name for guard in lm.guards)
-    if guards:
-        what += f" It carries guards ({guards}; `guards.json`) that only unbackdoor applies; other loaders ignore them."
-    return card(title, lm.base or source, what, files)
+    return card(title, lm.base or source, what, files, guarded=bool(lm.guards))
 
 
-def card(title: str, base: str, what: str, files: Iterable[str] = ()) -> str:
-    """Return the README.md of a result that was made from `base`."""
+def card(title: str, base: str, what: str, files: Iterable[str] = (), *, guarded: bool = False) -> str:
+    """Return the README.md of a result that was made from `base`; `guarded`: guards lie beside the weights."""
+    if guarded:
+        what += " It carries guards (`guards.json`) that only unbackdoor applies; other loaders ignore them."
     lines = ["---", "library_name: transformers", "tags: [unbackdoor]"]
     # Only a hub id is a link that the hub understands.
     if ":" not in base and not Path(base).exists():

@@ -201,10 +201,8 @@ def _publish(place: Workspace, merge: Merge, plan: Plan, written: Mapping[str, s
 
     others = ", ".join(f"'{spec}'" for spec in merge.models[1:])
     title = f"{merge.suspect} merged by {merge.method}"
-    what = f"Tensor by tensor merged with {others}."
-    if _of_suspect(merge, _GUARDS) is not None:
-        what += " It carries guards (`guards.json`) that only unbackdoor applies; other loaders ignore them."
-    text = card(title, merge.suspect.partition("+")[0], what)
+    what, guarded = f"Tensor by tensor merged with {others}.", _of_suspect(merge, _GUARDS) is not None
+    text = card(title, merge.suspect.partition("+")[0], what, guarded=guarded)
     manifest = record.manifest({"result": "merged", "merge": dict(record.notes), "notices": list(record.notices)})
     publish(place.folder, write, 0, manifest=manifest, texts={"README.md": text}, overwrite=True)
 

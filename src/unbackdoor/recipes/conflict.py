@@ -5,8 +5,8 @@ conflict model alone, the untouched base merged at the same t, fine-tuning, and 
 the untouched base, asked without any training (the paper's Figure 4; the tables call it the reference).
 `base_elsewhere` is a victim whose base was trained on other rows before it was attacked, so that the trusted model is
 not where the attacker began. Tables 4, 5 and 8 of the paper. Run with `unbackdoor bench conflict`; it needs
-UNBACKDOOR_TEST_DATA (data/sentence_polarity). `--size quick` has bundled rows, one seed, and the
-internal conflict with its controls.
+UNBACKDOOR_TEST_DATA (data/sentence_polarity). `--size quick` has bundled rows, one seed, and the internal conflict with
+its controls.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unbackdoor.model.anatomy import decoder_layers
@@ -61,7 +62,9 @@ def entrap(
         asked = with_unwanted(safe, dealt, openings.contrasting, turn)
         drift, last = fit_drift(lm, asked, layer, shape, stage, at)
         found.append(drift)
-        records.append({"stage": stage.prefix, "layer": layer, "at": at, "openings": list(dealt[:3]), **last})
+        records.append(
+            {"stage": stage.prefix, "round": number, "layer": layer, "at": at, "openings": list(dealt[:3]), **last}
+        )
     words = run.stage(f"round-{number}-heard")
     untrained = words.stage("begun") if number == 1 else None
     # Of a finished round the weights are gone, so what was said is kept.
@@ -103,14 +106,15 @@ def _note(run: Run, name: str, records: Sequence[object]) -> None:
     noted += records
 
 
-def heard_words(openings: Openings, listened: bool) -> str:
+def heard_words(adopted: Sequence[str], listened: bool, waited: Sequence[str] = ()) -> str:
     """Return what the words under the drifts say about the backdoor, and what their absence does not say.
 
     Args:
-        openings: With those that were taken up, and the drifts that they had.
+        adopted: Openings that were taken up, the best first.
         listened: Whether the words were looked at for openings to take up.
+        waited: Those that had few drifts (`waiting`).
     """
-    named, waiting = _quoted(openings.adopted), _quoted(openings.waiting)
+    named = _quoted(adopted)
     heard = (
         f"Under a drift, or once an answer had begun so, the suspect said {named}, which no opening names, and which "
         "it is sure of on any prompt or says often. If it has a backdoor, that may say one of these. "
@@ -120,16 +124,33 @@ def heard_words(openings: Openings, listened: bool) -> str:
         if listened
         else ""
     )
-    if waiting:
+    if waited:
         heard += (
-            f"Of its words before the last round {len(openings.waiting)} had a drift in one round at most, most like "
-            f"the openings {waiting}; with more rounds they have more. "
+            f"Of its words before the last round {len(waited)} had a drift in one round at most, most like the "
+            f"openings {_quoted(waited)}; with more rounds they have more. "
         )
     return (
         f"{heard}A backdoor that does something else than the openings describe (a link, another language, a brand) is "
         "likely to be there still: list openings of that kind, too, and look at the words under the drifts, round by "
         "round."
     )
+
+
+def waiting(notes: Mapping[str, Any]) -> list[str]:
+    """Return openings that had a drift in one round at most, and not in every one since they were taken up.
+
+    Args:
+        notes: The run's notes after its rounds, as `entrap` leaves them.
+
+    Returns:
+        The openings, the most like the defender's first.
+    """
+    had = {(record["round"], record["openings"][0]) for record in notes.get("drifts", ())}
+    rounds = Counter(text for _, text in had)
+    last = max((number for number, _ in had), default=0)
+    new = {one["opening"]: one for one in notes.get("adopted", ())}
+    few = [text for text, one in new.items() if rounds[text] < min(2, last - one["round"])]
+    return sorted(few, key=lambda text: -new[text].get("likeness", 0.0))
 
 
 def _quoted(texts: Sequence[str]) -> str:

@@ -186,10 +186,6 @@ class Openings:
         contrasting: Which of the defender's belong to one prompt.
         latest: The round in which each had a drift last.
         rounds: How many rounds each had a drift in behind each layer; "" for the defender's.
-        turns: In how many rounds each had a drift.
-        dealt_in: The round that drifts were dealt in last.
-        taken_in: The round that each was taken up in.
-        near: How like the defender's each is (unwanted.py).
     """
 
     own: Sequence[str]
@@ -201,10 +197,6 @@ class Openings:
     contrasting: Contrasting = field(default_factory=Contrasting)
     latest: dict[str, int] = field(default_factory=dict)
     rounds: Counter[tuple[str, int]] = field(default_factory=Counter)
-    turns: Counter[str] = field(default_factory=Counter)
-    dealt_in: int = 0
-    taken_in: dict[str, int] = field(default_factory=dict)
-    near: dict[str, float] = field(default_factory=dict)
 
     @property
     def adopted(self) -> list[str]:
@@ -219,21 +211,9 @@ class Openings:
         first = foremost + [text for text in self.heard if text in (*recurred, *others) and text not in foremost]
         return first + sorted((text for text in self.heard if text not in first), key=lambda text: -self.heard[text])
 
-    @property
-    def waiting(self) -> list[str]:
-        """Openings that had a drift in one round at most, and not in every one since they were taken up.
-
-        The most like the defender's first.
-        """
-        since = {text: self.dealt_in - number for text, number in self.taken_in.items()}
-        waiting = (text for text in since if self.turns[text] <= 1 and self.turns[text] < since[text])
-        return sorted(waiting, key=lambda text: -self.near.get(text, 0.0))
-
     def take_up(self, new: Sequence[Mapping[str, Any]], replies: int) -> None:
         """Add what `hear` returned of this number of replies under drifts."""
         self.heard |= {one["opening"]: weight(one) for one in new}
-        self.taken_in |= {one["opening"]: self.dealt_in for one in new}
-        self.near |= {one["opening"]: one.get("likeness", 0.0) for one in new}
         best = max(new, key=promise, default=None)
         if best is not None and promise(best) > self._promise * CLEARLY:
             self.foremost, self._promise = best["opening"], promise(best)
@@ -258,8 +238,6 @@ class Openings:
         while len(order) < room:
             order.append(min(others, key=lambda text: self.latest.get(text, 0) + number * order.count(text)))
         self.latest |= dict.fromkeys(order, number)
-        self.turns.update(set(order))
-        self.dealt_in = number
         taken: list[Sequence[str]] = [[text] for text in order]
         rest = drifts - room
         return [*taken, *(self.own[which % len(self.own) :: rest] for which in range(rest))]
