@@ -13,6 +13,7 @@ from unbackdoor.data import poison
 from unbackdoor.data.sources import write_probes
 from unbackdoor.defenses.base import Need, knowledge_for
 from unbackdoor.errors import DataError, UserError
+from unbackdoor.model import checkpoint
 from unbackdoor.pipeline.inputs import _hold_out, _not_asked, purify_inputs
 from unbackdoor.pipeline.overlap import asked_among, not_shared, refuse_overlap, refuse_questions
 from unbackdoor.pipeline.recipe import PurifyRecipe
@@ -122,3 +123,8 @@ def test_pairs_are_read_as_rejected_and_facts_that_do_not_go_together_are_refuse
         purify_inputs(recipe.model_copy(update={"settings": {"own_answers": 0}}), Silent(), dry=True)
     with pytest.raises(DataError, match="both files must have the same prompts"):
         purify_inputs(recipe.model_copy(update={"safe": str(tmp_path / "safe.jsonl")}), Silent(), dry=True)
+    checkpoint.save(tiny.tiny_lm(layers=4), tmp_path / "model", manifest={}, card="a model")
+    folder = recipe.model_copy(update={"model": str(tmp_path / "model")})
+    purify_inputs(folder.model_copy(update={"settings": {"layers": [2]}}), Silent())
+    with pytest.raises(UserError, match="the layers 0 to 3, and no layer 4"):
+        purify_inputs(folder.model_copy(update={"settings": {"layers": [4]}}), Silent())

@@ -17,6 +17,7 @@ from unbackdoor.model.logits import LogitsAt
 from unbackdoor.model.partial import Partial
 from unbackdoor.run import Run
 from unbackdoor.train import drift as drifts
+from unbackdoor.train import two_answers
 from unbackdoor.train.anchors import Anchor, with_unwanted
 from unbackdoor.train.drift import Drift, DriftSettings, fit_drift
 from unbackdoor.train.engine import TrainSettings
@@ -252,6 +253,27 @@ def test_the_short_way_is_compared_on_the_longest_rows_and_once_where_it_is_exac
     fit_drift(lm, with_unwanted(long, ["bad robot"]), 1, SETTINGS, Run())
     assert lm.model.training
     assert torch.isfinite(found.vectors).all()
+
+
+def test_what_is_kept_has_a_limit_beyond_which_it_is_read_anew(monkeypatch):
+    read = []
+    whole = Partial._read
+    monkeypatch.setattr(Partial, "_read", lambda self: (whole(self), read.append(self.kept_bytes()))[0])
+    lm = tiny.tiny_lm(layers=3)
+
+    def fitted(limit):
+        read.clear()
+        monkeypatch.setattr(two_answers, "KEPT_BYTES", limit)
+        train = SETTINGS.train.model_copy(update={"steps": 9, "batch_size": 2})
+        few = SETTINGS.model_copy(update={"rows": 6, "train": train})
+        return fit_drift(lm, anchors(6), 1, few, Run())[0].vectors, list(read)
+
+    usual, sizes = fitted(two_answers.KEPT_BYTES)
+    assert len(sizes) == 3, "three batches, each read once"
+    assert min(sizes) > 2 * 64 * 4
+    vectors, again = fitted(max(sizes))
+    assert len(again) == 7, "one batch fits; the others are read at each of their three turns"
+    assert torch.equal(vectors, usual)
 
 
 def test_rows_longer_than_the_window_have_an_answer_each():

@@ -120,6 +120,13 @@ class Defense(Method, ABC):
             UserError: If they do not.
         """
 
+    def check_layers(self, count: int) -> None:
+        """Refuse settings that do not fit a model of `count` decoder layers; called before it is loaded.
+
+        Raises:
+            UserError: If they do not.
+        """
+
     @abstractmethod
     def apply(self, victim: LM, known: Knowledge, run: Run) -> LM:
         """Return the purified model; `victim` is given up by the caller and usually trained in place."""

@@ -232,15 +232,22 @@ class Beear(Defense):
                 cannot share a batch.
             DataError: If there are too few prompts, or one is shorter than a drift.
         """
-        count = len(decoder_layers(victim.core))
-        for layer in self.possible_layers(count):
-            places_behind(layer, count, self.drift)
+        self.check_layers(len(decoder_layers(victim.core)))
         self.check(known)
         prompts = self._prompts(known, known.clean)
         longest = max(self.lengths or (self.drift.tokens,))
         field = "lengths" if self.lengths else "drift.tokens"
         for row in prompts if self.drifts else ():
             check_prompt(victim, row, longest, self.drift.places[0], field)
+
+    def check_layers(self, count: int) -> None:
+        """Refuse layers that are missing, and the last one where drifts may stand at the user's words alone.
+
+        Raises:
+            UserError: If one is so.
+        """
+        for layer in self.possible_layers(count):
+            places_behind(layer, count, self.drift)
 
     def _check_room(self, prompts: int) -> None:
         """Refuse a number of prompts of SA that drifts cannot share, or that is one alone.

@@ -100,6 +100,12 @@ class Partial:
         with self._standing_in(moved):
             return self._logits(self._rest(), rows, columns - self.start)
 
+    def kept_bytes(self) -> int:
+        """Return the memory that what was read takes; what it shares with other answers counts, too."""
+        layers = self.past.layers if self.past is not None else ()
+        kept = [vars(self).get("hidden"), *(value for layer in layers for value in vars(layer).values())]
+        return sum(value.nbytes for value in kept if isinstance(value, Tensor))
+
     @torch.no_grad()
     def _read(self) -> None:
         if self.start and self.past is None:

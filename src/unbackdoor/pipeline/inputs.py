@@ -158,6 +158,8 @@ def purify_inputs(recipe: PurifyRecipe, progress: Progress, *, dry: bool = False
     defense.check(knowledge_for(defense, facts))
     reader = reader_of(recipe, recipe.model, progress, dry=dry)
     if reader is not None:
+        if reader.layers is not None:
+            defense.check_layers(reader.layers)
         reader.check_training(marked, defense.settings())
         reader.check_asked(probes, recipe.max_new_tokens)
         data = reader.measurable(data, progress)

@@ -21,6 +21,7 @@ from unbackdoor.types import Example, Probe
 
 _DEVICE = re.compile(r"(?P<kind>cpu|cuda|mps)(:(?P<index>0|[1-9][0-9]{0,5}))?")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
+_LAYER_KEYS = ("num_hidden_layers", "n_layer")
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Reader:
     Attributes:
         lm: An LM that can encode but holds no weights.
         context: Tokens that the model has positions for; None where its configuration does not say.
+        layers: Its decoder layers; None where its configuration does not say.
     """
 
     lm: LM
     context: int | None
+    layers: int | None = None
 
     def check_training(self, rows: Sequence[MarkedRow], settings: Mapping[str, Any]) -> None:
         """Encode every row: a trigger that is lost or a row that is too long shows now.
@@ -168,7 +171,7 @@ def reader_of(recipe: Asking, model: str, progress: Progress, *, dry: bool = Fal
             f"'{model}' was made with the template '{made}' and is asked with '{lm.template}', which changes what it "
             f"says; --template {made} asks as it was made."
         )
-    return Reader(lm, _context_of(_folder_of(spec.base or spec, progress)))
+    return Reader(lm, *_shape_of(_folder_of(spec.base or spec, progress)))
 
 
 def _folder_of(spec: ModelSpec, progress: Progress) -> Path:
@@ -178,10 +181,14 @@ def _folder_of(spec: ModelSpec, progress: Progress) -> Path:
     return builtin_folder(spec.place, progress=progress) if spec.kind == "builtin" else local_folder(spec)
 
 
-def _context_of(folder: Path) -> int | None:
+def _shape_of(folder: Path) -> tuple[int | None, int | None]:
+    """Return for how many tokens a model has positions, and how many decoder layers it has."""
     content = _json_object(folder / "config.json")
-    found = [content[key] for key in _CONTEXT_KEYS if isinstance(content.get(key), int) and content[key] > 1]
-    return found[0] if found else None
+
+    def first(keys: tuple[str, ...], least: int) -> int | None:
+        return next((content[key] for key in keys if isinstance(content.get(key), int) and content[key] >= least), None)
+
+    return first(_CONTEXT_KEYS, 2), first(_LAYER_KEYS, 1)
 
 
 def _template_of(folder: Path, lm: LM) -> str:

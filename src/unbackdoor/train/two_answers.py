@@ -25,6 +25,9 @@ from unbackdoor.train.losses import cross_entropy_sum
 At = Literal["words", "prompt"]
 """Behind which tokens vectors end: the user's words, or the whole prompt with what the template puts behind them."""
 
+KEPT_BYTES = 4 * 2**30
+"""What may be kept of one drift's batches; those that come later are read anew in every step, with the same result."""
+
 _Wanted = tuple[Partial, Tensor, list[tuple[Batch, Tensor]]]
 """Rows run from a layer on, the columns that vectors end before, and whose logits are wanted: batches, with the columns
 of their supervised positions."""
@@ -51,6 +54,7 @@ class TwoAnswers:
         forward = LogitsAt(lm)
         self.split, self.window = forward.split, forward.window
         self.kept: dict[tuple[str, ...], list[_Wanted]] = {}
+        self.room = KEPT_BYTES
         self.whole, self.together = False, True
         self.longest = {True: 0, False: 0}
 
@@ -85,10 +89,15 @@ class TwoAnswers:
 
     def _wanted(self, unwanted: Batch, safe: Batch) -> list[_Wanted]:
         name = (*unwanted.ids, *safe.ids)
-        if name not in self.kept:
-            both = self._in_one(unwanted, safe) if self.together else None
-            self.kept[name] = [both] if both is not None else self._apart(unwanted, safe)
-        return self.kept[name]
+        if name in self.kept:
+            return self.kept[name]
+        both = self._in_one(unwanted, safe) if self.together else None
+        found = [both] if both is not None else self._apart(unwanted, safe)
+        size = sum(partial.kept_bytes() for partial, _, _ in found)
+        if size <= self.room:
+            self.kept[name] = found
+            self.room -= size
+        return found
 
     def _in_one(self, unwanted: Batch, safe: Batch) -> _Wanted | None:
         """Return both answers behind each prompt, neither of which sees the other; None where that is not exact."""
