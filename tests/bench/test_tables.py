@@ -173,6 +173,8 @@ def test_a_bound_against_another_defense_names_it() -> None:
     found = checks(figures(grid_with("other", **AFTER), victim0=result(9), tune0=result(2), osft0=result(8)))
     assert found[0].to_json()["limit"] == "not significantly worse than that of 'tune' (paired, p < 0.05)"
     assert found[0].figure == "+30.0 points [+4.8, +49.7], p = 0.031"
+    far = checks(figures(grid_with("other", **AFTER), victim0=result(9), tune0=result(2), osft0=result(16)))
+    assert far[0].figure.endswith(", p < 0.001")
 
 
 def written(tmp_path: Path, grid: Grid, **found: Result) -> tuple[Store, list[str]]:

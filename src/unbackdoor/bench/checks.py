@@ -9,7 +9,7 @@ from typing import Literal
 from unbackdoor.bench.cell import Cell
 from unbackdoor.bench.entries import AFTER, Bound, Limit, Where
 from unbackdoor.bench.figures import Figures
-from unbackdoor.report.wording import SHARES, percent, significant
+from unbackdoor.report.wording import SHARES, p_value_words, percent, significant
 
 _ROUNDING = 1e-9
 Verdict = Literal["met", "not met", "not measured", "does not bind"]
@@ -137,7 +137,7 @@ def _judge_pair(figures: Figures, limit: Limit, cell: Cell) -> tuple[Verdict, st
     shown = f"{100 * change:+.1f} points" if limit.metric in SHARES else f"{change:+.3g}"
     if limit.metric in SHARES and test["low"] is not None:
         shown += f" [{100 * test['low']:+.1f}, {100 * test['high']:+.1f}]"
-    return "not met" if bad else "met", f"{shown}, p = {test['p_value']:.3f}", float(test["p_value"])
+    return "not met" if bad else "met", f"{shown}, {p_value_words(test['p_value'])}", float(test["p_value"])
 
 
 def _whose(limit: Limit, cell: Cell) -> str:
